@@ -1,0 +1,243 @@
+//! Writes what happened into the world. Events may come late, twice, or for things
+//! long gone: each changes only what it can still be about.
+
+use std::collections::BTreeMap;
+
+use kiln_model::instance::{ExitStatus, Observed, ObservedState};
+use kiln_model::{InstanceId, Millis};
+
+use crate::effect::{Conclusion, EffectKey, Event};
+use crate::world::{Goal, Health, Instance, Layout, Phase, Rollout, RolloutState, World};
+
+/// Takes one event in. Nothing is planned here.
+pub fn apply(world: &mut World, event: Event, now: Millis) {
+    match event {
+        Event::Desired { goal, layout } => desire(world, goal, layout, now),
+        Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
+        Event::Found { instances } => found(world, instances, now),
+        Event::NetworksReady => {
+            world.under_way.remove(&EffectKey::Networks);
+            world.networks_ready = true;
+        }
+        Event::Started { id } => {
+            world.under_way.remove(&EffectKey::Start(id.clone()));
+            with(world, &id, |i| {
+                if i.phase == Phase::Starting {
+                    i.phase = Phase::Warming { since: now };
+                }
+            });
+        }
+        Event::StartFailed { id, cause } => {
+            world.under_way.remove(&EffectKey::Start(id.clone()));
+            end(world, &id, ExitStatus::StartFailed, Some(cause), now);
+        }
+        Event::Ready { id } => with(world, &id, |i| {
+            if matches!(i.phase, Phase::Warming { .. }) {
+                i.phase = Phase::Ready { since: now };
+                i.health = Health::Healthy;
+            }
+        }),
+        Event::Healthy { id } => with(world, &id, |i| i.health = Health::Healthy),
+        Event::Unhealthy { id, reason } => unhealthy(world, &id, reason, now),
+        Event::Exited { id, status } => {
+            world.under_way.remove(&EffectKey::Stop(id.clone()));
+            world.under_way.remove(&EffectKey::Observe(id.clone()));
+            end(world, &id, status, None, now);
+        }
+        Event::Routed { table, failed } => {
+            world.under_way.remove(&EffectKey::Route);
+            world.routes = Some(table);
+            if let Some(cause) = &failed {
+                fail_rollout(world, cause.clone(), None);
+            }
+            world.ports_failed = failed;
+        }
+        Event::Drained { id } => {
+            world.under_way.remove(&EffectKey::Drain(id.clone()));
+            with(world, &id, |i| {
+                if i.phase == Phase::Draining {
+                    i.phase = Phase::Stopping;
+                }
+            });
+        }
+        Event::Removed { id } => {
+            world.instances.remove(&id);
+            world.under_way.retain(|key| key_instance(key) != Some(&id));
+        }
+        Event::Failed { key, .. } => {
+            world.under_way.remove(&key);
+        }
+        Event::Tainted { id } => with(world, &id, |i| i.tainted = true),
+        Event::Tick => {}
+    }
+}
+
+/// A rollout's end, once its conclusion has been handed out.
+pub(crate) fn conclude(world: &mut World, conclusion: &Conclusion) {
+    match conclusion {
+        Conclusion::Proven { release } => world.proven = Some(*release),
+        Conclusion::Down => world.proven = None,
+        Conclusion::Failed { .. } => {}
+    }
+    world.rollout = None;
+}
+
+/// Ends the rollout's hope: the goal turns back to where it came from.
+pub(crate) fn fail_rollout(world: &mut World, cause: String, instance: Option<InstanceId>) {
+    let Some(rollout) = &mut world.rollout else {
+        return;
+    };
+    if rollout.state != RolloutState::Proving {
+        return;
+    }
+    world.goal = rollout.from.map_or(Goal::Nothing, Goal::Release);
+    rollout.state = RolloutState::Returning { cause, instance };
+    world.attempts.clear();
+}
+
+fn desire(world: &mut World, goal: Goal, layout: Layout, now: Millis) {
+    let networks_before = world.layout.networks.clone();
+    world.layout = layout;
+    world.networks_ready &= networks_before == world.layout.networks;
+    world.attempts.clear();
+    let from = world.proven;
+    world.goal = goal;
+    world.rollout = Some(Rollout {
+        to: goal,
+        from,
+        started: now,
+        state: RolloutState::Proving,
+    });
+}
+
+fn found(world: &mut World, observed: Vec<Observed>, now: Millis) {
+    let mut observed: BTreeMap<_, _> = observed.into_iter().map(|o| (o.id, o.state)).collect();
+    let ids: Vec<InstanceId> = world.instances.keys().cloned().collect();
+    for id in ids {
+        let state = observed.remove(&id);
+        let Some(instance) = world.instances.get_mut(&id) else {
+            continue;
+        };
+        match (state, &instance.phase) {
+            (Some(ObservedState::Running { since, .. }), Phase::Starting) => {
+                instance.phase = Phase::Warming { since };
+            }
+            (Some(ObservedState::Running { .. }), _) => {}
+            // Starting again under the same id is safe: the runtime finishes or redoes it.
+            (None | Some(ObservedState::Dead | ObservedState::Starting), Phase::Starting) => {}
+            (Some(ObservedState::Exited { status, at }), phase) if phase.alive() => {
+                end(world, &id, status, None, at);
+            }
+            (None | Some(ObservedState::Dead | ObservedState::Starting), phase)
+                if phase.alive() =>
+            {
+                lost(world, &id, now);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// It was running and is gone with nobody to tell how: a reboot, or its shim was killed.
+/// That says nothing against it, so it does not count as a failure of its own.
+fn lost(world: &mut World, id: &InstanceId, now: Millis) {
+    with(world, id, |i| {
+        i.phase = match i.phase {
+            Phase::Stopping => Phase::Removing,
+            _ => Phase::Ended {
+                status: ExitStatus::Unknown,
+                at: now,
+            },
+        }
+    });
+}
+
+fn unhealthy(world: &mut World, id: &InstanceId, reason: String, now: Millis) {
+    let Some(instance) = world.instances.get_mut(id) else {
+        return;
+    };
+    match instance.phase {
+        Phase::Starting | Phase::Warming { .. } => {
+            instance.phase = Phase::Stopping;
+            instance.health = Health::Unhealthy {
+                reason: reason.clone(),
+            };
+            let instance = instance.clone();
+            count_failure(world, &instance, None, reason, now);
+        }
+        Phase::Ready { since } if instance.health == Health::Healthy => {
+            instance.health = Health::Unhealthy {
+                reason: reason.clone(),
+            };
+            let instance = instance.clone();
+            count_failure(world, &instance, Some(since), reason, now);
+        }
+        _ => {}
+    }
+}
+
+fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<String>, now: Millis) {
+    let Some(instance) = world.instances.get_mut(id) else {
+        return;
+    };
+    match instance.phase {
+        Phase::Draining | Phase::Stopping => instance.phase = Phase::Removing,
+        ref phase @ (Phase::Starting | Phase::Warming { .. } | Phase::Ready { .. }) => {
+            let ready_since = match phase {
+                Phase::Ready { since } => Some(*since),
+                _ => None,
+            };
+            instance.phase = Phase::Ended { status, at: now };
+            let instance = instance.clone();
+            if instance.job && status.success() {
+                return;
+            }
+            if status != ExitStatus::Unknown {
+                let cause = cause.unwrap_or_else(|| format!("it {status}"));
+                count_failure(world, &instance, ready_since, cause, now);
+            }
+        }
+        Phase::Ended { .. } | Phase::Removing => {}
+    }
+}
+
+/// A copy that has served for this long has paid for its earlier failures.
+const FORGIVEN_AFTER: Millis = Millis(30_000);
+
+fn count_failure(
+    world: &mut World,
+    instance: &Instance,
+    ready_since: Option<Millis>,
+    cause: String,
+    now: Millis,
+) {
+    let attempt = world
+        .attempts
+        .entry((instance.service.clone(), instance.index))
+        .or_default();
+    let served = ready_since.map_or(Millis(0), |since| now.saturating_sub(since));
+    if attempt.revision != Some(instance.revision) || served >= FORGIVEN_AFTER {
+        *attempt = Default::default();
+        attempt.revision = Some(instance.revision);
+    }
+    attempt.failures += 1;
+    attempt.last = now;
+    attempt.cause = cause;
+}
+
+fn with(world: &mut World, id: &InstanceId, change: impl FnOnce(&mut Instance)) {
+    if let Some(instance) = world.instances.get_mut(id) {
+        change(instance);
+    }
+}
+
+fn key_instance(key: &EffectKey) -> Option<&InstanceId> {
+    match key {
+        EffectKey::Start(id)
+        | EffectKey::Observe(id)
+        | EffectKey::Drain(id)
+        | EffectKey::Stop(id)
+        | EffectKey::Remove(id) => Some(id),
+        EffectKey::Networks | EffectKey::Route | EffectKey::Conclude => None,
+    }
+}

@@ -1,0 +1,662 @@
+//! What is to be done next, from the world alone.
+
+use std::collections::BTreeSet;
+
+use kiln_model::release::{Release, ReleasedService};
+use kiln_model::spec::Condition;
+use kiln_model::{Generation, InstanceId, Millis, ReleaseNumber, ServiceName};
+
+use crate::apply::{conclude, fail_rollout};
+use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
+use crate::probe::probe_plan;
+use crate::routes;
+use crate::service::{
+    backoff, batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
+};
+use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, RolloutState, World};
+
+pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Plan {
+    let mut planner = Planner {
+        world,
+        releases,
+        now,
+        plan: Plan::default(),
+    };
+    planner.give_up_if_hopeless();
+    planner.start_what_is_missing();
+    planner.route();
+    planner.retire_what_is_not_wanted();
+    planner.act_on_phases();
+    planner.conclude();
+    planner.plan
+}
+
+struct Planner<'a> {
+    world: &'a mut World,
+    releases: &'a Releases,
+    now: Millis,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    fn goal(&self) -> Option<(ReleaseNumber, &'a Prepared)> {
+        let number = self.world.goal.release()?;
+        Some((number, self.releases.get(number)?))
+    }
+
+    /// A copy of the new release has failed as often as it may: turn back.
+    fn give_up_if_hopeless(&mut self) {
+        let proving = self
+            .world
+            .rollout
+            .as_ref()
+            .is_some_and(|r| r.state == RolloutState::Proving);
+        let Some((_, goal)) = self.goal().filter(|_| proving) else {
+            return;
+        };
+        for (name, released) in &goal.release.services {
+            let Some((index, cause)) = self.hopeless(goal, name, released) else {
+                continue;
+            };
+            let failed = self
+                .world
+                .of_service(name)
+                .filter(|(_, i)| i.index == index && Some(&i.revision) == goal.revisions.get(name))
+                .map(|(id, _)| id.clone())
+                .last();
+            let text = format!("service `{name}`: {cause}");
+            self.report(Some(name), format!("giving up the new release: {cause}"));
+            fail_rollout(self.world, text, failed);
+            return;
+        }
+    }
+
+    fn hopeless(
+        &self,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) -> Option<(u32, String)> {
+        let job = is_job(&goal.release, name);
+        let tries = if job {
+            1
+        } else {
+            tries_in_rollout(&released.service.restart)
+        };
+        let revision = goal.revisions.get(name);
+        (1..=released.service.replicas.max(1)).find_map(|index| {
+            let attempt = self.world.attempts.get(&(name.clone(), index))?;
+            let over = attempt.revision.as_ref() == revision
+                && attempt.failures >= tries
+                && !self.finished(goal, name, released, index);
+            over.then(|| (index, attempt.cause.clone()))
+        })
+    }
+
+    /// It ended well, nothing waits for an answer from it, and its policy lets it rest.
+    fn finished(
+        &self,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+        index: u32,
+    ) -> bool {
+        routes::rests(self.world, goal, name, index) && probe_plan(released).ready.is_empty()
+    }
+
+    fn start_what_is_missing(&mut self) {
+        let Some((number, goal)) = self.goal() else {
+            return;
+        };
+        if !self.world.networks_ready {
+            let networks = self.world.layout.networks.values().cloned().collect();
+            self.emit(Effect::EnsureNetworks(networks));
+        }
+        for (name, released) in &goal.release.services {
+            self.rest_what_has_finished(goal, name, released);
+            if is_job(&goal.release, name) {
+                self.run_job(number, goal, name, released);
+            } else {
+                self.fill(number, goal, name, released);
+            }
+        }
+    }
+
+    /// Copies that ended by themselves and whose policy says to leave it at that.
+    fn rest_what_has_finished(
+        &mut self,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) {
+        let job = is_job(&goal.release, name);
+        let revision = goal.revisions.get(name);
+        let policy = &released.service.restart;
+        for instance in self
+            .world
+            .instances
+            .values_mut()
+            .filter(|i| &i.service == name)
+        {
+            let Phase::Ended { status, .. } = instance.phase else {
+                continue;
+            };
+            if job || Some(&instance.revision) != revision {
+                continue;
+            }
+            // What the host lost (a reboot) is brought back whatever the policy.
+            let lost = status == kiln_model::instance::ExitStatus::Unknown;
+            if let Some(attempt) = self.world.attempts.get_mut(&(name.clone(), instance.index))
+                && !lost
+                && !restarts(policy, !status.success(), attempt.failures)
+            {
+                attempt.finished = status.success() || self.world.rollout.is_none();
+            }
+        }
+    }
+
+    fn run_job(
+        &mut self,
+        number: ReleaseNumber,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) {
+        let key = (goal.digest, name.clone());
+        let runs: Vec<(InstanceId, Phase)> = self
+            .world
+            .of_service(name)
+            .filter(|(_, i)| i.job && i.release == number)
+            .map(|(id, i)| (id.clone(), i.phase.clone()))
+            .collect();
+        for (id, phase) in &runs {
+            if let Phase::Ended { status, .. } = phase
+                && status.success()
+            {
+                self.world.jobs_done.insert(key.clone());
+                self.report(Some(name), format!("job {id} completed"));
+            }
+        }
+        let running = runs.iter().any(|(_, p)| p.alive());
+        if self.world.jobs_done.contains(&key) || running || self.attempts_left(name, 1).is_none() {
+            return;
+        }
+        if let Some(blocked) = waits_for(self.world, goal, released) {
+            self.report(Some(name), format!("job waits: {blocked}"));
+            return;
+        }
+        self.start(number, goal, name, 1, true);
+    }
+
+    /// Starts copies of a service until it has as many as wanted.
+    fn fill(
+        &mut self,
+        number: ReleaseNumber,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) {
+        let missing: Vec<u32> = (1..=released.service.replicas)
+            .filter(|index| {
+                !routes::rests(self.world, goal, name, *index)
+                    && !self.current(goal, name).iter().any(|(_, i)| {
+                        i.index == *index && !matches!(i.health, Health::Unhealthy { .. })
+                    })
+            })
+            .collect();
+        if missing.is_empty() {
+            return;
+        }
+        if let Some(blocked) = waits_for(self.world, goal, released) {
+            self.report(Some(name), format!("waits: {blocked}"));
+            return;
+        }
+        if is_exclusive(released) && self.hand_over(name) {
+            return;
+        }
+        let mut room = self.room(goal, name, released);
+        for index in missing {
+            if room == 0 {
+                break;
+            }
+            if self.attempts_left(name, index).is_none() {
+                continue;
+            }
+            self.start(number, goal, name, index, false);
+            room -= 1;
+        }
+    }
+
+    /// How many copies may be begun now (`update_config.parallelism` and `delay`).
+    fn room(&mut self, goal: &Prepared, name: &ServiceName, released: &ReleasedService) -> u32 {
+        let current = self.current(goal, name);
+        let unproven = current.iter().filter(|(_, i)| !i.phase.ready()).count() as u32;
+        let latest = current
+            .iter()
+            .filter_map(|(_, i)| match i.phase {
+                Phase::Ready { since } => Some(since),
+                _ => None,
+            })
+            .max();
+        let delay = released.service.update.delay.unwrap_or_default();
+        if let Some(latest) = latest
+            && self.world.rollout.is_some()
+            && latest.saturating_add(delay) > self.now
+        {
+            self.wake_at(latest.saturating_add(delay));
+            return 0;
+        }
+        batch(released).saturating_sub(unproven)
+    }
+
+    /// Waits out the backoff after failures; `None`: not now.
+    fn attempts_left(&mut self, name: &ServiceName, index: u32) -> Option<()> {
+        let Some(attempt) = self.world.attempts.get(&(name.clone(), index)) else {
+            return Some(());
+        };
+        let at = attempt.last.saturating_add(backoff(attempt.failures));
+        if at > self.now {
+            self.wake_at(at);
+            return None;
+        }
+        Some(())
+    }
+
+    /// Retires what must be gone before a copy of an exclusive service may start.
+    /// True while it is not.
+    fn hand_over(&mut self, name: &ServiceName) -> bool {
+        let holders: Vec<InstanceId> = self
+            .world
+            .of_service(name)
+            .filter(|(_, i)| i.phase != Phase::Removing)
+            .filter(|(_, i)| !matches!(i.phase, Phase::Ended { .. }))
+            .map(|(id, _)| id.clone())
+            .collect();
+        let parked = self.proxy_known()
+            && self.world.routes.as_ref().is_some_and(|table| {
+                table
+                    .services
+                    .get(name)
+                    .is_none_or(|route| route.backends.is_empty())
+            });
+        for id in &holders {
+            let Some(instance) = self.world.instances.get_mut(id) else {
+                continue;
+            };
+            match instance.phase {
+                Phase::Ready { .. } if parked => instance.phase = Phase::Draining,
+                Phase::Starting | Phase::Warming { .. } => instance.phase = Phase::Stopping,
+                _ => {}
+            }
+        }
+        if !holders.is_empty() {
+            self.report(
+                Some(name),
+                "handoff: the old copy must end before the new may start",
+            );
+        }
+        !holders.is_empty()
+    }
+
+    /// Copies of the wanted revision that serve or are on their way to.
+    fn current<'s>(
+        &'s self,
+        goal: &Prepared,
+        name: &'s ServiceName,
+    ) -> Vec<(&'s InstanceId, &'s Instance)> {
+        routes::current(self.world, goal, name)
+    }
+
+    fn start(
+        &mut self,
+        number: ReleaseNumber,
+        goal: &Prepared,
+        name: &ServiceName,
+        index: u32,
+        job: bool,
+    ) {
+        let (Some(released), Some(revision)) =
+            (goal.release.services.get(name), goal.revisions.get(name))
+        else {
+            return;
+        };
+        self.world.counter += 1;
+        let counter = self.world.counter;
+        let text = format!("{:.40}-{name:.40}-{counter}", self.world.environment);
+        let Ok(id) = InstanceId::new(text) else {
+            return;
+        };
+        let Some(addresses) = routes::take_addresses(self.world, released) else {
+            self.report(Some(name), "no free address is left on one of its networks");
+            return;
+        };
+        self.report(Some(name), format!("start {id} (copy {index})"));
+        self.world.instances.insert(
+            id,
+            Instance {
+                service: name.clone(),
+                release: number,
+                revision: *revision,
+                index,
+                job,
+                addresses,
+                phase: Phase::Starting,
+                health: Health::Unknown,
+                tainted: false,
+                created: self.now,
+            },
+        );
+    }
+
+    fn route(&mut self) {
+        let table = routes::wanted(self.world, self.releases);
+        let same = self
+            .world
+            .routes
+            .as_ref()
+            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let nothing_yet = self.world.routes.is_none()
+            && table.services.is_empty()
+            && self.world.goal == Goal::Nothing
+            && self.world.instances.is_empty();
+        // Names and addresses can only be served on networks that stand.
+        if same || nothing_yet || (!self.world.networks_ready && !table.networks.is_empty()) {
+            return;
+        }
+        if self.emit(Effect::Route(table)) {
+            self.world.generation = self.world.generation.next();
+        }
+    }
+
+    fn retire_what_is_not_wanted(&mut self) {
+        let wanted = routes::wanted(self.world, self.releases);
+        let open = routes::gate_open(self.world, self.releases);
+        let unwanted: Vec<InstanceId> = self
+            .world
+            .instances
+            .iter()
+            .filter(|(id, i)| i.phase.rising() && !self.is_wanted(id, i))
+            .map(|(id, _)| id.clone())
+            .collect();
+        let retiring: BTreeSet<ServiceName> = unwanted
+            .iter()
+            .filter_map(|id| self.world.instances.get(id))
+            .map(|i| i.service.clone())
+            .collect();
+        for id in unwanted {
+            let Some(instance) = self.world.instances.get(&id) else {
+                continue;
+            };
+            let service = instance.service.clone();
+            let in_wanted = wanted
+                .services
+                .values()
+                .any(|s| s.backends.iter().any(|b| b.instance == id));
+            let phase = match instance.phase {
+                Phase::Starting | Phase::Warming { .. } => Phase::Stopping,
+                _ if !open || in_wanted => continue,
+                _ if !self.proxy_known() || self.world.routed(&id) => continue,
+                _ if self.still_needed_by(&service, &retiring) => continue,
+                _ => Phase::Draining,
+            };
+            let verb = if phase == Phase::Draining {
+                "drain"
+            } else {
+                "stop"
+            };
+            self.report(
+                Some(&service),
+                format!("{verb} {id}: it is not part of the release"),
+            );
+            if let Some(instance) = self.world.instances.get_mut(&id) {
+                instance.phase = phase;
+            }
+        }
+    }
+
+    /// The table in force is known: none is on its way that could still send traffic
+    /// to what is about to be drained.
+    fn proxy_known(&self) -> bool {
+        self.world.routes.is_some() && !self.world.under_way.contains(&EffectKey::Route)
+    }
+
+    fn is_wanted(&self, id: &InstanceId, instance: &Instance) -> bool {
+        let Some((number, goal)) = self.goal() else {
+            return false;
+        };
+        if instance.job {
+            return instance.release == number;
+        }
+        let Some(released) = goal.release.services.get(&instance.service) else {
+            return false;
+        };
+        let current = self.current(goal, &instance.service);
+        let better = current.iter().any(|(other, i)| {
+            i.index == instance.index
+                && *other > id
+                && i.phase.ready()
+                && matches!(instance.health, Health::Unhealthy { .. })
+        });
+        instance.index <= released.service.replicas
+            && goal.revisions.get(&instance.service) == Some(&instance.revision)
+            && !better
+    }
+
+    /// When services go for good, those that depend on others go first.
+    fn still_needed_by(&self, service: &ServiceName, retiring: &BTreeSet<ServiceName>) -> bool {
+        let stays = self
+            .goal()
+            .is_some_and(|(_, g)| g.release.services.contains_key(service));
+        !stays
+            && self.world.instances.values().any(|other| {
+                other.phase.alive()
+                    && (retiring.contains(&other.service) || !other.phase.rising())
+                    && self
+                        .releases
+                        .service_of(other)
+                        .is_some_and(|r| r.service.depends_on.contains_key(service))
+            })
+    }
+
+    /// What each instance's phase asks for.
+    fn act_on_phases(&mut self) {
+        let kept = self.world.rollout.as_ref().and_then(|r| match &r.state {
+            RolloutState::Returning { instance, .. } => instance.clone(),
+            RolloutState::Proving => None,
+        });
+        for (id, instance) in self.world.instances.clone() {
+            let released = self.releases.service_of(&instance);
+            // A start that is under way ends first, or it would outlive the removal.
+            let starting = self.world.under_way.contains(&EffectKey::Start(id.clone()));
+            if starting {
+                continue;
+            }
+            match instance.phase {
+                Phase::Starting => {
+                    if self.world.networks_ready {
+                        self.emit(Effect::Start { id });
+                    }
+                }
+                Phase::Warming { .. } | Phase::Ready { .. } => {
+                    if let Some(released) = released.filter(|_| !instance.job) {
+                        self.emit(Effect::Observe {
+                            id,
+                            probe: probe_plan(released),
+                        });
+                    }
+                }
+                Phase::Draining => {
+                    let limit = self.drain_limit_of(&instance);
+                    self.emit(Effect::Drain { id, limit });
+                }
+                Phase::Stopping => {
+                    let (signal, grace) = stop_of(released);
+                    self.emit(Effect::Stop { id, signal, grace });
+                }
+                // A failed instance is kept until its log has been shown.
+                Phase::Ended { .. } | Phase::Removing if kept.as_ref() == Some(&id) => {}
+                Phase::Ended { .. } | Phase::Removing => {
+                    self.emit(Effect::Remove { id });
+                }
+            }
+        }
+    }
+
+    /// While an exclusive service is handed over its callers wait, so what the old copy
+    /// still holds gets less time, unless the file says how much.
+    fn drain_limit_of(&self, instance: &Instance) -> Millis {
+        const HANDOFF: Millis = Millis(2000);
+        let released = self.releases.service_of(instance);
+        let stays = self
+            .goal()
+            .is_some_and(|(_, g)| g.release.services.contains_key(&instance.service));
+        let stated = released.and_then(|r| r.service.kiln.drain);
+        match (stated, released) {
+            (None, Some(r)) if is_exclusive(r) && stays => HANDOFF,
+            _ => drain_limit(released),
+        }
+    }
+
+    fn conclude(&mut self) {
+        let Some(rollout) = self.world.rollout.clone() else {
+            return;
+        };
+        let arrived = match self.goal() {
+            None => self.world.goal == Goal::Nothing && self.only_left(&rollout.state),
+            Some((_, goal)) => self.arrived(goal, &rollout.state),
+        };
+        if !arrived {
+            return;
+        }
+        let conclusion = match (rollout.state, rollout.to) {
+            (RolloutState::Proving, Goal::Nothing) => Conclusion::Down,
+            (RolloutState::Proving, Goal::Release(release)) => Conclusion::Proven { release },
+            (RolloutState::Returning { .. }, Goal::Nothing) => Conclusion::Down,
+            (RolloutState::Returning { cause, instance }, Goal::Release(release)) => {
+                Conclusion::Failed {
+                    release,
+                    cause,
+                    instance,
+                }
+            }
+        };
+        conclude(self.world, &conclusion);
+        self.plan.effects.push(Effect::Conclude(conclusion));
+        // What was kept for its log can go on the next step.
+        self.wake_at(self.now);
+    }
+
+    /// Nothing is left but the instance kept for its log.
+    fn only_left(&self, state: &RolloutState) -> bool {
+        let kept = match state {
+            RolloutState::Returning { instance, .. } => instance.as_ref(),
+            RolloutState::Proving => None,
+        };
+        self.world
+            .instances
+            .iter()
+            .all(|(id, i)| Some(id) == kept && !i.phase.alive())
+    }
+
+    /// Every service serves with as many copies as wanted, and the proxy knows.
+    fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
+        let table = routes::wanted(self.world, self.releases);
+        let routed = self
+            .world
+            .routes
+            .as_ref()
+            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let returning = matches!(state, RolloutState::Returning { .. });
+        routed
+            && goal.release.services.iter().all(|(name, released)| {
+                if is_job(&goal.release, name) {
+                    return returning
+                        || self.world.jobs_done.contains(&(goal.digest, name.clone()));
+                }
+                let gave_up = returning && self.hopeless(goal, name, released).is_some();
+                gave_up || self.all_ready(goal, name, &goal.release)
+            })
+            && self.world.instances.values().all(|i| !stray(i, goal))
+    }
+
+    fn all_ready(&self, goal: &Prepared, name: &ServiceName, release: &Release) -> bool {
+        let Some(released) = release.services.get(name) else {
+            return true;
+        };
+        let current = self.current(goal, name);
+        (1..=released.service.replicas).all(|index| {
+            current
+                .iter()
+                .any(|(_, i)| i.index == index && i.phase.ready())
+                || self.finished(goal, name, released, index)
+        })
+    }
+
+    /// Adds an effect unless it is under way already; tells whether it was added.
+    fn emit(&mut self, effect: Effect) -> bool {
+        let fresh = self.world.under_way.insert(effect.key());
+        if fresh {
+            self.plan.effects.push(effect);
+        }
+        fresh
+    }
+
+    fn report(&mut self, service: Option<&ServiceName>, text: impl Into<String>) {
+        self.plan.report.push(ReportLine {
+            service: service.cloned(),
+            text: text.into(),
+        });
+    }
+
+    fn wake_at(&mut self, at: Millis) {
+        self.plan.wake = Some(self.plan.wake.map_or(at, |wake| wake.min(at)));
+    }
+}
+
+/// Still proving although another revision is wanted.
+fn stray(instance: &Instance, goal: &Prepared) -> bool {
+    matches!(instance.phase, Phase::Starting | Phase::Warming { .. })
+        && goal.revisions.get(&instance.service) != Some(&instance.revision)
+}
+
+/// The generation a table that is planned now would have.
+pub(crate) fn next_generation(world: &World) -> Generation {
+    world.generation.next()
+}
+
+/// Why a service can't start yet, if so.
+pub(crate) fn waits_for(
+    world: &World,
+    goal: &Prepared,
+    released: &ReleasedService,
+) -> Option<String> {
+    if !world.networks_ready {
+        return Some("for its networks".into());
+    }
+    released
+        .service
+        .depends_on
+        .iter()
+        .find_map(|(dependency, how)| {
+            let Some(other) = goal.release.services.get(dependency) else {
+                return how
+                    .required
+                    .then(|| format!("for `{dependency}`, which is not there"));
+            };
+            let current = routes::current(world, goal, dependency);
+            let completed = world.jobs_done.contains(&(goal.digest, dependency.clone()));
+            let (met, what) = match how.condition {
+                Condition::Started => {
+                    let begun = current.iter().any(|(_, i)| i.phase != Phase::Starting);
+                    let rests = routes::rests(world, goal, dependency, 1);
+                    (begun || rests || completed, "to be started")
+                }
+                Condition::Healthy => {
+                    let ready = current.iter().filter(|(_, i)| i.phase.ready()).count();
+                    (ready as u32 >= batch(other), "to be healthy")
+                }
+                Condition::CompletedSuccessfully => (completed, "to complete"),
+            };
+            (!met).then(|| format!("for `{dependency}` {what}"))
+        })
+}

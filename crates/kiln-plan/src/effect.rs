@@ -1,0 +1,164 @@
+//! What can happen to an environment and what can be done about it.
+
+use kiln_model::instance::{ExitStatus, Observed};
+use kiln_model::network::BridgeNetwork;
+use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
+use serde::{Deserialize, Serialize};
+
+use crate::probe::ProbePlan;
+use crate::world::{Goal, Layout};
+
+/// Something that happened, as the caller observed it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Someone wants another release (or nothing) to run. `layout` has addresses and
+    /// ports for it.
+    Desired {
+        goal: Goal,
+        layout: Layout,
+    },
+    /// The rollout is to be given up.
+    Abandoned {
+        why: String,
+    },
+    /// The caller has started: what the runtime really holds for this environment.
+    Found {
+        instances: Vec<Observed>,
+    },
+    NetworksReady,
+    Started {
+        id: InstanceId,
+    },
+    StartFailed {
+        id: InstanceId,
+        cause: String,
+    },
+    /// Proven: may take traffic.
+    Ready {
+        id: InstanceId,
+    },
+    Healthy {
+        id: InstanceId,
+    },
+    /// Its health check failed as often as it may, or it never got ready in time.
+    Unhealthy {
+        id: InstanceId,
+        reason: String,
+    },
+    Exited {
+        id: InstanceId,
+        status: ExitStatus,
+    },
+    /// The proxy follows this table; `failed` says which ports it could not open.
+    Routed {
+        table: RoutingTable,
+        failed: Option<String>,
+    },
+    Drained {
+        id: InstanceId,
+    },
+    Removed {
+        id: InstanceId,
+    },
+    /// An effect could not be carried out; it will be planned again.
+    Failed {
+        key: EffectKey,
+        cause: String,
+    },
+    Tainted {
+        id: InstanceId,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// One thing to do. Carrying one out twice does no harm.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    EnsureNetworks(Vec<BridgeNetwork>),
+    Start {
+        id: InstanceId,
+    },
+    /// Watch it: tell when it is ready, and from then on when its health changes.
+    Observe {
+        id: InstanceId,
+        probe: ProbePlan,
+    },
+    Route(RoutingTable),
+    /// Tell when nothing uses it any more, or the limit has passed.
+    Drain {
+        id: InstanceId,
+        limit: Millis,
+    },
+    Stop {
+        id: InstanceId,
+        signal: String,
+        grace: Millis,
+    },
+    Remove {
+        id: InstanceId,
+    },
+    /// A rollout has come to its end.
+    Conclude(Conclusion),
+}
+
+impl Effect {
+    pub fn key(&self) -> EffectKey {
+        match self {
+            Effect::EnsureNetworks(_) => EffectKey::Networks,
+            Effect::Start { id } => EffectKey::Start(id.clone()),
+            Effect::Observe { id, .. } => EffectKey::Observe(id.clone()),
+            Effect::Route(_) => EffectKey::Route,
+            Effect::Drain { id, .. } => EffectKey::Drain(id.clone()),
+            Effect::Stop { id, .. } => EffectKey::Stop(id.clone()),
+            Effect::Remove { id } => EffectKey::Remove(id.clone()),
+            Effect::Conclude(_) => EffectKey::Conclude,
+        }
+    }
+}
+
+/// Identifies an effect under way; at most one of each key is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EffectKey {
+    Networks,
+    Start(InstanceId),
+    Observe(InstanceId),
+    Route,
+    Drain(InstanceId),
+    Stop(InstanceId),
+    Remove(InstanceId),
+    Conclude,
+}
+
+/// How a rollout ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "conclusion")]
+pub enum Conclusion {
+    Proven {
+        release: ReleaseNumber,
+    },
+    /// The environment is empty, as wanted.
+    Down,
+    Failed {
+        release: ReleaseNumber,
+        cause: String,
+        instance: Option<InstanceId>,
+    },
+}
+
+/// What to do now, and why.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    pub effects: Vec<Effect>,
+    pub report: Vec<ReportLine>,
+    /// When to step again though nothing happened (milliseconds since the epoch).
+    pub wake: Option<Millis>,
+}
+
+/// Why something is done, or not (yet).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportLine {
+    pub service: Option<ServiceName>,
+    pub text: String,
+}

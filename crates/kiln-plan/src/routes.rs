@@ -1,0 +1,402 @@
+//! Which instances traffic goes to, which names stand for what, and which address an
+//! instance gets.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use kiln_model::release::{Release, ReleasedService};
+use kiln_model::route::{
+    AppProtocol, Backend, Name, NetworkNames, Published, RouteMode, RoutingTable, ServiceRoute,
+};
+use kiln_model::spec::{NetworkMode, Port, Protocol};
+use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
+
+use crate::decide::{next_generation, waits_for};
+use crate::service::{batch, is_exclusive, is_job};
+use crate::world::{Health, Instance, Layout, Prepared, Releases, RolloutState, World};
+
+/// Callers of a service that is between two copies wait at most this long: longer than
+/// most programs take to start, shorter than most callers' own patience.
+const PARK_LIMIT: Millis = Millis(60_000);
+/// A copy that has failed this often is not worth waiting for.
+const PARK_FAILURES: u32 = 3;
+
+/// Copies of the wanted revision that serve or are on their way to, by id.
+pub(crate) fn current<'w>(
+    world: &'w World,
+    goal: &Prepared,
+    name: &'w ServiceName,
+) -> Vec<(&'w InstanceId, &'w Instance)> {
+    let revision = goal.revisions.get(name).copied();
+    world
+        .instances
+        .iter()
+        .filter(|(_, i)| {
+            &i.service == name && Some(i.revision) == revision && i.phase.rising() && !i.job
+        })
+        .collect()
+}
+
+/// A copy that ended by itself and whose policy lets it rest.
+pub(crate) fn rests(world: &World, goal: &Prepared, name: &ServiceName, index: u32) -> bool {
+    world
+        .attempts
+        .get(&(name.clone(), index))
+        .is_some_and(|attempt| {
+            attempt.finished && attempt.revision.as_ref() == goal.revisions.get(name)
+        })
+}
+
+/// May traffic move? Not before every service's (first batch of) new copies and every
+/// job has succeeded; until then the old release serves alone. While turning back, and
+/// outside of rollouts, it may always.
+pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
+    let proving = world
+        .rollout
+        .as_ref()
+        .is_some_and(|r| r.state == RolloutState::Proving);
+    let Some(goal) = world.goal.release().and_then(|n| releases.get(n)) else {
+        return true;
+    };
+    !proving
+        || goal.release.services.iter().all(|(name, released)| {
+            if is_job(&goal.release, name) {
+                return world.jobs_done.contains(&(goal.digest, name.clone()));
+            }
+            let ready = current(world, goal, name)
+                .iter()
+                .filter(|(_, i)| i.phase.ready())
+                .count();
+            let resting = (1..=released.service.replicas)
+                .filter(|index| rests(world, goal, name, *index))
+                .count();
+            (ready + resting) as u32 >= batch(released)
+        })
+}
+
+/// The table that should be in force now.
+pub(crate) fn wanted(world: &World, releases: &Releases) -> RoutingTable {
+    let open = gate_open(world, releases);
+    let goal = world.goal.release().and_then(|n| releases.get(n));
+    let from = world
+        .rollout
+        .as_ref()
+        .filter(|_| !open)
+        .and_then(|r| r.from)
+        .and_then(|n| releases.get(n));
+    // Until traffic may move, services look to the outside as the old release says.
+    let mut definitions: BTreeMap<&ServiceName, (&ReleasedService, &Release)> = BTreeMap::new();
+    for prepared in goal.into_iter().chain(from) {
+        for (name, released) in &prepared.release.services {
+            definitions.insert(name, (released, &prepared.release));
+        }
+    }
+    definitions.retain(|name, (_, release)| !is_job(release, name));
+    let services = definitions
+        .iter()
+        .map(|(name, (released, _))| {
+            (
+                (*name).clone(),
+                service_route(world, goal, name, released, open),
+            )
+        })
+        .collect();
+    RoutingTable {
+        environment: world.environment.clone(),
+        generation: next_generation(world),
+        services,
+        published: published(&definitions, &world.layout),
+        networks: network_names(world, &definitions),
+    }
+}
+
+pub(crate) fn same_but_for_generation(a: &RoutingTable, b: &RoutingTable) -> bool {
+    let mut b = b.clone();
+    b.generation = a.generation;
+    *a == b
+}
+
+fn service_route(
+    world: &World,
+    goal: Option<&Prepared>,
+    name: &ServiceName,
+    released: &ReleasedService,
+    open: bool,
+) -> ServiceRoute {
+    let ready: Vec<(&InstanceId, &Instance)> = world
+        .of_service(name)
+        .filter(|(_, i)| i.phase.ready() && !i.job)
+        .collect();
+    let revision = goal.and_then(|g| g.revisions.get(name));
+    let (new, old): (Vec<_>, Vec<_>) = ready
+        .into_iter()
+        .partition(|(_, i)| Some(&i.revision) == revision);
+    let handing_over = new.is_empty()
+        && is_exclusive(released)
+        && goal.is_some_and(|g| can_hand_over(world, g, name));
+    let serving = match () {
+        () if handing_over => Vec::new(),
+        () if !open && !old.is_empty() => old,
+        () => chosen(new, old, released.service.replicas),
+    };
+    let waits = serving.is_empty() && (handing_over || worth_waiting(world, goal, name));
+    let mode = if waits {
+        RouteMode::Park { limit: PARK_LIMIT }
+    } else {
+        RouteMode::Serve
+    };
+    ServiceRoute {
+        mode,
+        backends: serving
+            .into_iter()
+            .map(|(id, i)| backend(id, i, released))
+            .collect(),
+        protocols: protocols(&released.service.ports),
+    }
+}
+
+/// The new copies; as long as they are too few, old ones beside them; unhealthy ones
+/// only when there is nothing better.
+fn chosen<'w>(
+    new: Vec<(&'w InstanceId, &'w Instance)>,
+    old: Vec<(&'w InstanceId, &'w Instance)>,
+    replicas: u32,
+) -> Vec<(&'w InstanceId, &'w Instance)> {
+    let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
+    let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));
+    let mut serving = well;
+    let lacking = (replicas as usize).saturating_sub(serving.len());
+    serving.extend(old.into_iter().filter(|(_, i)| !sick(i)).take(lacking));
+    if serving.is_empty() { ill } else { serving }
+}
+
+/// A handoff begins when the new copy could start but for the old one.
+fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName) -> bool {
+    let wants_new = world
+        .of_service(name)
+        .any(|(_, i)| Some(&i.revision) != goal.revisions.get(name) && i.phase.alive() && !i.job);
+    wants_new
+        && goal
+            .release
+            .services
+            .get(name)
+            .is_some_and(|released| waits_for(world, goal, released).is_none())
+}
+
+/// Callers wait when the service served before and a copy is coming.
+fn worth_waiting(world: &World, goal: Option<&Prepared>, name: &ServiceName) -> bool {
+    let served = world
+        .routes
+        .as_ref()
+        .and_then(|t| t.services.get(name))
+        .is_some_and(|route| {
+            !route.backends.is_empty() || matches!(route.mode, RouteMode::Park { .. })
+        });
+    let coming = goal.is_some_and(|g| g.release.services.contains_key(name));
+    let failing = world
+        .attempts
+        .iter()
+        .any(|((service, _), a)| service == name && (a.failures >= PARK_FAILURES || a.finished));
+    served && coming && !failing
+}
+
+fn backend(id: &InstanceId, instance: &Instance, released: &ReleasedService) -> Backend {
+    let first = match &released.service.network {
+        NetworkMode::Networks(networks) => networks
+            .keys()
+            .find_map(|n| instance.addresses.get(n))
+            .copied(),
+        _ => None,
+    };
+    let address = first.unwrap_or(Ipv4Addr::LOCALHOST);
+    Backend {
+        instance: id.clone(),
+        address: IpAddr::V4(address),
+    }
+}
+
+fn protocols(ports: &[Port]) -> BTreeMap<u16, AppProtocol> {
+    ports
+        .iter()
+        .filter_map(|p| {
+            let protocol = match p.app_protocol.as_deref()? {
+                "http" => AppProtocol::Http,
+                "http2" | "h2c" | "grpc" => AppProtocol::H2c,
+                "tcp" => AppProtocol::Tcp,
+                _ => return None,
+            };
+            Some((p.target, protocol))
+        })
+        .collect()
+}
+
+fn published(
+    definitions: &BTreeMap<&ServiceName, (&ReleasedService, &Release)>,
+    layout: &Layout,
+) -> Vec<Published> {
+    let mut list: Vec<Published> = Vec::new();
+    for (name, (released, _)) in definitions {
+        if released.service.network == NetworkMode::Host {
+            continue;
+        }
+        for port in &released.service.ports {
+            let host = port
+                .published
+                .or_else(|| layout.host_ports.get(&host_port_key(name, port)).copied());
+            let Some(host) = host else { continue };
+            let ip = port.host_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+            let entry = Published {
+                listen: SocketAddr::new(ip, host),
+                protocol: port.protocol,
+                service: (*name).clone(),
+                target: port.target,
+            };
+            if !list
+                .iter()
+                .any(|p| p.listen == entry.listen && p.protocol == entry.protocol)
+            {
+                list.push(entry);
+            }
+        }
+    }
+    list.sort();
+    list
+}
+
+/// The key of [`Layout::host_ports`].
+pub fn host_port_key(service: &ServiceName, port: &Port) -> String {
+    let protocol = match port.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    format!("{service}/{}/{protocol}", port.target)
+}
+
+fn network_names(
+    world: &World,
+    definitions: &BTreeMap<&ServiceName, (&ReleasedService, &Release)>,
+) -> Vec<NetworkNames> {
+    world
+        .layout
+        .networks
+        .iter()
+        .map(|(network, bridge)| {
+            let mut names = BTreeMap::new();
+            let mut addresses = BTreeMap::new();
+            for (name, (released, _)) in definitions {
+                let NetworkMode::Networks(attached) = &released.service.network else {
+                    continue;
+                };
+                let Some(attachment) = attached.get(network) else {
+                    continue;
+                };
+                let Some(address) = world
+                    .layout
+                    .services
+                    .get(network)
+                    .and_then(|s| s.get(*name))
+                    .copied()
+                else {
+                    continue;
+                };
+                addresses.insert(address, (*name).clone());
+                let own = std::iter::once(name.as_str())
+                    .chain(released.service.names.container_name.as_deref())
+                    .chain(attachment.aliases.iter().map(String::as_str));
+                for alias in own {
+                    let entry = names
+                        .entry(alias.to_lowercase())
+                        .or_insert_with(|| Name::Addresses(Vec::new()));
+                    if let Name::Addresses(list) = entry {
+                        list.push(address);
+                    }
+                }
+            }
+            NetworkNames {
+                network: bridge.name.clone(),
+                gateway: bridge.gateway(),
+                names,
+                addresses,
+                backends: world
+                    .instances
+                    .iter()
+                    .filter(|(_, i)| i.phase.ready())
+                    .filter_map(|(id, i)| Some((id.clone(), *i.addresses.get(network)?)))
+                    .collect(),
+            }
+        })
+        .collect()
+}
+
+/// One address on each of the service's networks, none of them in use, taken in turn
+/// so that an address is not used again soon. `None` when a network is full.
+pub(crate) fn take_addresses(
+    world: &World,
+    released: &ReleasedService,
+) -> Option<BTreeMap<NetworkName, Ipv4Addr>> {
+    let NetworkMode::Networks(attached) = &released.service.network else {
+        return Some(BTreeMap::new());
+    };
+    attached
+        .keys()
+        .map(|network| {
+            let subnet = world.layout.networks.get(network)?.subnet;
+            // The base and the gateway are taken; the upper half is the services'.
+            let room = subnet.len() / 2 - 2;
+            let start = (world.counter % u64::from(room)) as u32;
+            let free = (0..room)
+                .map(|n| subnet.nth(2 + (start + n) % room))
+                .find(|address| {
+                    !world
+                        .instances
+                        .values()
+                        .any(|i| i.addresses.get(network) == Some(address))
+                })?;
+            Some((network.clone(), free))
+        })
+        .collect()
+}
+
+/// Gives every service of `release` a stable address on each of its networks: those it
+/// has stay, new ones are the lowest free of the network's upper half, unless the file
+/// asks for one. Returns what could not be given.
+pub fn assign_service_addresses(layout: &mut Layout, release: &Release) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (name, released) in &release.services {
+        let NetworkMode::Networks(attached) = &released.service.network else {
+            continue;
+        };
+        for (network, attachment) in attached {
+            let Some(bridge) = layout.networks.get(network) else {
+                continue;
+            };
+            let range = bridge.service_range();
+            let taken = layout.services.entry(network.clone()).or_default();
+            if let Some(asked) = attachment.ipv4_address {
+                if range.contains(asked) {
+                    taken.insert(name.clone(), asked);
+                } else {
+                    problems.push(format!(
+                        "service `{name}`: ipv4_address {asked} on network `{network}` must lie \
+                         in {range}, the part of the network kept for services' addresses"
+                    ));
+                }
+                continue;
+            }
+            if taken.get(name).is_some_and(|a| range.contains(*a)) {
+                continue;
+            }
+            // The last address is the network's broadcast address.
+            let free = (0..range.len() - 1)
+                .map(|n| range.nth(n))
+                .find(|a| !taken.values().any(|other| other == a));
+            match free {
+                Some(address) => {
+                    taken.insert(name.clone(), address);
+                }
+                None => problems.push(format!("network `{network}` has no address left")),
+            }
+        }
+    }
+    problems
+}

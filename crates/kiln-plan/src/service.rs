@@ -1,0 +1,114 @@
+//! What a service's own definition says about how it may be replaced.
+
+use kiln_model::release::{Release, ReleasedService};
+use kiln_model::spec::{Condition, MountSource, NetworkMode, Order, RestartPolicy, ServiceMode};
+use kiln_model::{Millis, ServiceName};
+
+/// Runs once to its end: a job by mode, or what others wait for to complete.
+pub fn is_job(release: &Release, name: &ServiceName) -> bool {
+    let by_mode = release
+        .services
+        .get(name)
+        .is_some_and(|s| s.service.mode == ServiceMode::Job);
+    by_mode
+        || release.services.values().any(|other| {
+            other
+                .service
+                .depends_on
+                .get(name)
+                .is_some_and(|d| d.condition == Condition::CompletedSuccessfully)
+        })
+}
+
+/// Two copies must not overlap: a single copy that writes to a volume or to a folder
+/// of the host, or holds host ports itself. `x-kiln.exclusive` and an explicit
+/// `update_config.order` decide otherwise. A service with several replicas shares its
+/// volume between copies anyway.
+pub fn is_exclusive(released: &ReleasedService) -> bool {
+    let service = &released.service;
+    if let Some(stated) = service.kiln.exclusive {
+        return stated;
+    }
+    match service.update.order {
+        Some(Order::StartFirst) => return false,
+        Some(Order::StopFirst) => return true,
+        None => {}
+    }
+    let writes = service.mounts.iter().any(|m| {
+        !m.read_only
+            && matches!(
+                m.source,
+                MountSource::Volume { .. } | MountSource::Bind { .. }
+            )
+            && !is_socket_of_the_host(m)
+    });
+    let holds_host_ports =
+        service.network == NetworkMode::Host || !service.security.devices.is_empty();
+    service.replicas == 1 && (writes || holds_host_ports)
+}
+
+/// A socket is spoken to, not written: `/var/run/docker.sock` and its like.
+fn is_socket_of_the_host(mount: &kiln_model::spec::Mount) -> bool {
+    matches!(&mount.source, MountSource::Bind { path, .. }
+        if path.extension().is_some_and(|e| e == "sock"))
+}
+
+/// How many new copies may be unproven at once; all of them unless the file says less.
+pub(crate) fn batch(released: &ReleasedService) -> u32 {
+    match released.service.update.parallelism {
+        None | Some(0) => released.service.replicas,
+        Some(n) => n.min(released.service.replicas),
+    }
+}
+
+/// How long what an old instance still holds may keep it.
+pub(crate) fn drain_limit(released: Option<&ReleasedService>) -> Millis {
+    const DEFAULT: Millis = Millis(60_000);
+    released
+        .and_then(|r| r.service.kiln.drain)
+        .unwrap_or(DEFAULT)
+}
+
+/// `(signal, grace)`.
+pub(crate) fn stop_of(released: Option<&ReleasedService>) -> (String, Millis) {
+    const GRACE: Millis = Millis(10_000);
+    let process = released.map(|r| &r.service.process);
+    let signal = process
+        .and_then(|p| p.stop_signal.clone())
+        .or_else(|| released.and_then(|r| r.image.config.stop_signal.clone()))
+        .unwrap_or_else(|| "SIGTERM".into());
+    (signal, process.and_then(|p| p.stop_grace).unwrap_or(GRACE))
+}
+
+/// May a copy that has ended be started anew outside of a rollout?
+pub(crate) fn restarts(policy: &RestartPolicy, failed: bool, failures: u32) -> bool {
+    match policy {
+        RestartPolicy::No => false,
+        RestartPolicy::Always | RestartPolicy::UnlessStopped => true,
+        RestartPolicy::OnFailure { max_retries } => {
+            failed && max_retries.is_none_or(|max| failures <= max)
+        }
+    }
+}
+
+/// Failures in a row after which a new release's copy is given up. With a restart
+/// policy a program may count on being started again (waiting for a peer, say).
+pub(crate) fn tries_in_rollout(policy: &RestartPolicy) -> u32 {
+    match policy {
+        RestartPolicy::No => 1,
+        RestartPolicy::OnFailure {
+            max_retries: Some(max),
+        } => (*max + 1).min(4),
+        _ => 4,
+    }
+}
+
+/// How long to wait after the `failures`th failure in a row: 0.5 s doubling to 60 s.
+pub(crate) fn backoff(failures: u32) -> Millis {
+    const FIRST: u64 = 500;
+    const LONGEST: u64 = 60_000;
+    if failures == 0 {
+        return Millis(0);
+    }
+    Millis((FIRST << (failures - 1).min(7)).min(LONGEST))
+}

@@ -1,0 +1,323 @@
+//! What is known and wanted of one environment: the planner's whole memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use kiln_model::instance::ExitStatus;
+use kiln_model::network::BridgeNetwork;
+use kiln_model::release::ReleasedService;
+use kiln_model::route::RoutingTable;
+use kiln_model::{
+    Digest, EnvironmentName, Generation, InstanceId, Millis, NetworkName, Release, ReleaseNumber,
+    ServiceName,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::effect::EffectKey;
+
+/// A release with what planning needs of it computed once.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    pub release: Release,
+    pub digest: Digest,
+    pub revisions: BTreeMap<ServiceName, Digest>,
+}
+
+/// The releases a world refers to, by number.
+#[derive(Clone, Debug, Default)]
+pub struct Releases(BTreeMap<ReleaseNumber, Prepared>);
+
+impl Releases {
+    /// # Errors
+    /// When the release can't be serialised.
+    pub fn insert(
+        &mut self,
+        number: ReleaseNumber,
+        release: Release,
+    ) -> Result<(), serde_json::Error> {
+        let digest = release.digest()?;
+        let revisions = release
+            .services
+            .iter()
+            .map(|(name, service)| Ok((name.clone(), service.revision()?)))
+            .collect::<Result<_, serde_json::Error>>()?;
+        self.0.insert(
+            number,
+            Prepared {
+                release,
+                digest,
+                revisions,
+            },
+        );
+        Ok(())
+    }
+
+    pub fn get(&self, number: ReleaseNumber) -> Option<&Prepared> {
+        self.0.get(&number)
+    }
+
+    pub fn retain(&mut self, keep: impl Fn(ReleaseNumber) -> bool) {
+        self.0.retain(|number, _| keep(*number));
+    }
+
+    /// The service as the release that started `instance` has it.
+    pub fn service_of(&self, instance: &Instance) -> Option<&ReleasedService> {
+        self.get(instance.release)?
+            .release
+            .services
+            .get(&instance.service)
+    }
+}
+
+/// Everything the planner knows of one environment; stored whole after every step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct World {
+    pub environment: EnvironmentName,
+    pub generation: Generation,
+    pub goal: Goal,
+    /// The release that last proved itself: where a failed rollout returns to.
+    pub proven: Option<ReleaseNumber>,
+    pub rollout: Option<Rollout>,
+    pub instances: BTreeMap<InstanceId, Instance>,
+    /// Jobs that have succeeded, by the digest of the release they ran for.
+    pub jobs_done: BTreeSet<(Digest, ServiceName)>,
+    /// Ends and failures since a copy last proved itself, by service and index.
+    #[serde(with = "attempts_as_list")]
+    pub attempts: BTreeMap<(ServiceName, u32), Attempt>,
+    pub layout: Layout,
+    /// The table the proxy confirmed.
+    pub routes: Option<RoutingTable>,
+    /// Published ports that could not be opened, in words; cleared by the next table.
+    #[serde(default)]
+    pub ports_failed: Option<String>,
+    /// Counts instances ever made here; part of their ids.
+    pub counter: u64,
+    /// Networks stand as the layout says.
+    pub networks_ready: bool,
+    /// Effects handed out whose outcome is not known yet. Not kept over a restart.
+    #[serde(skip)]
+    pub under_way: BTreeSet<EffectKey>,
+}
+
+/// What should run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Goal {
+    Nothing,
+    Release(ReleaseNumber),
+}
+
+impl Goal {
+    pub fn release(self) -> Option<ReleaseNumber> {
+        match self {
+            Goal::Nothing => None,
+            Goal::Release(number) => Some(number),
+        }
+    }
+}
+
+/// A change of the goal that has not come to its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rollout {
+    pub to: Goal,
+    pub from: Option<ReleaseNumber>,
+    pub started: Millis,
+    pub state: RolloutState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum RolloutState {
+    /// New instances are being started and proven, then traffic moves to them.
+    Proving,
+    /// Something failed; the goal is where it came from.
+    Returning {
+        cause: String,
+        instance: Option<InstanceId>,
+    },
+}
+
+/// One running copy, as far as known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    pub service: ServiceName,
+    pub release: ReleaseNumber,
+    pub revision: Digest,
+    pub index: u32,
+    pub job: bool,
+    /// One per network, in the order of the service's networks.
+    pub addresses: BTreeMap<NetworkName, Ipv4Addr>,
+    pub phase: Phase,
+    pub health: Health,
+    /// Someone ran a command in it: it may differ from its release.
+    #[serde(default)]
+    pub tainted: bool,
+    pub created: Millis,
+}
+
+/// Where an instance is in its life; it only ever moves down this list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "phase")]
+pub enum Phase {
+    Starting,
+    /// Runs, not proven yet.
+    Warming {
+        since: Millis,
+    },
+    /// Proven; takes traffic when the routes say so.
+    Ready {
+        since: Millis,
+    },
+    /// Takes no new traffic; what it holds goes on.
+    Draining,
+    Stopping,
+    /// Ended by itself, or was found dead.
+    Ended {
+        status: ExitStatus,
+        at: Millis,
+    },
+    /// Its process is gone; what is left of it is being removed.
+    Removing,
+}
+
+impl Phase {
+    /// A process of it may be running.
+    pub fn alive(&self) -> bool {
+        !matches!(self, Phase::Ended { .. } | Phase::Removing)
+    }
+
+    pub fn ready(&self) -> bool {
+        matches!(self, Phase::Ready { .. })
+    }
+
+    /// On its way to serving, or serving.
+    pub fn rising(&self) -> bool {
+        matches!(
+            self,
+            Phase::Starting | Phase::Warming { .. } | Phase::Ready { .. }
+        )
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "health")]
+pub enum Health {
+    #[default]
+    Unknown,
+    Healthy,
+    Unhealthy {
+        reason: String,
+    },
+}
+
+/// How often a copy has failed in a row.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    pub failures: u32,
+    pub last: Millis,
+    pub cause: String,
+    /// It ended and its restart policy says to leave it.
+    pub finished: bool,
+    /// The revision this counts for; another one starts afresh.
+    pub revision: Option<Digest>,
+}
+
+/// Addresses handed out in this environment; they outlive instances.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub networks: BTreeMap<NetworkName, BridgeNetwork>,
+    /// Stable service addresses.
+    pub services: BTreeMap<NetworkName, BTreeMap<ServiceName, Ipv4Addr>>,
+    /// Host ports chosen where the file leaves them open: `<service>/<target>/<protocol>`.
+    pub host_ports: BTreeMap<String, u16>,
+}
+
+impl World {
+    pub fn new(environment: EnvironmentName) -> Self {
+        Self {
+            environment,
+            generation: Generation(0),
+            goal: Goal::Nothing,
+            proven: None,
+            rollout: None,
+            instances: BTreeMap::new(),
+            jobs_done: BTreeSet::new(),
+            attempts: BTreeMap::new(),
+            layout: Layout::default(),
+            routes: None,
+            ports_failed: None,
+            counter: 0,
+            networks_ready: false,
+            under_way: BTreeSet::new(),
+        }
+    }
+
+    /// Forgets what cannot be known any more after a restart of the caller: what was
+    /// under way, and whether networks and routes still stand.
+    pub fn recovered(mut self) -> Self {
+        self.under_way.clear();
+        self.networks_ready = false;
+        self.routes = None;
+        self
+    }
+
+    /// The releases this world needs to be planned.
+    pub fn needed_releases(&self) -> BTreeSet<ReleaseNumber> {
+        let rollout = self.rollout.iter().flat_map(|r| [r.to.release(), r.from]);
+        self.instances
+            .values()
+            .map(|i| i.release)
+            .chain(rollout.flatten())
+            .chain(self.goal.release())
+            .chain(self.proven)
+            .collect()
+    }
+
+    /// Nothing is left to do and nothing is failing.
+    pub fn settled(&self) -> bool {
+        self.rollout.is_none()
+            && self
+                .under_way
+                .iter()
+                .all(|key| matches!(key, EffectKey::Observe(_)))
+            && self.instances.values().all(|i| i.phase.ready())
+    }
+
+    pub fn of_service<'a>(
+        &'a self,
+        service: &'a ServiceName,
+    ) -> impl Iterator<Item = (&'a InstanceId, &'a Instance)> {
+        self.instances
+            .iter()
+            .filter(move |(_, i)| &i.service == service)
+    }
+
+    /// Instances the proxy sends new traffic to.
+    pub fn routed(&self, id: &InstanceId) -> bool {
+        self.routes.as_ref().is_some_and(|table| {
+            table
+                .services
+                .values()
+                .any(|s| s.backends.iter().any(|b| &b.instance == id))
+        })
+    }
+}
+
+mod attempts_as_list {
+    use super::{Attempt, BTreeMap, ServiceName};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    type Map = BTreeMap<(ServiceName, u32), Attempt>;
+
+    pub fn serialize<S: Serializer>(map: &Map, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map.iter())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map, D::Error> {
+        Ok(
+            Vec::<((ServiceName, u32), Attempt)>::deserialize(deserializer)?
+                .into_iter()
+                .collect(),
+        )
+    }
+}
