@@ -68,6 +68,10 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
             world.under_way.remove(&key);
         }
         Event::Tainted { id } => with(world, &id, |i| i.tainted = true),
+        Event::ProxyRestarted => {
+            world.networks_ready = false;
+            world.routes = None;
+        }
         Event::Tick => {}
     }
 }
@@ -80,6 +84,10 @@ pub(crate) fn conclude(world: &mut World, conclusion: &Conclusion) {
         Conclusion::Failed { .. } => {}
     }
     world.rollout = None;
+    if world.goal == Goal::Nothing {
+        // The caller takes the networks down with the environment.
+        world.networks_ready = false;
+    }
 }
 
 /// Ends the rollout's hope: the goal turns back to where it came from.

@@ -68,6 +68,8 @@ pub enum Event {
     Tainted {
         id: InstanceId,
     },
+    /// The proxy is another process than before: it must be told everything again.
+    ProxyRestarted,
     /// Time has passed.
     Tick,
 }

@@ -38,7 +38,7 @@ pub(crate) fn current<'w>(
 }
 
 /// A copy that ended by itself and whose policy lets it rest.
-pub(crate) fn rests(world: &World, goal: &Prepared, name: &ServiceName, index: u32) -> bool {
+pub fn rests(world: &World, goal: &Prepared, name: &ServiceName, index: u32) -> bool {
     world
         .attempts
         .get(&(name.clone(), index))

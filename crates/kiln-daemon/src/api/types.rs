@@ -1,0 +1,210 @@
+//! The API's bodies: what the CLI, other programs and the OpenAPI document speak of.
+
+use std::collections::BTreeMap;
+
+use kiln_model::release::{Outcome, Reason};
+use kiln_model::{
+    Digest, EnvironmentName, InstanceId, Millis, Release, ReleaseNumber, ServiceName,
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The daemon itself.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DaemonStatus {
+    pub version: String,
+    pub pid: u32,
+    /// KILN_ROOT.
+    pub root: String,
+    /// Milliseconds since the epoch.
+    pub since: u64,
+    pub proxy_pid: Option<u32>,
+    #[schema(value_type = Vec<String>)]
+    pub environments: Vec<EnvironmentName>,
+}
+
+/// Asks for a release to be rolled out.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ReleaseRequest {
+    #[schema(value_type = Object)]
+    pub release: Release,
+    /// Login name of whoever asks.
+    pub by: String,
+    /// Only say what would be done.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What became of the request.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ReleaseAnswer {
+    #[schema(value_type = u64)]
+    pub number: ReleaseNumber,
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// The environment already runs exactly this: nothing is done.
+    pub unchanged: bool,
+    /// Events after this one are about this rollout.
+    pub after_event: u64,
+    pub outline: Vec<OutlineLine>,
+}
+
+/// What a rollout does to one service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OutlineLine {
+    #[schema(value_type = String)]
+    pub service: ServiceName,
+    pub action: String,
+    pub why: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct RollbackRequest {
+    /// `None`: the one that was proven before the present one.
+    #[schema(value_type = Option<u64>)]
+    pub to: Option<ReleaseNumber>,
+    pub by: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct DownRequest {
+    pub by: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExecNotice {
+    pub by: String,
+    pub command: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct EnvironmentStatus {
+    #[schema(value_type = String)]
+    pub environment: EnvironmentName,
+    /// The release that is wanted.
+    #[schema(value_type = Option<u64>)]
+    pub goal: Option<ReleaseNumber>,
+    /// The release that last proved itself.
+    #[schema(value_type = Option<u64>)]
+    pub proven: Option<ReleaseNumber>,
+    pub rollout: Option<RolloutStatus>,
+    pub services: Vec<ServiceStatus>,
+    /// Ports that could not be opened, if any.
+    pub problem: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct RolloutStatus {
+    #[schema(value_type = Option<u64>)]
+    pub to: Option<ReleaseNumber>,
+    #[schema(value_type = Option<u64>)]
+    pub from: Option<ReleaseNumber>,
+    /// Why it turns back, if it does.
+    pub failed: Option<String>,
+    pub report: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ServiceStatus {
+    #[schema(value_type = String)]
+    pub service: ServiceName,
+    /// `serving`, `starting`, `completed`, `parked`, `down`.
+    pub state: String,
+    pub image: String,
+    /// `127.0.0.1:8080 → 80/tcp`.
+    pub ports: Vec<String>,
+    pub instances: Vec<InstanceStatus>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct InstanceStatus {
+    #[schema(value_type = String)]
+    pub id: InstanceId,
+    /// The release that started it.
+    #[schema(value_type = u64)]
+    pub release: ReleaseNumber,
+    /// Of the goal's revision.
+    pub current: bool,
+    pub phase: String,
+    pub health: String,
+    pub serving: bool,
+    /// Milliseconds since the epoch.
+    pub since: u64,
+    pub pid: Option<u32>,
+    /// Its root is read-only by design.
+    pub sealed: bool,
+    pub tainted: bool,
+    /// How it differs from its release, in words; empty: not at all.
+    pub drift: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// A line of an environment's history.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ReleaseLine {
+    #[schema(value_type = u64)]
+    pub number: ReleaseNumber,
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    pub created: u64,
+    pub by: String,
+    #[schema(value_type = Object)]
+    pub reason: Reason,
+    #[schema(value_type = Object)]
+    pub outcome: Outcome,
+    /// It is what serves.
+    pub serving: bool,
+}
+
+/// Something that happened in an environment.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct EventRecord {
+    /// Rises; 0 before it is stored.
+    #[serde(default)]
+    pub id: u64,
+    #[schema(value_type = u64)]
+    pub time: Millis,
+    #[schema(value_type = String)]
+    pub environment: EnvironmentName,
+    #[schema(value_type = Option<String>)]
+    pub service: Option<ServiceName>,
+    #[schema(value_type = Option<String>)]
+    pub instance: Option<InstanceId>,
+    pub kind: EventKind,
+    pub text: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum EventKind {
+    Note,
+    /// An instance's phase changed.
+    Instance { phase: String },
+    /// A rollout began.
+    Rollout,
+    /// A rollout is over and the new release serves, or all is down.
+    Succeeded,
+    /// A rollout is over and what ran before serves again.
+    Failed {
+        /// The last lines the failing instance printed.
+        log: Vec<String>,
+    },
+    Warning,
+}
+
+/// Every error's body.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ApiErrorBody {
+    /// `not_found`, `conflict`, `invalid`, `internal`.
+    pub kind: String,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+/// What `kiln explain` shows.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Explanation {
+    #[schema(value_type = String)]
+    pub id: InstanceId,
+    pub facts: BTreeMap<String, Vec<String>>,
+}

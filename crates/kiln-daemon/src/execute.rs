@@ -1,0 +1,323 @@
+//! Carries effects out: one `match`, one call an arm. Each runs in a task of its own
+//! and comes back as an event; what could not be done comes back as
+//! [`Event::Failed`] after a pause, and is then planned again.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
+use kiln_model::release::Release;
+use kiln_model::spec::{FileVersion, Port, Protocol};
+use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
+use kiln_plan::{
+    Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, assign_service_addresses,
+    host_port_key,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::api::error::ApiError;
+use crate::engine::Message;
+use crate::shared::{Shared, blocking};
+use crate::{instance_spec, probe, volumes};
+
+/// Pause before an effect that could not be carried out is planned again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+#[derive(Clone)]
+pub struct Executor {
+    shared: Arc<Shared>,
+    environment: EnvironmentName,
+    sender: mpsc::Sender<Message>,
+}
+
+impl Executor {
+    pub fn new(
+        shared: Arc<Shared>,
+        environment: EnvironmentName,
+        sender: mpsc::Sender<Message>,
+    ) -> Self {
+        Self { shared, environment, sender }
+    }
+
+    /// Begins one effect. What it needs of the world is taken now.
+    pub fn begin(&self, world: &World, releases: &Releases, effect: Effect) {
+        let key = effect.key();
+        match effect {
+            Effect::EnsureNetworks(networks) => {
+                let this = self.clone();
+                self.spawn(key, async move {
+                    let shared = this.shared.clone();
+                    let environment = this.environment.clone();
+                    let port = shared.proxy.catch_all_port().await?;
+                    blocking(move || shared.networks.ensure(&environment, networks, port))
+                        .await??;
+                    Ok(Event::NetworksReady)
+                });
+            }
+            Effect::Start { id } => {
+                let spec = instance_spec::build(&self.shared, world, releases, &id);
+                self.start(key, id, spec);
+            }
+            Effect::Route(table) => {
+                let shared = self.shared.clone();
+                self.spawn(key, async move {
+                    let failed = shared.proxy.apply(&table).await?;
+                    Ok(Event::Routed { table, failed })
+                });
+            }
+            Effect::Drain { id, limit } => {
+                let shared = self.shared.clone();
+                self.spawn(key, async move {
+                    shared.proxy.drain(&id, limit).await?;
+                    Ok(Event::Drained { id })
+                });
+            }
+            Effect::Stop { id, signal, grace } => self.stop(key, id, signal, grace),
+            Effect::Remove { id } => {
+                let shared = self.shared.clone();
+                self.spawn(key, async move {
+                    let gone = id.clone();
+                    blocking(move || shared.runtime.remove(&gone).map_err(|e| e.to_string()))
+                        .await??;
+                    Ok(Event::Removed { id })
+                });
+            }
+            // The engine sees to these itself.
+            Effect::Observe { .. } | Effect::Conclude(_) => {}
+        }
+    }
+
+    fn spawn(
+        &self,
+        key: EffectKey,
+        work: impl Future<Output = Result<Event, String>> + Send + 'static,
+    ) {
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            let event = match work.await {
+                Ok(event) => event,
+                Err(cause) => {
+                    tokio::time::sleep(PAUSE).await;
+                    Event::Failed { key, cause }
+                }
+            };
+            // The engine only ends with the daemon.
+            let _ = sender.send(Message::Event(event)).await;
+        });
+    }
+
+    fn start(&self, key: EffectKey, id: InstanceId, spec: Result<instance_spec::Built, String>) {
+        let this = self.clone();
+        self.spawn(key, async move {
+            let built = match spec {
+                Ok(built) => built,
+                Err(cause) => return Ok(Event::StartFailed { id, cause }),
+            };
+            let shared = this.shared.clone();
+            let started = blocking(move || {
+                volumes::prepare(&shared, &built.volumes)?;
+                shared.runtime.start(&built.spec).map_err(|e| e.to_string())
+            })
+            .await?;
+            match started {
+                Ok(_) => {
+                    this.watch_exit(id.clone());
+                    Ok(Event::Started { id })
+                }
+                Err(cause) => Ok(Event::StartFailed { id, cause }),
+            }
+        });
+    }
+
+    fn stop(&self, key: EffectKey, id: InstanceId, signal: String, grace: Millis) {
+        let shared = self.shared.clone();
+        self.spawn(key, async move {
+            let target = id.clone();
+            let status = blocking(move || {
+                shared.runtime.stop(&target, &signal, grace.into()).map_err(|e| e.to_string())
+            })
+            .await??;
+            Ok(Event::Exited { id, status })
+        });
+    }
+
+    /// Tells the engine when the instance has ended, by itself or not.
+    pub fn watch_exit(&self, id: InstanceId) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            let fd = this.shared.runtime.exit_fd(&id).ok().and_then(|fd| AsyncFd::new(fd).ok());
+            if let Some(fd) = fd {
+                // Readable once the shim has ended; an error means it is long gone.
+                let _ = fd.readable().await;
+            }
+            let shared = this.shared.clone();
+            let ended = id.clone();
+            let status = blocking(move || shared.runtime.wait(&ended)).await;
+            if let Ok(Ok(status)) = status {
+                let _ = this.sender.send(Message::Event(Event::Exited { id, status })).await;
+            }
+        });
+    }
+
+    pub fn observe(&self, world: &World, id: InstanceId, plan: ProbePlan) -> JoinHandle<()> {
+        let instance = world.instances.get(&id);
+        let target = probe::Target {
+            id: id.clone(),
+            address: instance
+                .and_then(|i| i.addresses.values().next())
+                .map(|a| std::net::IpAddr::V4(*a)),
+            proven: instance.is_some_and(|i| i.phase.ready()),
+        };
+        let sender = self.sender.clone();
+        tokio::spawn(probe::run(self.shared.runtime.clone(), target, plan, sender))
+    }
+
+    /// What the runtime holds of this environment; leftovers that the world does not
+    /// know are removed on the way.
+    pub async fn found(&self, world: &World) -> Result<Vec<Observed>, String> {
+        let runtime = self.shared.runtime.clone();
+        let environment = self.environment.clone();
+        let known: Vec<InstanceId> = world.instances.keys().cloned().collect();
+        blocking(move || {
+            let mut mine = Vec::new();
+            for observed in runtime.list().map_err(|e| e.to_string())? {
+                if known.contains(&observed.id) {
+                    mine.push(observed);
+                    continue;
+                }
+                let stray = runtime
+                    .spec(&observed.id)
+                    .ok()
+                    .flatten()
+                    .is_some_and(|spec: InstanceSpec| {
+                        spec.purpose.membership().is_some_and(|m| m.environment == environment)
+                    });
+                if stray && !matches!(observed.state, ObservedState::Starting) {
+                    runtime.remove(&observed.id).map_err(|e| e.to_string())?;
+                }
+            }
+            Ok(mine)
+        })
+        .await?
+    }
+
+    /// Gives the release's networks, services and open ports their addresses.
+    pub async fn lay_out(&self, world: &World, release: &Release) -> Result<Layout, ApiError> {
+        let shared = self.shared.clone();
+        let environment = self.environment.clone();
+        let release = release.clone();
+        let mut layout = world.layout.clone();
+        blocking(move || {
+            shared
+                .networks
+                .lay_out(&environment, &release, &mut layout)
+                .map_err(|e| ApiError::invalid(e, "change or leave out the network's settings"))?;
+            let problems = assign_service_addresses(&mut layout, &release);
+            if let Some(problem) = problems.into_iter().next() {
+                return Err(ApiError::invalid(problem, "leave the address out, or choose another"));
+            }
+            choose_host_ports(&release, &mut layout)?;
+            Ok(layout)
+        })
+        .await
+        .map_err(ApiError::internal)?
+    }
+
+    /// Makes sure that everything the release needs is in the store and stays there.
+    pub async fn pin(&self, release: &Release, number: ReleaseNumber) -> Result<(), ApiError> {
+        let shared = self.shared.clone();
+        let release = release.clone();
+        blocking(move || pin(&shared, &release, number)).await.map_err(ApiError::internal)?
+    }
+
+    /// The environment is empty: its networks go.
+    pub fn forget_networks(&self) {
+        let shared = self.shared.clone();
+        let environment = self.environment.clone();
+        tokio::spawn(async move {
+            let port = shared.proxy.catch_all_port().await.unwrap_or(0);
+            let inner = shared.clone();
+            let result = blocking(move || inner.networks.forget(&environment, port)).await;
+            if let Ok(Err(cause)) | Err(cause) = result {
+                tracing::warn!(%cause, "networks not removed");
+            }
+        });
+    }
+}
+
+fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), ApiError> {
+    let missing = |what: String| {
+        ApiError::invalid(format!("{what} is not in the store"), "run `kiln up` to build it anew")
+    };
+    let store = |e: kiln_store::StoreError| ApiError::internal(e.to_string());
+    let mut pins: BTreeMap<String, kiln_model::Digest> = BTreeMap::new();
+    let prefix = format!("release/{}/{number}", release.environment);
+    for (name, released) in &release.services {
+        let image = released.image.digest;
+        if shared.store.image(&image).map_err(store)?.is_none() {
+            return Err(missing(format!("the image {image} of service `{name}`")));
+        }
+        pins.insert(format!("{prefix}/{name}/image"), image);
+        for (n, digest) in released.mounted_images.values().enumerate() {
+            pins.insert(format!("{prefix}/{name}/mounted-{n}"), *digest);
+        }
+        for (key, version) in &released.files {
+            match version {
+                FileVersion::Config(digest) => {
+                    pins.insert(format!("{prefix}/{name}/config-{key}"), *digest);
+                }
+                FileVersion::Secret(id) if !shared.secrets.path(id).exists() => {
+                    return Err(missing(format!("the secret `{key}` of service `{name}`")));
+                }
+                FileVersion::Secret(_) => {}
+            }
+        }
+    }
+    for (name, digest) in pins {
+        shared.store.set_ref(&name, &digest).map_err(store)?;
+    }
+    Ok(())
+}
+
+/// A free host port for each port the file leaves open; those chosen before stay.
+fn choose_host_ports(release: &Release, layout: &mut Layout) -> Result<(), ApiError> {
+    for (name, released) in &release.services {
+        for port in released.service.ports.iter().filter(|p| p.published.is_none()) {
+            let key = host_port_key(name, port);
+            if layout.host_ports.contains_key(&key) {
+                continue;
+            }
+            let chosen = free_port(port).ok_or_else(|| {
+                ApiError::conflict(
+                    format!("no free host port for port {} of service `{name}`", port.target),
+                    "name one that is free, or widen the range",
+                )
+            })?;
+            layout.host_ports.insert(key, chosen);
+        }
+    }
+    Ok(())
+}
+
+/// Asks the kernel; another program may still be faster, which shows when the proxy
+/// opens the port.
+fn free_port(port: &Port) -> Option<u16> {
+    let ip = port.host_ip.unwrap_or(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+    let free = |candidate: u16| {
+        let address = SocketAddr::new(ip, candidate);
+        match port.protocol {
+            Protocol::Tcp => TcpListener::bind(address).and_then(|l| l.local_addr()),
+            Protocol::Udp => UdpSocket::bind(address).and_then(|s| s.local_addr()),
+        }
+        .ok()
+        .map(|a| a.port())
+    };
+    match port.range {
+        Some((low, high)) => (low..=high).find_map(free),
+        None => free(0),
+    }
+}

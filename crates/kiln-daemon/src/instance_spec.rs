@@ -1,0 +1,411 @@
+//! From a released service and a planned instance to what the runtime starts: every
+//! path, address and digest filled in.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+
+use kiln_model::instance::{
+    InstanceLimits, InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSecurity,
+    InstanceSpec, Interface, Membership, Purpose, Resolver, Root, SharedNamespace,
+    SharedNamespaces,
+};
+use kiln_model::release::{Release, ReleasedService};
+use kiln_model::spec::{
+    FileKind, FileVersion, Limits, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+};
+use kiln_model::{ImageConfig, InstanceId, Millis};
+use kiln_plan::{Instance, Layout, Releases, World};
+
+use crate::shared::Shared;
+
+/// What Docker gives programs whose image names no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const DEFAULT_GRACE: Millis = Millis(10_000);
+
+/// An instance's spec, and the volumes that must be there before it starts.
+pub struct Built {
+    pub spec: InstanceSpec,
+    pub volumes: Vec<VolumeUse>,
+}
+
+/// A named volume that is mounted at `target`, whose image content a new volume gets.
+#[derive(Clone, Debug)]
+pub struct VolumeUse {
+    pub name: kiln_model::VolumeName,
+    pub external: bool,
+    pub target: String,
+    pub tree: kiln_model::Digest,
+    pub nocopy: bool,
+}
+
+pub fn build(
+    shared: &Shared,
+    world: &World,
+    releases: &Releases,
+    id: &InstanceId,
+) -> Result<Built, String> {
+    let instance = world.instances.get(id).ok_or("the instance is not in the plan")?;
+    let prepared = releases.get(instance.release).ok_or("its release is not known")?;
+    let released = prepared
+        .release
+        .services
+        .get(&instance.service)
+        .ok_or("its service is not in its release")?;
+    let service = &released.service;
+    let image = &released.image.config;
+    let argv = command(service, image);
+    if argv.is_empty() {
+        return Err("neither the image nor the compose file says what to run (command)".into());
+    }
+    let (mounts, volumes) = mounts(shared, &prepared.release, released)?;
+    let hostname =
+        service.names.hostname.clone().unwrap_or_else(|| {
+            format!("{}-{}", instance.service.as_str().replace(['_', '.'], "-"), instance.index)
+        });
+    let (network, resolver) = network(world, service, instance)?;
+    let spec = InstanceSpec {
+        format: InstanceSpec::FORMAT,
+        id: id.clone(),
+        purpose: purpose(world, instance, released),
+        argv,
+        env: environment(service, image, &hostname),
+        cwd: service
+            .process
+            .working_dir
+            .clone()
+            .or_else(|| non_empty(&image.working_dir))
+            .unwrap_or_else(|| "/".into()),
+        user: service.process.user.clone().unwrap_or_else(|| image.user.clone()),
+        group_add: service.process.group_add.clone(),
+        hosts: hosts(world, &world.layout, service),
+        hostname,
+        domainname: service.names.domainname.clone(),
+        root: root(shared, released),
+        mounts,
+        network,
+        resolver,
+        namespaces: namespaces(service)?,
+        security: security(service),
+        limits: limits(&service.limits),
+        stop_signal: service
+            .process
+            .stop_signal
+            .clone()
+            .or_else(|| image.stop_signal.clone())
+            .unwrap_or_else(|| "SIGTERM".into()),
+        stop_grace: service.process.stop_grace.unwrap_or(DEFAULT_GRACE),
+        init: service.process.init,
+        tty: service.process.tty,
+        stdin_open: service.process.stdin_open,
+        logging: service.logging.clone(),
+    };
+    Ok(Built { spec, volumes })
+}
+
+fn purpose(world: &World, instance: &Instance, released: &ReleasedService) -> Purpose {
+    let membership = Membership {
+        environment: world.environment.clone(),
+        service: instance.service.clone(),
+        release: instance.release,
+        revision: instance.revision,
+        index: instance.index,
+        image: released.image.digest,
+    };
+    match instance.job {
+        true => Purpose::Job(membership),
+        false => Purpose::Service(membership),
+    }
+}
+
+/// A stated entrypoint takes the image's command with it, as in Docker.
+pub fn command(service: &Service, image: &ImageConfig) -> Vec<String> {
+    let process = &service.process;
+    let (entrypoint, default) = match &process.entrypoint {
+        Some(stated) => (stated.clone(), Vec::new()),
+        None => (image.entrypoint.clone(), image.cmd.clone()),
+    };
+    let arguments = process.command.clone().unwrap_or(default);
+    entrypoint.into_iter().chain(arguments).collect()
+}
+
+/// The image's variables under the compose file's.
+pub fn environment(
+    service: &Service,
+    image: &ImageConfig,
+    hostname: &str,
+) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::from([("PATH".to_owned(), DEFAULT_PATH.to_owned())]);
+    env.extend(image.env.iter().cloned());
+    env.insert("HOSTNAME".into(), hostname.to_owned());
+    env.extend(service.process.environment.clone());
+    env
+}
+
+fn non_empty(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn root(shared: &Shared, released: &ReleasedService) -> Root {
+    let tree = shared.store.tree_paths(&released.image.tree);
+    match released.service.kiln.root {
+        RootSetting::Sealed => Root::Sealed { tree, scratch: released.scratch.clone() },
+        RootSetting::Scratch => Root::Unsealed { tree },
+    }
+}
+
+fn mounts(
+    shared: &Shared,
+    release: &Release,
+    released: &ReleasedService,
+) -> Result<(Vec<InstanceMount>, Vec<VolumeUse>), String> {
+    let mut mounts = Vec::new();
+    let mut volumes = Vec::new();
+    for mount in &released.service.mounts {
+        let source = match &mount.source {
+            MountSource::Bind { path, create, propagation } => {
+                let path = host_path(path, *create)?;
+                let propagation = propagation.clone();
+                InstanceMountSource::Bind { path, recursive: true, propagation }
+            }
+            MountSource::Volume { volume, subpath, nocopy } => {
+                let volume = release
+                    .volumes
+                    .get(volume)
+                    .ok_or_else(|| format!("volume `{volume}` is not in the release"))?;
+                volumes.push(VolumeUse {
+                    name: volume.name.clone(),
+                    external: volume.external,
+                    target: mount.target.clone(),
+                    tree: released.image.tree,
+                    nocopy: *nocopy || subpath.is_some(),
+                });
+                let data = crate::volumes::data_folder(&shared.root, &volume.name);
+                let path = match subpath {
+                    Some(sub) if is_plain(sub) => data.join(sub),
+                    Some(sub) => return Err(format!("volume subpath `{sub}` leaves the volume")),
+                    None => data,
+                };
+                InstanceMountSource::Bind { path, recursive: false, propagation: None }
+            }
+            MountSource::Anonymous => {
+                InstanceMountSource::Tmpfs { size: None, mode: None, uid: None, gid: None }
+            }
+            MountSource::Tmpfs { size, mode } => {
+                InstanceMountSource::Tmpfs { size: *size, mode: *mode, uid: None, gid: None }
+            }
+            MountSource::Image { reference, subpath } => {
+                let digest = released
+                    .mounted_images
+                    .get(reference)
+                    .ok_or_else(|| format!("image `{reference}` is not in the release"))?;
+                let image = shared
+                    .store
+                    .image(digest)
+                    .map_err(|e| e.to_string())?
+                    .ok_or_else(|| format!("image {digest} is not in the store"))?;
+                let tree = shared.store.tree_paths(&image.tree);
+                InstanceMountSource::Tree { tree, subpath: subpath.clone() }
+            }
+        };
+        mounts.push(InstanceMount {
+            source,
+            target: mount.target.clone(),
+            read_only: mount.read_only,
+            exec: mount.exec || mount.read_only,
+            dev: released.service.security.privileged,
+        });
+    }
+    for file in &released.service.files {
+        mounts.push(file_mount(shared, released, file)?);
+    }
+    Ok((mounts, volumes))
+}
+
+fn is_plain(subpath: &str) -> bool {
+    Path::new(subpath).components().all(|c| matches!(c, std::path::Component::Normal(_)))
+}
+
+fn host_path(path: &Path, create: bool) -> Result<std::path::PathBuf, String> {
+    if !path.exists() {
+        if !create {
+            return Err(format!("the bind mount's source {} is not there", path.display()));
+        }
+        std::fs::create_dir_all(path)
+            .map_err(|e| format!("the bind mount's source {}: {e}", path.display()))?;
+    }
+    Ok(path.to_owned())
+}
+
+fn file_mount(
+    shared: &Shared,
+    released: &ReleasedService,
+    file: &kiln_model::spec::FileMount,
+) -> Result<InstanceMount, String> {
+    let version = released
+        .files
+        .get(&file.source)
+        .ok_or_else(|| format!("`{}` has no content in the release", file.source))?;
+    let path = match version {
+        FileVersion::Config(digest) => shared.store.blob_path(digest),
+        FileVersion::Secret(id) => shared.secrets.path(id),
+    };
+    Ok(InstanceMount {
+        source: InstanceMountSource::File {
+            path,
+            uid: file.uid,
+            gid: file.gid,
+            mode: file.mode,
+            secret: file.kind == FileKind::Secret,
+        },
+        target: file.target.clone(),
+        read_only: true,
+        exec: false,
+        dev: false,
+    })
+}
+
+fn network(
+    world: &World,
+    service: &Service,
+    instance: &Instance,
+) -> Result<(InstanceNetwork, Option<Resolver>), String> {
+    let names = &service.names;
+    let resolver = |gateway: Option<Ipv4Addr>| {
+        let stated = names.dns.clone();
+        Resolver {
+            // Names of services must resolve; what kiln doesn't know goes on to the
+            // host's resolvers, and to the stated ones first.
+            nameservers: match gateway {
+                Some(gateway) => {
+                    std::iter::once(IpAddr::V4(gateway)).chain(stated).collect()
+                }
+                None => stated,
+            },
+            search: names.dns_search.clone(),
+            options: names.dns_opt.clone(),
+        }
+    };
+    match &service.network {
+        NetworkMode::None => Ok((InstanceNetwork::Isolated, None)),
+        NetworkMode::Host => Ok((InstanceNetwork::Host, None)),
+        NetworkMode::Service(other) => {
+            let id = world
+                .of_service(other)
+                .filter(|(_, i)| i.phase.rising())
+                .map(|(id, _)| id.clone())
+                .last()
+                .ok_or_else(|| format!("network_mode: service `{other}` has no instance"))?;
+            Ok((InstanceNetwork::Join(id), None))
+        }
+        NetworkMode::Networks(attached) => {
+            let mut interfaces = Vec::new();
+            let mut gateway = None;
+            for (n, (key, attachment)) in attached.iter().enumerate() {
+                let bridge = world
+                    .layout
+                    .networks
+                    .get(key)
+                    .ok_or_else(|| format!("network `{key}` is not laid out"))?;
+                let address = instance
+                    .addresses
+                    .get(key)
+                    .ok_or_else(|| format!("no address on network `{key}`"))?;
+                gateway = gateway.or(Some(bridge.gateway()));
+                let way_out = !bridge.internal
+                    && !interfaces.iter().any(|i: &Interface| i.gateway.is_some());
+                interfaces.push(Interface {
+                    name: attachment
+                        .interface_name
+                        .clone()
+                        .unwrap_or_else(|| format!("eth{n}")),
+                    bridge: bridge.bridge.clone(),
+                    address: *address,
+                    prefix: bridge.subnet.prefix(),
+                    gateway: way_out.then(|| bridge.gateway()),
+                    mtu: bridge.mtu,
+                    mac: attachment.mac_address.clone(),
+                });
+            }
+            Ok((InstanceNetwork::Bridged(interfaces), Some(resolver(gateway))))
+        }
+    }
+}
+
+/// `extra_hosts` and `links`.
+fn hosts(world: &World, layout: &Layout, service: &Service) -> Vec<(IpAddr, String)> {
+    let NetworkMode::Networks(attached) = &service.network else {
+        return service
+            .names
+            .extra_hosts
+            .iter()
+            .filter_map(|(name, address)| Some((address.parse().ok()?, name.clone())))
+            .collect();
+    };
+    let gateway = attached.keys().find_map(|k| world.layout.networks.get(k)).map(|n| n.gateway());
+    let extra = service.names.extra_hosts.iter().filter_map(|(name, address)| {
+        let address = match address.as_str() {
+            "host-gateway" => gateway.map(IpAddr::V4),
+            other => other.parse().ok(),
+        };
+        Some((address?, name.clone()))
+    });
+    let links = service.names.links.iter().filter_map(|(other, alias)| {
+        let address = attached
+            .keys()
+            .find_map(|network| layout.services.get(network)?.get(other))?;
+        Some((IpAddr::V4(*address), alias.clone()))
+    });
+    extra.chain(links).collect()
+}
+
+fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
+    let one = |mode: &NamespaceMode, what: &str| match mode {
+        NamespaceMode::Private => Ok(SharedNamespace::Private),
+        NamespaceMode::Host => Ok(SharedNamespace::Host),
+        NamespaceMode::Service(other) => {
+            Err(format!("{what}: service:{other} is not there yet; use `host` or leave it out"))
+        }
+    };
+    Ok(SharedNamespaces {
+        pid: one(&service.namespaces.pid, "pid")?,
+        ipc: one(&service.namespaces.ipc, "ipc")?,
+        uts: one(&service.namespaces.uts, "uts")?,
+        cgroup: one(&service.namespaces.cgroup, "cgroup")?,
+    })
+}
+
+fn security(service: &Service) -> InstanceSecurity {
+    let s = &service.security;
+    InstanceSecurity {
+        cap_add: s.cap_add.clone(),
+        cap_drop: s.cap_drop.clone(),
+        no_new_privileges: s.no_new_privileges.unwrap_or(!s.privileged),
+        seccomp: s.seccomp.clone(),
+        apparmor: s.apparmor.clone(),
+        privileged: s.privileged,
+        devices: s.devices.clone(),
+        device_cgroup_rules: s.device_cgroup_rules.clone(),
+        sysctls: s.sysctls.clone(),
+    }
+}
+
+fn limits(l: &Limits) -> InstanceLimits {
+    InstanceLimits {
+        memory: l.memory,
+        memory_reservation: l.memory_reservation,
+        memory_swap: l.memory_swap,
+        memory_swappiness: l.memory_swappiness,
+        nano_cpus: l.nano_cpus,
+        cpu_shares: l.cpu_shares,
+        cpu_period: l.cpu_period,
+        cpu_quota: l.cpu_quota,
+        cpuset: l.cpuset.clone(),
+        pids: l.pids,
+        shm_size: l.shm_size,
+        ulimits: l.ulimits.clone(),
+        oom_score_adj: l.oom_score_adj,
+        oom_kill_disable: l.oom_kill_disable,
+        blkio: l.blkio.clone(),
+    }
+}

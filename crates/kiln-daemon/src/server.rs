@@ -1,0 +1,155 @@
+//! Starts and ends the daemon: one per root, engines for every stored environment, the
+//! API on its socket.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kiln_plan::Event;
+use kiln_runtime::{Runtime, RuntimeConfig};
+use kiln_store::Store;
+use kiln_trust::{AuditLog, SecretStore};
+use rustix::fs::{FlockOperation, flock};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast;
+
+use crate::engine::{self, Message};
+use crate::networks::Networks;
+use crate::proxy_link::ProxyLink;
+use crate::shared::{EVENT_QUEUE, Shared};
+use crate::state::State;
+use crate::api;
+
+/// What the daemon is told by whoever starts it.
+pub struct DaemonConfig {
+    /// KILN_ROOT.
+    pub root: PathBuf,
+    /// Runs this program as an instance's shim.
+    pub shim: Vec<OsString>,
+    /// Runs this program as the proxy.
+    pub proxy: Vec<OsString>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("another daemon (pid {pid}) already runs on {root}")]
+    AlreadyRunning { root: PathBuf, pid: String },
+    #[error("{what} {path}: {source}")]
+    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{0}")]
+    Part(String),
+}
+
+fn part(error: impl std::fmt::Display) -> DaemonError {
+    DaemonError::Part(error.to_string())
+}
+
+/// The API's socket under a root.
+pub fn socket_path(root: &Path) -> PathBuf {
+    root.join("run/kiln.sock")
+}
+
+/// Runs until SIGTERM, SIGINT or a call to shut down. Services go on.
+pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
+    let root = config.root.clone();
+    let io = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| DaemonError::Io { what, path, source }
+    };
+    let folder = root.join("run");
+    fs::create_dir_all(&folder).map_err(io("making", &folder))?;
+    fs::set_permissions(&root, Permissions::from_mode(0o700)).map_err(io("securing", &root))?;
+    let _lock = lock(&root)?;
+    let shared = open(config)?;
+    let socket = socket_path(&root);
+    let _ = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
+    fs::set_permissions(&socket, Permissions::from_mode(0o600))
+        .map_err(io("securing", &socket))?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(io("signals of", &root))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals of", &root))?;
+    let (stop, mut stopped) = tokio::sync::mpsc::channel(1);
+    let router = api::router(shared.clone(), stop);
+    tokio::spawn(watch_proxy(shared.clone()));
+    tracing::info!(root = %root.display(), "serving");
+    tokio::select! {
+        served = axum::serve(listener, router) => served.map_err(io("serving", &socket))?,
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = stopped.recv() => {
+            // The answer to the call that asked for it is on its way.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    let _ = fs::remove_file(&socket);
+    Ok(())
+}
+
+/// One daemon per root; the lock goes with the process, however it ends.
+fn lock(root: &Path) -> Result<File, DaemonError> {
+    let path = root.join("run/daemon.lock");
+    let io = |source| DaemonError::Io { what: "locking", path: path.clone(), source };
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(io)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let pid = fs::read_to_string(&path).unwrap_or_default().trim().to_owned();
+        return Err(DaemonError::AlreadyRunning { root: root.to_owned(), pid });
+    }
+    file.set_len(0).map_err(io)?;
+    fs::write(&path, std::process::id().to_string()).map_err(io)?;
+    Ok(file)
+}
+
+fn open(config: DaemonConfig) -> Result<Arc<Shared>, DaemonError> {
+    let root = config.root;
+    let state = State::open(&root).map_err(part)?;
+    let worlds = state.environments().map_err(part)?;
+    let runtime = Runtime::open(RuntimeConfig { root: root.clone(), shim: config.shim })
+        .map_err(part)?;
+    let (events, _) = broadcast::channel(EVENT_QUEUE);
+    let shared = Arc::new(Shared {
+        started: Shared::now(),
+        store: Arc::new(Store::open(&root).map_err(part)?),
+        runtime: Arc::new(runtime),
+        secrets: SecretStore::open(&root).map_err(part)?,
+        audit: AuditLog::open(&root).map_err(part)?,
+        proxy: ProxyLink::new(root.clone(), config.proxy),
+        networks: Networks::new(&root, &worlds),
+        state,
+        events,
+        engines: Mutex::new(BTreeMap::new()),
+        root,
+    });
+    for world in worlds {
+        let name = world.environment.clone();
+        let handle = engine::spawn(shared.clone(), world);
+        shared.engines.lock().unwrap_or_else(PoisonError::into_inner).insert(name, handle);
+    }
+    Ok(shared)
+}
+
+/// Whenever the proxy ends it is started again and told everything anew.
+async fn watch_proxy(shared: Arc<Shared>) {
+    loop {
+        if let Err(cause) = shared.proxy.ended().await {
+            tracing::error!(%cause, "proxy");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            continue;
+        }
+        tracing::warn!("the proxy ended; starting it again");
+        for engine in shared.all_engines() {
+            // An engine only ends with the daemon.
+            let _ = engine.send(Message::Event(Event::ProxyRestarted)).await;
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! What a rollout would do to each service, for people, before it is begun.
+
+use kiln_model::ServiceName;
+use serde::{Deserialize, Serialize};
+
+use crate::service::{is_exclusive, is_job};
+use crate::world::Prepared;
+
+/// How a service gets from one release to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    Create,
+    /// New copies beside the old, then traffic moves.
+    Replace,
+    /// One copy after the other, requests wait.
+    Handoff,
+    RunJob,
+    /// Only counts or traffic settings differ.
+    Adjust,
+    Keep,
+    Remove,
+}
+
+/// One service's line; `why` is empty where nothing changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    pub service: ServiceName,
+    pub action: Action,
+    pub why: String,
+}
+
+/// Services in the order of their names.
+pub fn outline(from: Option<&Prepared>, to: &Prepared) -> Vec<Step> {
+    let mut steps: Vec<Step> = to
+        .release
+        .services
+        .keys()
+        .map(|name| {
+            let (action, why) = step(from, to, name);
+            Step {
+                service: name.clone(),
+                action,
+                why,
+            }
+        })
+        .collect();
+    if let Some(from) = from {
+        let gone = from
+            .release
+            .services
+            .keys()
+            .filter(|n| !to.release.services.contains_key(*n));
+        steps.extend(gone.map(|name| Step {
+            service: name.clone(),
+            action: Action::Remove,
+            why: "it is not in the new release".into(),
+        }));
+    }
+    steps
+}
+
+fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, String) {
+    let Some(new) = to.release.services.get(name) else {
+        return (Action::Keep, String::new());
+    };
+    if is_job(&to.release, name) {
+        return match from.is_some_and(|f| f.digest == to.digest) {
+            true => (Action::Keep, String::new()),
+            false => (Action::RunJob, "once for each release".into()),
+        };
+    }
+    let Some(old) = from.and_then(|f| f.release.services.get(name)) else {
+        return (Action::Create, "it is new".into());
+    };
+    if from.and_then(|f| f.revisions.get(name)) == to.revisions.get(name) {
+        return match old == new {
+            true => (Action::Keep, String::new()),
+            false => (
+                Action::Adjust,
+                "only counts or traffic settings differ".into(),
+            ),
+        };
+    }
+    let why = format!("{} changed", changes(old, new).join(", "));
+    match is_exclusive(new) {
+        true => (
+            Action::Handoff,
+            format!("{why}; two copies must not overlap"),
+        ),
+        false => (Action::Replace, why),
+    }
+}
+
+/// Which parts differ, in words.
+fn changes(
+    old: &kiln_model::release::ReleasedService,
+    new: &kiln_model::release::ReleasedService,
+) -> Vec<&'static str> {
+    let (o, n) = (&old.service, &new.service);
+    let mut parts = Vec::new();
+    let mut note = |differs: bool, what| {
+        if differs {
+            parts.push(what);
+        }
+    };
+    note(old.image.digest != new.image.digest, "image");
+    note(
+        old.files != new.files || o.files != n.files,
+        "configs or secrets",
+    );
+    note(
+        o.process.environment != n.process.environment,
+        "environment",
+    );
+    note(
+        (&o.process.command, &o.process.entrypoint) != (&n.process.command, &n.process.entrypoint),
+        "command",
+    );
+    note(o.mounts != n.mounts, "mounts");
+    note(old.scratch != new.scratch, "scratch");
+    note(o.network != n.network, "networks");
+    note(o.limits != n.limits, "limits");
+    note(o.security != n.security, "security");
+    note(o.health != n.health, "health check");
+    if parts.is_empty() {
+        parts.push("its definition");
+    }
+    parts
+}
