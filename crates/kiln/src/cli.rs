@@ -1,0 +1,297 @@
+//! The command line: what can be asked, and nothing of how it is answered.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Immutable infrastructure: every change is a new release, put in place by replacement.
+#[derive(Parser, Debug)]
+#[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// Where kiln keeps everything
+    #[arg(long, env = "KILN_ROOT", default_value = "/var/lib/kiln", global = true)]
+    pub root: PathBuf,
+    /// Print JSON for machines: results as one value, progress as one event a line
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Build, test and roll out a project, replacing what runs without dropping a request
+    Up(UpArgs),
+    /// Show what `up` would do, and why
+    Plan(ProjectArgs),
+    /// Build and test the images, and roll nothing out
+    Build(ProjectArgs),
+    /// Stop and remove everything that runs of a project; volumes and releases stay
+    Down(EnvironmentArgs),
+    /// Show what serves, since when, from which release, and what has drifted
+    Status(StatusArgs),
+    /// Show what instances print
+    Logs(LogsArgs),
+    /// List an environment's releases
+    Releases(EnvironmentArgs),
+    /// Show what differs between two releases
+    Diff(DiffArgs),
+    /// Go back to an earlier release: offline, without building
+    Rollback(RollbackArgs),
+    /// List the images in the store
+    Images,
+    /// Remove what no retained release or running instance needs
+    Gc(GcArgs),
+    /// Check every byte of the store against its digest
+    Fsck(FsckArgs),
+    /// Show the audit log, or verify that nobody has changed it
+    Audit(AuditArgs),
+    /// Show what happens in an environment
+    Events(EventsArgs),
+    /// Run a command in an instance; recorded, and the instance is marked tainted
+    Exec(ExecArgs),
+    /// Show why an instance is as it is: mounts, digests, limits, write set
+    Explain(ExplainArgs),
+    /// Print the project as kiln understands it
+    Config(ConfigArgs),
+    /// Write kiln.lock, or move what it pins
+    Lock(LockArgs),
+    /// Run or control the daemon
+    Daemon(DaemonArgs),
+    /// Say what this machine lacks, and what that costs
+    Doctor,
+    /// Print a completion script for a shell
+    Completion {
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a folder
+    Man {
+        folder: PathBuf,
+    },
+    /// An instance's supervisor (internal)
+    #[command(hide = true, disable_help_flag = true)]
+    Shim {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// The proxy's process (internal)
+    #[command(hide = true)]
+    Proxy,
+}
+
+/// Which project, and how it is read.
+#[derive(Args, Debug, Clone)]
+pub struct ProjectArgs {
+    /// The project's folder, or its compose file
+    #[arg(default_value = ".")]
+    pub project: PathBuf,
+    /// Compose files, merged in this order
+    #[arg(short, long = "file", value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// The project's name
+    #[arg(short, long, env = "COMPOSE_PROJECT_NAME")]
+    pub project_name: Option<String>,
+    /// The environment to act on (default: the project's name)
+    #[arg(short, long, env = "KILN_ENVIRONMENT")]
+    pub environment: Option<String>,
+    /// Enable a profile
+    #[arg(long, value_name = "PROFILE")]
+    pub profile: Vec<String>,
+    /// Read variables from this file instead of .env
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Go on although this key can't be honoured; the warning is recorded
+    #[arg(long, value_name = "KEY")]
+    pub allow_ignored: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct UpArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Only show what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Return as soon as the rollout has begun
+    #[arg(short, long)]
+    pub detach: bool,
+}
+
+/// Which environment: by name, or that of the project here.
+#[derive(Args, Debug, Clone)]
+pub struct EnvironmentArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Every environment of this root
+    #[arg(short, long)]
+    pub all: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct LogsArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Only this service or instance
+    #[arg(short, long, value_name = "NAME")]
+    pub service: Vec<String>,
+    /// Go on with what is printed from now on
+    #[arg(short = 'F', long)]
+    pub follow: bool,
+    /// Only the last lines of each instance
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub tail: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+pub struct DiffArgs {
+    /// Older release
+    pub a: u64,
+    /// Newer release
+    pub b: u64,
+    #[command(flatten)]
+    pub project: ProjectArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct RollbackArgs {
+    /// The release to return to (default: the one proven before this one)
+    pub release: Option<u64>,
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Return as soon as the rollout has begun
+    #[arg(short, long)]
+    pub detach: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct GcArgs {
+    /// Only say what would be removed
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Releases to keep in each environment beside the one that serves
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    pub keep: usize,
+}
+
+#[derive(Args, Debug)]
+pub struct FsckArgs {
+    /// Move damaged files aside, so that they are fetched or built anew
+    #[arg(long)]
+    pub repair: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct AuditArgs {
+    #[command(subcommand)]
+    pub command: Option<AuditCommand>,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum AuditCommand {
+    /// Check every entry's hash and its link to the one before
+    Verify,
+}
+
+#[derive(Args, Debug)]
+pub struct EventsArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Go on with what happens from now on
+    #[arg(short = 'F', long)]
+    pub follow: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ExecArgs {
+    /// The instance, or a service (its first instance)
+    pub target: String,
+    /// The command
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+    #[command(flatten)]
+    pub at: AtArgs,
+    /// Run as this user
+    #[arg(short, long)]
+    pub user: Option<String>,
+    /// No terminal, even when there is one
+    #[arg(short = 'T', long)]
+    pub no_tty: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct ExplainArgs {
+    pub instance: String,
+    #[command(flatten)]
+    pub at: AtArgs,
+}
+
+/// The environment, for commands whose arguments are taken otherwise.
+#[derive(Args, Debug)]
+pub struct AtArgs {
+    /// The environment (default: that of the project in this folder, or the only one)
+    #[arg(short, long, env = "KILN_ENVIRONMENT")]
+    pub environment: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct ConfigArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    #[arg(long, value_enum, default_value_t = ConfigFormat::Yaml)]
+    pub format: ConfigFormat,
+    /// Only the services' names
+    #[arg(long)]
+    pub services: bool,
+    /// Only the images
+    #[arg(long)]
+    pub images: bool,
+    /// Only the volumes' names
+    #[arg(long)]
+    pub volumes: bool,
+    /// Leave env_file keys as they are
+    #[arg(long)]
+    pub no_env_resolution: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigFormat {
+    Yaml,
+    Json,
+}
+
+#[derive(Args, Debug)]
+pub struct LockArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Look for newer packages and images
+    #[arg(long)]
+    pub update: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct DaemonArgs {
+    #[command(subcommand)]
+    pub command: DaemonCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum DaemonCommand {
+    /// Run the daemon in the foreground
+    Run,
+    /// Stop the daemon; services go on serving
+    Stop,
+    /// Say whether it runs
+    Status,
+    /// Install a systemd unit, so that services come back after a reboot
+    Install {
+        /// Print the unit instead
+        #[arg(long)]
+        print: bool,
+    },
+}

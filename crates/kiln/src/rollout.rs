@@ -1,0 +1,125 @@
+//! Follows a rollout from the caller's side: shows what happens, answers Ctrl-C, and
+//! says in the end what is really serving.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kiln_daemon::api::types::{EventKind, EventRecord, ReleaseAnswer};
+use kiln_model::EnvironmentName;
+
+use crate::context::{Context, who};
+use crate::failure::{Failure, Kind};
+
+/// How a rollout ended.
+enum End {
+    Succeeded(String),
+    Failed { text: String, log: Vec<String> },
+}
+
+/// Shows events after `after` until the rollout is over. The first Ctrl-C gives it up
+/// (the environment returns to what served before), the second leaves it to the daemon.
+pub async fn follow(
+    context: &Context,
+    environment: &EnvironmentName,
+    after: u64,
+) -> Result<(), Failure> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let mut end = None;
+    let mut seen = after;
+    loop {
+        let followed = context.client.events(environment, seen, true, |event| {
+            seen = event.id;
+            show(context, &event);
+            end = ended(event);
+            end.is_none()
+        });
+        tokio::select! {
+            result = followed => match result {
+                Ok(()) if end.is_some() => break,
+                // The daemon went away: the next one goes on where it was.
+                Ok(()) | Err(_) => context.need_daemon().await?,
+            },
+            _ = tokio::signal::ctrl_c() => {
+                if interrupted.swap(true, Ordering::SeqCst) {
+                    return Err(left_alone(environment));
+                }
+                eprintln!("giving up; Ctrl-C again leaves the rollout to the daemon");
+                context.client.abandon(environment, &who()).await?;
+            }
+        }
+    }
+    let interrupted = interrupted.load(Ordering::SeqCst);
+    match end {
+        Some(End::Succeeded(text)) => {
+            if !context.json {
+                eprintln!("{text}");
+            }
+            Ok(())
+        }
+        Some(End::Failed { text, log }) => Err(failed(text, &log, interrupted)),
+        None => Ok(()),
+    }
+}
+
+fn left_alone(environment: &EnvironmentName) -> Failure {
+    Failure::new(Kind::Interrupted, "interrupted; the daemon goes on with the rollout")
+        .hint(format!("kiln status -e {environment} says what serves"))
+}
+
+fn failed(text: String, log: &[String], interrupted: bool) -> Failure {
+    let mut message = text;
+    if !log.is_empty() {
+        message.push_str("\nthe failing instance's last lines:");
+        for line in log {
+            message.push_str("\n  | ");
+            message.push_str(line);
+        }
+    }
+    let kind = if interrupted { Kind::Interrupted } else { Kind::Rollout };
+    Failure::new(kind, message)
+}
+
+fn ended(event: EventRecord) -> Option<End> {
+    match event.kind {
+        EventKind::Succeeded => Some(End::Succeeded(event.text)),
+        EventKind::Failed { log } => Some(End::Failed { text: event.text, log }),
+        _ => None,
+    }
+}
+
+fn show(context: &Context, event: &EventRecord) {
+    if context.json {
+        if let Ok(line) = serde_json::to_string(event) {
+            eprintln!("{line}");
+        }
+        return;
+    }
+    match &event.kind {
+        EventKind::Succeeded | EventKind::Failed { .. } => {}
+        EventKind::Warning => eprintln!("warning: {}", event.text),
+        EventKind::Instance { phase } => {
+            // What every instance passes through says nothing; its milestones do.
+            if matches!(phase.as_str(), "starting" | "ready" | "draining" | "ended" | "gone") {
+                eprintln!("  {}", event.text);
+            }
+        }
+        EventKind::Note | EventKind::Rollout => eprintln!("{}", event.text),
+    }
+}
+
+/// Prints the answer's outline, for `plan` and `--dry-run`.
+pub fn print_outline(context: &Context, answer: &ReleaseAnswer) -> Result<(), Failure> {
+    if context.json {
+        return crate::output::json(answer);
+    }
+    if answer.unchanged {
+        println!("nothing would change: release {} is what runs", answer.number);
+        return Ok(());
+    }
+    println!("release {} ({}) would:", answer.number, answer.digest.short());
+    for line in &answer.outline {
+        let why = if line.why.is_empty() { String::new() } else { format!(" ({})", line.why) };
+        println!("  {} {}{why}", line.action, line.service);
+    }
+    Ok(())
+}

@@ -1,0 +1,339 @@
+//! `status`, `releases`, `diff`, `events`, `explain`, `audit`: reading, changing nothing.
+
+use std::collections::BTreeMap;
+
+use kiln_daemon::api::types::{EnvironmentStatus, ReleaseLine};
+use kiln_model::release::{Outcome, Reason, ReleasedService};
+use kiln_model::{EnvironmentName, Release, ReleaseNumber};
+use serde::Serialize;
+
+use crate::cli::{
+    AuditArgs, AuditCommand, DiffArgs, EnvironmentArgs, EventsArgs, ExplainArgs, StatusArgs,
+};
+use crate::context::Context;
+use crate::failure::{Failure, Kind, machine};
+use crate::output;
+
+pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure> {
+    let names = if args.all {
+        context.client.daemon().await?.environments
+    } else {
+        vec![context.environment(&args.project)?]
+    };
+    let mut all = Vec::new();
+    for name in &names {
+        all.push(context.client.status(name).await?);
+    }
+    if context.json {
+        return match (args.all, all.as_slice()) {
+            (false, [one]) => output::json(one),
+            _ => output::json(&all),
+        };
+    }
+    for status in &all {
+        print_status(status);
+    }
+    Ok(())
+}
+
+fn print_status(status: &EnvironmentStatus) {
+    let release = |n: Option<ReleaseNumber>| n.map_or("nothing".into(), |n| format!("release {n}"));
+    println!("{}: {} serves", status.environment, release(status.proven));
+    if let Some(rollout) = &status.rollout {
+        match &rollout.failed {
+            Some(cause) => println!("  {} failed ({cause}); returning", release(rollout.to)),
+            None => println!("  rolling out {}", release(rollout.to)),
+        }
+        for line in &rollout.report {
+            println!("  · {line}");
+        }
+    }
+    if let Some(problem) = &status.problem {
+        println!("  problem: {problem}");
+    }
+    let rows: Vec<Vec<String>> = status
+        .services
+        .iter()
+        .flat_map(|service| {
+            let head = vec![
+                service.service.to_string(),
+                service.state.clone(),
+                service.ports.join(", "),
+                service.image.clone(),
+            ];
+            let none = service.instances.is_empty().then(|| {
+                [head.clone(), vec!["–".into(), String::new(), String::new(), String::new()]]
+                    .concat()
+            });
+            let instances = service.instances.iter().enumerate().map(move |(n, i)| {
+                let blank = vec![String::new(); 4];
+                let head = if n == 0 { head.clone() } else { blank };
+                let mut marks = Vec::new();
+                if !i.sealed {
+                    marks.push("unsealed".to_owned());
+                }
+                if i.tainted {
+                    marks.push("tainted".into());
+                }
+                if !i.current {
+                    marks.push(format!("of release {}", i.release));
+                }
+                marks.extend(i.drift.iter().map(|d| format!("drift: {d}")));
+                marks.extend(i.warnings.iter().map(|w| format!("note: {w}")));
+                let state = format!("{}, {}", i.phase, i.health);
+                [head, vec![i.id.to_string(), state, output::ago(i.since), marks.join("; ")]]
+                    .concat()
+            });
+            none.into_iter().chain(instances).collect::<Vec<_>>()
+        })
+        .collect();
+    if !rows.is_empty() {
+        output::table(
+            &["SERVICE", "STATE", "PORTS", "IMAGE", "INSTANCE", "HEALTH", "SINCE", "NOTES"],
+            &rows,
+        );
+    }
+}
+
+pub async fn releases(context: &Context, args: &EnvironmentArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    let releases = context.client.releases(&environment).await?;
+    if context.json {
+        return output::json(&releases);
+    }
+    let rows: Vec<Vec<String>> = releases.iter().rev().map(release_row).collect();
+    output::table(&["RELEASE", "DIGEST", "WHEN (UTC)", "BY", "WHY", "OUTCOME"], &rows);
+    Ok(())
+}
+
+fn release_row(line: &ReleaseLine) -> Vec<String> {
+    let why = match &line.reason {
+        Reason::Up => "up".to_owned(),
+        Reason::Rollback { to } => format!("rollback to {to}"),
+    };
+    let outcome = match &line.outcome {
+        Outcome::RollingOut => "rolling out".to_owned(),
+        Outcome::Proven if line.serving => "serving".to_owned(),
+        Outcome::Proven => "proven".to_owned(),
+        Outcome::Failed { cause } => format!("failed: {cause}"),
+        Outcome::Abandoned => "abandoned".to_owned(),
+    };
+    vec![
+        line.number.to_string(),
+        line.digest.short(),
+        output::time(line.created),
+        line.by.clone(),
+        why,
+        outcome,
+    ]
+}
+
+/// What differs between two releases, by service.
+#[derive(Serialize, Default)]
+struct Difference {
+    added: Vec<String>,
+    removed: Vec<String>,
+    changed: BTreeMap<String, Vec<String>>,
+}
+
+pub async fn diff(context: &Context, args: &DiffArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    let a = context.client.release(&environment, ReleaseNumber(args.a)).await?;
+    let b = context.client.release(&environment, ReleaseNumber(args.b)).await?;
+    let mut difference = Difference::default();
+    for (name, new) in &b.services {
+        let Some(old) = a.services.get(name) else {
+            difference.added.push(name.to_string());
+            continue;
+        };
+        let mut lines = service_difference(old, new)?;
+        if old.image.tree != new.image.tree {
+            lines.extend(file_differences(context, old, new)?);
+        }
+        if !lines.is_empty() {
+            difference.changed.insert(name.to_string(), lines);
+        }
+    }
+    difference.removed = missing_from(&a, &b);
+    if context.json {
+        return output::json(&difference);
+    }
+    print_difference(&environment, args, &difference);
+    Ok(())
+}
+
+fn missing_from(a: &Release, b: &Release) -> Vec<String> {
+    a.services.keys().filter(|n| !b.services.contains_key(*n)).map(ToString::to_string).collect()
+}
+
+fn print_difference(environment: &EnvironmentName, args: &DiffArgs, difference: &Difference) {
+    println!("{environment}: release {} → {}", args.a, args.b);
+    for name in &difference.added {
+        println!("+ {name}");
+    }
+    for name in &difference.removed {
+        println!("- {name}");
+    }
+    for (name, lines) in &difference.changed {
+        println!("~ {name}");
+        for line in lines {
+            println!("    {line}");
+        }
+    }
+    if difference.added.is_empty()
+        && difference.removed.is_empty()
+        && difference.changed.is_empty()
+    {
+        println!("no difference");
+    }
+}
+
+/// Every leaf of the two definitions that differs. Values of environment variables and
+/// secrets are masked: they may be passwords.
+fn service_difference(
+    old: &ReleasedService,
+    new: &ReleasedService,
+) -> Result<Vec<String>, Failure> {
+    let a = serde_json::to_value(old).map_err(machine)?;
+    let b = serde_json::to_value(new).map_err(machine)?;
+    let mut lines = Vec::new();
+    differing_leaves("", &a, &b, &mut lines);
+    Ok(lines)
+}
+
+fn differing_leaves(
+    path: &str,
+    a: &serde_json::Value,
+    b: &serde_json::Value,
+    lines: &mut Vec<String>,
+) {
+    use serde_json::Value;
+    if a == b {
+        return;
+    }
+    if let (Value::Object(a), Value::Object(b)) = (a, b) {
+        let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+        for key in keys {
+            let null = Value::Null;
+            let below = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let (left, right) = (a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null));
+            differing_leaves(&below, left, right, lines);
+        }
+        return;
+    }
+    let path = path.strip_prefix("service.").unwrap_or(path);
+    let masked = path.starts_with("process.environment.") || path.contains("config.env");
+    lines.push(match masked {
+        true => format!("{path}: {} → {} (masked)", presence(a), presence(b)),
+        false => format!("{path}: {a} → {b}"),
+    });
+}
+
+fn presence(value: &serde_json::Value) -> &'static str {
+    if value.is_null() { "unset" } else { "***" }
+}
+
+/// Files that differ between the two images, at most so many.
+const SHOWN_FILES: usize = 40;
+
+fn file_differences(
+    context: &Context,
+    old: &ReleasedService,
+    new: &ReleasedService,
+) -> Result<Vec<String>, Failure> {
+    let store = context.store()?;
+    let damage = |e: kiln_store::StoreError| Failure::new(Kind::Damage, e.to_string());
+    let a = store.load_tree(&old.image.tree).map_err(damage)?;
+    let b = store.load_tree(&new.image.tree).map_err(damage)?;
+    let changes = kiln_store::tree::diff(&a, &b);
+    let mut lines: Vec<String> =
+        changes.iter().take(SHOWN_FILES).map(|change| format!("file {change}")).collect();
+    if changes.len() > SHOWN_FILES {
+        lines.push(format!("… and {} more files", changes.len() - SHOWN_FILES));
+    }
+    let layers = |image| -> Result<Vec<kiln_model::Digest>, Failure> {
+        let image = store.image(image).map_err(damage)?;
+        Ok(image.map(|i| i.layers.iter().map(|l| l.digest).collect()).unwrap_or_default())
+    };
+    let (before, after) = (layers(&old.image.digest)?, layers(&new.image.digest)?);
+    let shared = before.iter().filter(|l| after.contains(l)).count();
+    lines.push(format!(
+        "layers: {} of {} are those of before",
+        shared,
+        after.len()
+    ));
+    Ok(lines)
+}
+
+pub async fn events(context: &Context, args: &EventsArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    let print = |event: kiln_daemon::api::types::EventRecord| {
+        if context.json {
+            if let Ok(line) = serde_json::to_string(&event) {
+                println!("{line}");
+            }
+        } else {
+            println!("{}  {}", output::time(event.time.0), event.text);
+        }
+        true
+    };
+    tokio::select! {
+        result = context.client.events(&environment, 0, args.follow, print) => Ok(result?),
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    }
+}
+
+pub async fn explain(context: &Context, args: &ExplainArgs) -> Result<(), Failure> {
+    let environment = context.environment_at(&args.at).await?;
+    let id = args
+        .instance
+        .parse()
+        .map_err(|e| Failure::new(Kind::Input, format!("{e}")).hint("kiln status lists them"))?;
+    let explanation = context.client.explain(&environment, &id).await?;
+    if context.json {
+        return output::json(&explanation);
+    }
+    println!("{}", explanation.id);
+    for (key, lines) in &explanation.facts {
+        println!("  {key}:");
+        for line in lines {
+            println!("    {line}");
+        }
+    }
+    Ok(())
+}
+
+pub fn audit(context: &Context, args: &AuditArgs) -> Result<(), Failure> {
+    let log = context.audit()?;
+    let damage = |e: kiln_trust::AuditError| Failure::new(Kind::Damage, e.to_string());
+    if let Some(AuditCommand::Verify) = &args.command {
+        let verified = log.verify().map_err(damage)?;
+        let head = verified.head.map_or("–".into(), |d| d.to_string());
+        if context.json {
+            return output::json(&serde_json::json!({"entries": verified.entries, "head": head}));
+        }
+        println!("{} entries, unbroken; head {head}", verified.entries);
+        return Ok(());
+    }
+    let entries = log.entries().map_err(damage)?;
+    if context.json {
+        return output::json(&entries);
+    }
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|e| {
+            let details: Vec<String> =
+                e.fact.details.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            vec![
+                e.number.to_string(),
+                output::time(e.fact.time.0),
+                e.fact.actor.clone(),
+                e.fact.action.clone(),
+                e.fact.subject.clone(),
+                details.join(" "),
+            ]
+        })
+        .collect();
+    output::table(&["#", "WHEN (UTC)", "WHO", "WHAT", "SUBJECT", "DETAILS"], &rows);
+    Ok(())
+}
