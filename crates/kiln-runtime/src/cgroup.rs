@@ -80,6 +80,24 @@ const CONTROLLERS: [&str; 12] = [
     "freezer",
 ];
 
+/// Where v1 hierarchies appear inside an instance, the common folder first.
+pub fn v1_mounts() -> Vec<String> {
+    const ROOT: &str = "/sys/fs/cgroup";
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut list: Vec<String> = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            let (at, kind) = (fields.nth(1)?, fields.next()?);
+            (kind == "cgroup" && at.starts_with(ROOT)).then(|| at.to_owned())
+        })
+        .collect();
+    if !list.is_empty() {
+        list.insert(0, ROOT.to_owned());
+    }
+    list
+}
+
 /// One instance's groups.
 pub struct Cgroup {
     layout: Layout,

@@ -57,6 +57,8 @@ pub struct Facts<'a> {
     pub devices: &'a [Value],
     /// Rules for the devices cgroup; `None`: it is not used.
     pub device_rules: Option<&'a [Value]>,
+    /// v1 hierarchies inside: libcontainer mounts them writable.
+    pub cgroup_mounts: &'a [String],
 }
 
 /// `None`: new; `Some("")`: the host's; else the path to join.
@@ -73,7 +75,12 @@ pub struct Namespaces {
 pub fn config(spec: &InstanceSpec, facts: &Facts<'_>) -> Value {
     let privileged = spec.security.privileged;
     let masked: &[&str] = if privileged { &[] } else { &MASKED };
-    let read_only: &[&str] = if privileged { &[] } else { &READ_ONLY };
+    let read_only: Vec<&str> = if privileged {
+        Vec::new()
+    } else {
+        let cgroups = facts.cgroup_mounts.iter().map(String::as_str);
+        READ_ONLY.into_iter().chain(cgroups).collect()
+    };
     let mut linux = json!({
         "cgroupsPath": facts.cgroup,
         "namespaces": namespaces(facts.namespaces),

@@ -189,10 +189,7 @@ impl Attacher<'_> {
         sys::set_mount_attributes(clone.as_fd(), recursive, &attributes).map_err(fail)?;
         if is_late(target) {
             let staged = self.stage_point(is_dir)?;
-            let at = tree::fd_path(
-                &inside::open_path(Path::new("/"), &staged.display().to_string()).map_err(fail)?,
-            );
-            move_to(&clone, &at).map_err(fail)?;
+            move_to(&clone, &staged.display().to_string()).map_err(fail)?;
             self.late.push(Late {
                 source: Some(staged),
                 target: target.to_owned(),
@@ -254,8 +251,8 @@ impl Attacher<'_> {
             });
             return Ok(());
         }
-        let at = tree::fd_path(&self.target(target, true)?);
-        self.mount_tmpfs(&at, target, &options.join(","), attributes)
+        let at = self.target(target, true)?;
+        self.mount_tmpfs(&tree::fd_path(&at), target, &options.join(","), attributes)
     }
 
     fn mount_tmpfs(

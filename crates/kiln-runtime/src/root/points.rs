@@ -119,9 +119,10 @@ fn make_dir(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives folder `to` the owner, mode and time of `from`.
+/// Gives folder `to` the owner, mode and time of `from` (which may be a
+/// descriptor's path below `/proc`).
 pub fn copy_attributes(from: &Path, to: &Path) -> io::Result<()> {
-    let meta = fs::symlink_metadata(from)?;
+    let meta = fs::metadata(from)?;
     std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
     fs::set_permissions(to, Permissions::from_mode(meta.mode() & 0o7777))?;
     let time = Timespec {

@@ -40,6 +40,10 @@ pub enum PrepareError {
     WorkingDirectory { path: String, source: io::Error },
     #[error("apparmor profile `{0}`: AppArmor is not active on this machine")]
     AppArmor(String),
+    #[error("the sysctl `{0}` belongs to the whole machine (or to another instance), not to this instance")]
+    ForeignSysctl(String),
+    #[error("this kernel has no sysctl `{0}`")]
+    UnknownSysctl(String),
     #[error("`{0}` is no device cgroup rule (like `c 1:3 rwm`)")]
     DeviceRule(String),
     #[error("cannot read this process's capabilities: {0}")]
@@ -104,6 +108,9 @@ pub fn check(spec: &InstanceSpec, root: &Path) -> Result<(), PrepareError> {
             return Err(PrepareError::AppArmor(profile.clone()));
         }
     }
+    for name in spec.security.sysctls.keys() {
+        check_sysctl(name, spec)?;
+    }
     let fail = |source| PrepareError::WorkingDirectory {
         path: spec.cwd.clone(),
         source,
@@ -122,6 +129,24 @@ pub fn check(spec: &InstanceSpec, root: &Path) -> Result<(), PrepareError> {
     let meta = fs::metadata(root.join(resolved.existing)).map_err(fail)?;
     if !meta.is_dir() {
         return Err(fail(io::ErrorKind::NotADirectory.into()));
+    }
+    Ok(())
+}
+
+/// Only settings of the instance's own namespaces may be changed, as with Docker.
+fn check_sysctl(name: &str, spec: &InstanceSpec) -> Result<(), PrepareError> {
+    let own_network = !matches!(spec.network, InstanceNetwork::Host | InstanceNetwork::Join(_));
+    let own_ipc = spec.namespaces.ipc == SharedNamespace::Private;
+    let ipc = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."]
+        .iter()
+        .any(|p| name.starts_with(p));
+    let plain = !name.contains('/') && !name.contains("..");
+    let ours = (name.starts_with("net.") && own_network) || (ipc && own_ipc);
+    if !plain || !(ours || spec.security.privileged) {
+        return Err(PrepareError::ForeignSysctl(name.to_owned()));
+    }
+    if !Path::new("/proc/sys").join(name.replace('.', "/")).exists() {
+        return Err(PrepareError::UnknownSysctl(name.to_owned()));
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::executor::KilnExecutor;
 use super::supervise::{self, Output};
 use super::{Handshake, capture, prepare};
-use crate::cgroup::{Cgroup, Layout};
+use crate::cgroup::{self, Cgroup, Layout};
 use crate::lock::Liveness;
 use crate::log::{self, Record, Stream, Writer};
 use crate::oci;
@@ -171,7 +171,7 @@ pub fn cgroup_path(paths: &InstancePaths) -> String {
 }
 
 /// Everything up to the program's exec. The error is the cause, in words.
-fn launch(spec: &InstanceSpec, paths: &InstancePaths, cgroup: &Cgroup) -> Result<Instance, String> {
+fn launch(spec: &InstanceSpec, paths: &InstancePaths, group: &Cgroup) -> Result<Instance, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let mut warnings = Vec::new();
     root::private_namespace()
@@ -202,6 +202,7 @@ fn launch(spec: &InstanceSpec, paths: &InstancePaths, cgroup: &Cgroup) -> Result
             rlimits: &rlimits,
             devices: &devices.nodes,
             device_rules,
+            cgroup_mounts: &cgroup::v1_mounts(),
         },
     );
     write_config(paths, &config).map_err(|e| text(&e))?;
@@ -213,7 +214,7 @@ fn launch(spec: &InstanceSpec, paths: &InstancePaths, cgroup: &Cgroup) -> Result
     let (mut container, output) = create(spec, paths, executor, stdio)?;
     drop(report_end);
     let pid = container.pid().map_or(0, |p| p.as_raw());
-    warnings.extend(cgroup.limit(&spec.limits));
+    warnings.extend(group.limit(&spec.limits));
     warnings.extend(oom_score(spec, pid));
     container.start().map_err(|e| explain(&e, paths))?;
     wait_for_exec(report, pid)?;

@@ -164,7 +164,7 @@ impl Fixture {
                 .iter()
                 .map(|(path, exec)| Scratch {
                     path: (*path).to_owned(),
-                    size: 1 << 20,
+                    size: 4 << 20,
                     exec: *exec,
                 })
                 .collect(),
