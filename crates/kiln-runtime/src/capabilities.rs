@@ -65,6 +65,8 @@ const DEFAULT: [&str; 14] = [
 
 /// Every capability this kiln knows.
 pub const ALL: u64 = (1 << NAMES.len()) - 1;
+/// To make device nodes.
+pub const MKNOD: u64 = 1 << 27;
 pub const COUNT: u32 = NAMES.len() as u32;
 
 /// A name that is no capability.
@@ -87,7 +89,8 @@ pub fn parse(name: &str) -> Result<u64, CapabilityError> {
 }
 
 /// The names in a set, in their order.
-pub fn names(set: u64) -> Vec<&'static str> {
+#[cfg(test)]
+fn names(set: u64) -> Vec<&'static str> {
     NAMES
         .iter()
         .enumerate()
@@ -148,6 +151,7 @@ mod tests {
     fn the_default_is_dockers_fourteen() {
         assert_eq!(default_set(), 0xa804_25fb);
         assert_eq!(set(&[], &[]).len(), 14);
+        assert_eq!(names(MKNOD), ["MKNOD"]);
     }
 
     #[test]

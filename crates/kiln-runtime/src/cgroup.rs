@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kiln_model::instance::InstanceLimits;
+use serde_json::Value;
+
+use crate::devices;
 
 /// How long a killed group may take to be empty.
 const KILL_WAIT: Duration = Duration::from_secs(5);
@@ -98,6 +101,31 @@ pub fn v1_mounts() -> Vec<String> {
     list
 }
 
+/// Moves this process out of its caller's group, so that a service manager that
+/// ends the daemon's group leaves the shims alone. Best effort: in containers the
+/// hierarchy may be read-only, and then no service manager is there either.
+pub fn leave_callers_group(tag: &str) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let dir = match Layout::parse(&mounts) {
+        Layout::V2(at) => Some(at),
+        // systemd's own hierarchy is the one it ends services by.
+        _ => mounts.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let [_, at, "cgroup", options, ..] = fields[..] else {
+                return None;
+            };
+            options
+                .split(',')
+                .any(|o| o == "name=systemd")
+                .then(|| PathBuf::from(at))
+        }),
+    };
+    if let Some(dir) = dir.map(|dir| dir.join(tag).join(".shims")) {
+        let _ = fs::create_dir_all(&dir);
+        let _ = fs::write(dir.join("cgroup.procs"), std::process::id().to_string());
+    }
+}
+
 /// One instance's groups.
 pub struct Cgroup {
     layout: Layout,
@@ -111,6 +139,22 @@ impl Cgroup {
         Self {
             layout,
             path: PathBuf::from(path.trim_start_matches('/')),
+        }
+    }
+
+    /// Sees to it that the instance can only use what is allowed. For v1, the rules
+    /// that libcontainer is to write are given back; for v2 the group is made and
+    /// confined here, before anything is in it.
+    pub fn confine_devices(&self, allowed: &[devices::Rule]) -> io::Result<Option<Vec<Value>>> {
+        match &self.layout {
+            Layout::V1(_) if self.layout.has("devices") => Ok(Some(devices::v1_rules(allowed))),
+            Layout::V2(at) => {
+                let dir = at.join(&self.path);
+                fs::create_dir_all(&dir)?;
+                devices::confine_v2(&dir, allowed)?;
+                Ok(None)
+            }
+            _ => Err(io::Error::other("there is no devices control group")),
         }
     }
 

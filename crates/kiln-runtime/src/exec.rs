@@ -101,7 +101,6 @@ impl Runtime {
             cause,
         };
         let answer = answer_text
-            .map_err(io::Error::from)
             .and_then(|text| Ok(serde_json::from_slice(&text)?))
             .map_err(|_| failed("its helper ended without an answer (killed?)".into()))?;
         match answer {

@@ -181,7 +181,7 @@ impl Reader {
     }
 
     /// The next record; `None`: nothing more for now.
-    pub fn next(&mut self) -> io::Result<Option<Record>> {
+    pub fn next_record(&mut self) -> io::Result<Option<Record>> {
         loop {
             if self.current.is_none() {
                 let Some(oldest) = files(&self.path).into_iter().next() else {
@@ -263,7 +263,7 @@ impl Reader {
 pub fn tail(path: &Path, count: usize) -> io::Result<Vec<Record>> {
     let mut reader = Reader::new(path);
     let mut last = std::collections::VecDeque::new();
-    while let Some(record) = reader.next()? {
+    while let Some(record) = reader.next_record()? {
         if last.len() == count {
             last.pop_front();
         }
@@ -341,13 +341,13 @@ mod tests {
             };
             writer.write(&record).unwrap();
             if n % 7 == 0 {
-                while let Some(record) = reader.next().unwrap() {
+                while let Some(record) = reader.next_record().unwrap() {
                     assert_eq!(record.text, seen.to_string());
                     seen += 1;
                 }
             }
         }
-        while reader.next().unwrap().is_some() {
+        while reader.next_record().unwrap().is_some() {
             seen += 1;
         }
         assert_eq!(seen, 500);

@@ -4,16 +4,20 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kiln_model::InstanceId;
 use kiln_model::instance::{InstanceNetwork, Root};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use crate::cgroup::{Cgroup, Layout};
 use crate::netns;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::shim;
 use crate::upper::{Change, ScanError, scan_upper};
+
+/// `STATX_MNT_ID` (Linux 5.8).
+const STATX_MNT_ID: u32 = 0x1000;
 
 /// Whether an instance still is what was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,9 +76,19 @@ impl Runtime {
         let cgroup = Cgroup::new(Layout::detect(), &shim::cgroup_path(&self.paths(id)));
         let mut pids: BTreeSet<i32> = cgroup.processes().into_iter().collect();
         pids.extend(i32::try_from(pid));
+        let spec = self.spec(id);
+        // The small init is kiln's own program.
+        if spec.as_ref().is_some_and(|s| s.init) {
+            pids.retain(|p| u32::try_from(*p) != Ok(pid));
+        }
+        let upper = match spec.map(|s| s.root) {
+            Some(Root::Unsealed { .. }) => Some(self.paths(id).upper()),
+            Some(Root::Layered { upper, .. }) => Some(upper),
+            _ => None,
+        };
         let foreign = pids
             .into_iter()
-            .filter_map(|pid| foreign_process(u32::try_from(pid).ok()?))
+            .filter_map(|pid| foreign_process(u32::try_from(pid).ok()?, upper.as_deref()))
             .collect();
         Ok(SealState { read_only, foreign })
     }
@@ -112,22 +126,29 @@ fn listening_port(line: &str) -> Option<u16> {
     (state == "0A").then(|| u16::from_str_radix(port, 16).ok())?
 }
 
-/// A process whose executable has been deleted, or lies on another mount than `/`.
-fn foreign_process(pid: u32) -> Option<ForeignProcess> {
+/// A process whose program has been deleted, lies on another mount than `/`, or in
+/// the writable layer over the image.
+fn foreign_process(pid: u32, upper: Option<&Path>) -> Option<ForeignProcess> {
     let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     let text = program.to_string_lossy().into_owned();
-    if !text.ends_with(" (deleted)") && on_root(pid) == Some(true) {
+    let written = upper
+        .zip(program.strip_prefix("/").ok())
+        .is_some_and(|(upper, path)| upper.join(path).symlink_metadata().is_ok());
+    if !text.ends_with(" (deleted)") && !written && on_root(pid) == Some(true) {
         return None;
     }
     Some(ForeignProcess { pid, program: text })
 }
 
-/// Whether the program's file is of the same file system as the process's root.
+/// Whether the program's file is of the same mount as the process's root. (The
+/// device number won't do: an overlay shows its layers' own.)
 fn on_root(pid: u32) -> Option<bool> {
-    use std::os::unix::fs::MetadataExt;
-    let program = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
-    let root = fs::metadata(format!("/proc/{pid}/root")).ok()?;
-    Some(program.dev() == root.dev())
+    let mount = |path: String| {
+        let flags = StatxFlags::from_bits_retain(STATX_MNT_ID);
+        let stat = statx(CWD, path, AtFlags::empty(), flags).ok()?;
+        Some(stat.stx_mnt_id)
+    };
+    Some(mount(format!("/proc/{pid}/exe"))? == mount(format!("/proc/{pid}/root"))?)
 }
 
 #[cfg(test)]

@@ -75,10 +75,8 @@ impl Runtime {
         netns::delete(&paths.netns()).map_err(fail(&paths.netns()))?;
         // Never there by our doing (mounts are the shim's own), but a mount below a
         // folder about to be emptied would take the host's files with it.
-        let _ = rustix::mount::unmount(
-            &paths.stage(),
-            UnmountFlags::DETACH | UnmountFlags::NOFOLLOW,
-        );
+        let _ =
+            rustix::mount::unmount(paths.stage(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         for path in [paths.state(), paths.bundle()] {
             remove_all(&path).map_err(fail(&path))?;
         }

@@ -218,7 +218,7 @@ impl Runtime {
             let ended = shim
                 .as_ref()
                 .is_none_or(|shim| wait_readable(shim.as_fd(), Some(LOOK)));
-            while let Some(record) = reader.next().map_err(|source| RuntimeError::Read {
+            while let Some(record) = reader.next_record().map_err(|source| RuntimeError::Read {
                 path: self.paths(id).log().display().to_string(),
                 source,
             })? {

@@ -285,6 +285,44 @@ pub fn configure_loop(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Resul
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &config) }).map(drop)
 }
 
+/// `bpf(2)` with an attribute block of at most 128 bytes.
+fn bpf(command: libc::c_int, attributes: &[u64; 16]) -> io::Result<i32> {
+    // SAFETY: the block is longer than any attribute used here, zero where unused,
+    // and what it points to lives across the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_ptr(),
+            mem::size_of_val(attributes),
+        )
+    } as i32)
+}
+
+/// Loads a `BPF_PROG_TYPE_CGROUP_DEVICE` program.
+pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u64 = 15;
+    let mut attributes = [0_u64; 16];
+    // Two 32-bit fields: the type, the number of instructions.
+    attributes[0] = BPF_PROG_TYPE_CGROUP_DEVICE | (instructions.len() as u64) << 32;
+    attributes[1] = instructions.as_ptr() as u64;
+    attributes[2] = c"Apache-2.0".as_ptr() as u64;
+    bpf(BPF_PROG_LOAD, &attributes).map(adopt_fd)
+}
+
+/// Attaches such a program to a v2 control group, beside those already there.
+pub fn attach_device_program(group: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    const BPF_CGROUP_DEVICE: u64 = 6;
+    const BPF_F_ALLOW_MULTI: u64 = 2;
+    let mut attributes = [0_u64; 16];
+    let word = |fd: BorrowedFd<'_>| u64::from(fd.as_raw_fd().unsigned_abs());
+    attributes[0] = word(group) | word(program) << 32;
+    attributes[1] = BPF_CGROUP_DEVICE | BPF_F_ALLOW_MULTI << 32;
+    bpf(BPF_PROG_ATTACH, &attributes).map(drop)
+}
+
 /// Turns the loopback interface of this thread's network namespace on.
 pub fn loopback_up() -> io::Result<()> {
     let socket = rustix::net::socket(

@@ -38,7 +38,12 @@ fn a_sealed_root_is_read_only_and_scratch_is_writable_but_not_executable() {
         return;
     }
     let f = Fixture::new();
-    let root = f.sealed(&[("/tmp", false), ("/data", false), ("/new/dir", false), ("/opt/run", true)]);
+    let root = f.sealed(&[
+        ("/tmp", false),
+        ("/data", false),
+        ("/new/dir", false),
+        ("/opt/run", true),
+    ]);
     let spec = f.spec(
         root,
         "touch /x 2>&1; touch /bin/x 2>&1; rm /etc/passwd 2>&1; mkdir /data/sub/n && echo more >> /data/file && cat /data/file; \
@@ -82,7 +87,10 @@ fn capabilities_are_dockers_and_privileges_cannot_be_gained() {
     let (_, out) = f.run(&spec);
     assert!(out.contains("CapEff:\t0000000000000000"), "{out}");
     assert!(out.contains("CapBnd:\t0000000000001000"), "{out}");
-    assert!(out.contains("NoNewPrivs:\t0") && out.contains("Seccomp:\t2"), "{out}");
+    assert!(
+        out.contains("NoNewPrivs:\t0") && out.contains("Seccomp:\t2"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -93,14 +101,24 @@ fn seccomp_refuses_what_docker_refuses_and_what_a_profile_says() {
     let f = Fixture::new();
     let script = "unshare -U true 2>&1; mount -t tmpfs x /tmp 2>&1; echo done";
     let (_, out) = f.run(&f.spec(f.sealed(&[]), script));
-    assert_eq!(out.matches("not permitted").count() + out.matches("denied").count(), 2, "{out}");
+    assert_eq!(
+        out.matches("not permitted").count() + out.matches("denied").count(),
+        2,
+        "{out}"
+    );
     let profile = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
         {"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":28},
         {"names":["kill"],"action":"SCMP_ACT_KILL_PROCESS","args":[{"index":1,"value":10,"op":"SCMP_CMP_EQ"}]}]}"#;
-    let mut spec = f.spec(f.sealed(&[("/tmp", false)]), "mkdir /tmp/a 2>&1; kill -0 $$ && echo alive; kill -USR1 $$; echo not reached");
+    let mut spec = f.spec(
+        f.sealed(&[("/tmp", false)]),
+        "mkdir /tmp/a 2>&1; kill -0 $$ && echo alive; kill -USR1 $$; echo not reached",
+    );
     spec.security.seccomp = Seccomp::Profile(profile.into());
     let (status, out) = f.run(&spec);
-    assert!(out.contains("No space left") && out.contains("alive") && !out.contains("not reached"), "{out}");
+    assert!(
+        out.contains("No space left") && out.contains("alive") && !out.contains("not reached"),
+        "{out}"
+    );
     assert_eq!(status, ExitStatus::Signal(31));
     // Unconfined, a root without SYS_ADMIN still may make a user namespace.
     let mut spec = f.spec(f.sealed(&[]), "unshare -U true && echo allowed");
@@ -185,7 +203,10 @@ fn configs_secrets_volumes_and_tmpfs_are_mounted_as_said() {
     assert!(!out.contains("\nran\n"), "{out}");
     assert!(out.contains("700\nhush\n1\n"), "{out}");
     assert_eq!(out.matches("ead-only file system").count(), 2, "{out}");
-    assert_eq!(std::fs::read_to_string(volume.join("kept")).unwrap(), "kept\n");
+    assert_eq!(
+        std::fs::read_to_string(volume.join("kept")).unwrap(),
+        "kept\n"
+    );
     assert!(!volume.join("x").exists());
 }
 
@@ -201,15 +222,28 @@ fn kernel_file_systems_are_masked_and_devices_are_few() {
          head -c 1 /proc/kcore | stat -c %s - ; ls /sys/firmware; stat -c '%a' /dev/shm; \
          mknod /dev/disk b 254 0 && head -c 1 /dev/disk 2>&1; ls /sys/fs/cgroup > /dev/null && for d in /sys/fs/cgroup /sys/fs/cgroup/*; do mkdir $d/x 2>&1; done; ls -d /sys/fs/cgroup/x /sys/fs/cgroup/*/x; ps | grep -c sh; echo x > /dev/null && echo null",
     ));
-    for name in ["null\n", "urandom\n", "ptmx\n", "mqueue\n", "shm\n", "stdout\n"] {
+    for name in [
+        "null\n",
+        "urandom\n",
+        "ptmx\n",
+        "mqueue\n",
+        "shm\n",
+        "stdout\n",
+    ] {
         assert!(out.contains(name), "{name} in {out}");
     }
     assert!(!out.contains("vda") && !out.contains("kvm"), "{out}");
     assert!(!out.contains("\n/sys/fs/cgroup/"), "{out}");
     assert!(out.contains("panic: Read-only file system"), "{out}");
-    assert!(out.contains("/sys/kernel/x: Read-only file system"), "{out}");
+    assert!(
+        out.contains("/sys/kernel/x: Read-only file system"),
+        "{out}"
+    );
     assert!(out.contains("1777"), "{out}");
-    assert!(out.contains("not permitted") || out.contains("denied"), "{out}");
+    assert!(
+        out.contains("not permitted") || out.contains("denied"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -218,13 +252,22 @@ fn users_groups_home_and_working_folder_come_from_the_image() {
         return;
     }
     let f = Fixture::new();
-    let mut spec = f.spec(f.sealed(&[]), "id -u; id -G; echo $HOME $PATH; cd .; env | grep PWD; echo out > /dev/stdout");
+    let mut spec = f.spec(
+        f.sealed(&[]),
+        "id -u; id -G; echo $HOME $PATH; cd .; env | grep PWD; echo out > /dev/stdout",
+    );
     spec.user = "web".into();
     spec.group_add = vec!["77".into()];
     spec.cwd = "/srv/app".into();
     let (_, out) = f.run(&spec);
-    assert!(out.starts_with("33\n34 50 77\n/var/www /usr/local/sbin:"), "{out}");
-    assert!(out.contains("PWD=/srv/app") && out.ends_with("out\n"), "{out}");
+    assert!(
+        out.starts_with("33\n34 50 77\n/var/www /usr/local/sbin:"),
+        "{out}"
+    );
+    assert!(
+        out.contains("PWD=/srv/app") && out.ends_with("out\n"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -238,33 +281,74 @@ fn a_start_that_fails_says_why_and_leaves_its_word_in_the_log() {
         let mut spec = f.spec(tree.clone(), "true");
         change(&mut spec);
         let error = f.runtime.start(&spec).unwrap_err().to_string();
-        if let Some(observed) = f.runtime.observe(&spec.id) {
-            if let ObservedState::Exited { status, .. } = observed.state {
-                assert_eq!(status, ExitStatus::StartFailed);
-                assert!(!f.log_text(&spec.id).is_empty(), "{error}");
-            }
+        let observed = f.runtime.observe(&spec.id).map(|o| o.state);
+        if let Some(ObservedState::Exited { status, .. }) = observed {
+            assert_eq!(status, ExitStatus::StartFailed);
+            assert!(!f.log_text(&spec.id).is_empty(), "{error}");
         }
         f.runtime.remove(&spec.id).unwrap();
         error
     };
     let contains = |text: String, part: &str| assert!(text.contains(part), "`{part}` in `{text}`");
-    contains(cause(&|s| s.argv = vec!["/bin/foo".into()]), "exec /bin/foo: no such file");
-    contains(cause(&|s| s.argv = vec!["foo".into()]), "exec foo: not found in PATH");
-    contains(cause(&|s| s.argv = vec!["/data/file".into()]), "not executable");
+    contains(
+        cause(&|s| s.argv = vec!["/bin/foo".into()]),
+        "exec /bin/foo: no such file",
+    );
+    contains(
+        cause(&|s| s.argv = vec!["foo".into()]),
+        "exec foo: not found in PATH",
+    );
+    contains(
+        cause(&|s| s.argv = vec!["/data/file".into()]),
+        "not executable",
+    );
     contains(cause(&|s| s.argv = vec!["/data".into()]), "it is a folder");
     contains(cause(&|s| s.user = "nobody".into()), "no user `nobody`");
     contains(cause(&|s| s.cwd = "/data/file".into()), "/data/file");
-    contains(cause(&|s| s.mounts = vec![bind("/nowhere".into(), "/x")]), "/nowhere");
-    contains(cause(&|s| s.mounts = vec![bind("/etc/passwd".into(), "/data")]), "folder in the image");
-    contains(cause(&|s| s.security.cap_add = vec!["NOPE".into()]), "`NOPE` is no capability");
-    contains(cause(&|s| s.security.seccomp = Seccomp::Profile("{".into())), "seccomp profile is not valid");
-    contains(cause(&|s| s.limits.ulimits = BTreeMap::from([("nope".into(), (1, 1))])), "`nope` is no ulimit");
-    contains(cause(&|s| s.security.sysctls = BTreeMap::from([("net.nope".into(), "1".into())])), "has no sysctl `net.nope`");
-    contains(cause(&|s| s.security.sysctls = BTreeMap::from([("vm.swappiness".into(), "1".into())])), "`vm.swappiness` belongs to the whole machine");
-    contains(cause(&|s| s.argv = vec![]), "no program");
-    contains(cause(&|s| s.cwd = "relative".into()), "not an absolute path");
     contains(
-        cause(&|s| s.mounts = vec![mount(InstanceMountSource::Bind { path: "/tmp".into(), recursive: true, propagation: Some("rshared".into()) }, "/x")]),
+        cause(&|s| s.mounts = vec![bind("/nowhere".into(), "/x")]),
+        "/nowhere",
+    );
+    contains(
+        cause(&|s| s.mounts = vec![bind("/etc/passwd".into(), "/data")]),
+        "folder in the image",
+    );
+    contains(
+        cause(&|s| s.security.cap_add = vec!["NOPE".into()]),
+        "`NOPE` is no capability",
+    );
+    contains(
+        cause(&|s| s.security.seccomp = Seccomp::Profile("{".into())),
+        "seccomp profile is not valid",
+    );
+    contains(
+        cause(&|s| s.limits.ulimits = BTreeMap::from([("nope".into(), (1, 1))])),
+        "`nope` is no ulimit",
+    );
+    contains(
+        cause(&|s| s.security.sysctls = BTreeMap::from([("net.nope".into(), "1".into())])),
+        "has no sysctl `net.nope`",
+    );
+    contains(
+        cause(&|s| s.security.sysctls = BTreeMap::from([("vm.swappiness".into(), "1".into())])),
+        "`vm.swappiness` belongs to the whole machine",
+    );
+    contains(cause(&|s| s.argv = vec![]), "no program");
+    contains(
+        cause(&|s| s.cwd = "relative".into()),
+        "not an absolute path",
+    );
+    contains(
+        cause(&|s| {
+            s.mounts = vec![mount(
+                InstanceMountSource::Bind {
+                    path: "/tmp".into(),
+                    recursive: true,
+                    propagation: Some("rshared".into()),
+                },
+                "/x",
+            )]
+        }),
         "`rshared` is not supported",
     );
 }
@@ -285,7 +369,10 @@ fn a_script_without_its_interpreter_is_explained() {
     let mut spec = f.spec(root, "");
     spec.argv = vec!["run".into()];
     let error = f.runtime.start(&spec).unwrap_err().to_string();
-    assert!(error.contains("needs the interpreter /usr/bin/python3"), "{error}");
+    assert!(
+        error.contains("needs the interpreter /usr/bin/python3"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -294,31 +381,59 @@ fn exec_joins_the_instance_with_its_rights() {
         return;
     }
     let f = Fixture::new();
-    let mut spec = f.spec(f.sealed(&[("/tmp", false)]), "echo mine > /tmp/mine; while :; do sleep 0.1; done");
+    let mut spec = f.spec(
+        f.sealed(&[("/tmp", false)]),
+        "echo mine > /tmp/mine; while :; do sleep 0.1; done",
+    );
     spec.user = "web".into();
     f.runtime.start(&spec).unwrap();
-    common::until("file", || f.exec(&spec.id, &sh("cat /tmp/mine")).1 == "mine\n");
+    common::until("file", || {
+        f.exec(&spec.id, &sh("cat /tmp/mine")).1 == "mine\n"
+    });
     let (status, out) = f.exec(
         &spec.id,
         &sh("id -u; echo $GREETING $EXTRA; hostname; grep -E 'NoNewPrivs|Seccomp:|CapBnd' /proc/self/status; unshare -U true 2>&1; grep -c kiln /proc/self/cgroup; exit 4"),
     );
     assert_eq!(status, ExitStatus::Code(4), "{out}");
     assert!(out.starts_with("33\nhello\npot\n"), "{out}");
-    assert!(out.contains("CapBnd:\t00000000a80425fb") && out.contains("NoNewPrivs:\t1") && out.contains("Seccomp:\t2"), "{out}");
+    assert!(
+        out.contains("CapBnd:\t00000000a80425fb")
+            && out.contains("NoNewPrivs:\t1")
+            && out.contains("Seccomp:\t2"),
+        "{out}"
+    );
     assert!(out.contains("not permitted"), "{out}");
-    let mut privileged = sh("grep CapEff /proc/self/status; id -u; echo $EXTRA; mount -t tmpfs x /tmp && echo mounted");
+    let mut privileged = sh(
+        "grep CapEff /proc/self/status; id -u; echo $EXTRA; mount -t tmpfs x /tmp && echo mounted",
+    );
     privileged.privileged = true;
     privileged.user = Some("0".into());
     privileged.env = BTreeMap::from([("EXTRA".into(), "more".into())]);
     let (_, out) = f.exec(&spec.id, &privileged);
     assert!(out.contains("0\nmore\nmounted\n"), "{out}");
-    let (error, _) = f.try_exec(&spec.id, &kiln_runtime::ExecSpec { argv: vec!["nope".into()], ..Default::default() });
-    assert!(error.unwrap_err().to_string().contains("exec nope: not found in PATH"));
+    let (error, _) = f.try_exec(
+        &spec.id,
+        &kiln_runtime::ExecSpec {
+            argv: vec!["nope".into()],
+            ..Default::default()
+        },
+    );
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .contains("exec nope: not found in PATH")
+    );
     let mut slow = sh("sleep 30 & sleep 30");
     slow.timeout = Some(Millis(200));
     let began = std::time::Instant::now();
     let (error, _) = f.try_exec(&spec.id, &slow);
-    assert!(error.unwrap_err().to_string().contains("did not end within 200ms"));
+    assert!(
+        error
+            .unwrap_err()
+            .to_string()
+            .contains("did not end within 200ms")
+    );
     assert!(began.elapsed() < std::time::Duration::from_secs(5));
     let mut terminal = sh("tty; echo $TERM");
     terminal.tty = true;

@@ -64,14 +64,23 @@ fn a_program_that_ignores_the_signal_is_killed_after_the_grace() {
         return;
     }
     let f = Fixture::new();
-    let spec = f.spec(f.sealed(&[]), "trap '' TERM; echo up; (while :; do sleep 0.1; done) & while :; do sleep 0.1; done");
+    let spec = f.spec(
+        f.sealed(&[]),
+        "trap '' TERM; echo up; (while :; do sleep 0.1; done) & while :; do sleep 0.1; done",
+    );
     f.runtime.start(&spec).unwrap();
     let began = std::time::Instant::now();
-    assert_eq!(f.runtime.stop(&spec.id, "SIGTERM", Millis(300)).unwrap(), ExitStatus::Signal(9));
+    assert_eq!(
+        f.runtime.stop(&spec.id, "SIGTERM", Millis(300)).unwrap(),
+        ExitStatus::Signal(9)
+    );
     assert!(began.elapsed() >= std::time::Duration::from_millis(300));
     let mut spec = f.spec(f.sealed(&[]), "kill -SEGV $$");
     assert_eq!(f.run(&spec).0, ExitStatus::Code(139).min_signal());
-    spec = f.spec(f.sealed(&[]), "trap 'exit 5' USR2; echo up; while :; do sleep 0.05; done");
+    spec = f.spec(
+        f.sealed(&[]),
+        "trap 'exit 5' USR2; echo up; while :; do sleep 0.05; done",
+    );
     spec.init = true;
     f.runtime.start(&spec).unwrap();
     until("output", || f.log_text(&spec.id).contains("up"));
@@ -118,19 +127,43 @@ fn a_killed_shim_takes_its_instance_along_and_leaves_nothing() {
     let spec = f.spec(f.sealed(&[("/tmp", false)]), "while :; do sleep 0.05; done");
     let started = f.runtime.start(&spec).unwrap();
     let shim = std::fs::read_to_string(format!("/proc/{}/status", started.pid)).unwrap();
-    let shim: i32 = shim.lines().find_map(|l| l.strip_prefix("PPid:\t")).unwrap().parse().unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL).unwrap();
-    until("end", || !std::path::Path::new(&format!("/proc/{}/root/bin", started.pid)).exists());
+    let shim: i32 = shim
+        .lines()
+        .find_map(|l| l.strip_prefix("PPid:\t"))
+        .unwrap()
+        .parse()
+        .unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(shim),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+    until("end", || {
+        !std::path::Path::new(&format!("/proc/{}/root/bin", started.pid)).exists()
+    });
     until("unknown", || {
-        matches!(f.runtime.observe(&spec.id).unwrap().state, ObservedState::Exited { status: ExitStatus::Unknown, .. })
+        matches!(
+            f.runtime.observe(&spec.id).unwrap().state,
+            ObservedState::Exited {
+                status: ExitStatus::Unknown,
+                ..
+            }
+        )
     });
     f.runtime.remove(&spec.id).unwrap();
     assert!(common::mounts_below(&f.root).is_empty());
     assert!(f.runtime.list().is_empty());
     let tag = spec.id.as_str();
     for controller in ["pids", "memory", "cpu", "devices", "unified"] {
-        let found = std::process::Command::new("find").args([&format!("/sys/fs/cgroup/{controller}"), "-name", tag]).output().unwrap();
-        assert!(found.stdout.is_empty() || tag.len() < 4, "{:?}", String::from_utf8_lossy(&found.stdout));
+        let found = std::process::Command::new("find")
+            .args([&format!("/sys/fs/cgroup/{controller}"), "-name", tag])
+            .output()
+            .unwrap();
+        assert!(
+            found.stdout.is_empty() || tag.len() < 4,
+            "{:?}",
+            String::from_utf8_lossy(&found.stdout)
+        );
     }
 }
 
@@ -145,7 +178,10 @@ fn a_half_made_instance_is_dead_and_can_be_removed_or_started() {
     std::fs::create_dir_all(dir.join("stage/root")).unwrap();
     std::fs::write(dir.join("netns"), "").unwrap();
     std::fs::write(dir.join("spec.json"), "{half").unwrap();
-    assert_eq!(f.runtime.observe(&spec.id).unwrap().state, ObservedState::Dead);
+    assert_eq!(
+        f.runtime.observe(&spec.id).unwrap().state,
+        ObservedState::Dead
+    );
     f.runtime.start(&spec).unwrap();
     assert_eq!(f.runtime.wait(&spec.id).unwrap(), ExitStatus::Code(0));
     let again = f.runtime.start(&spec).unwrap_err().to_string();
@@ -160,13 +196,19 @@ fn limits_hold_where_the_machine_has_them_and_warn_where_not() {
         return;
     }
     let f = Fixture::new();
-    let mut spec = f.spec(f.sealed(&[("/tmp", false)]), "dd if=/dev/zero of=/dev/shm/fill bs=1M count=60; echo survived");
+    let mut spec = f.spec(
+        f.sealed(&[("/tmp", false)]),
+        "exec dd if=/dev/zero of=/dev/shm/fill bs=1M count=60",
+    );
     spec.limits.memory = Some(24 << 20);
     spec.limits.memory_swap = Some(24 << 20);
     spec.limits.nano_cpus = Some(500_000_000);
     spec.limits.pids = Some(50);
     spec.limits.oom_score_adj = Some(-900);
-    spec.limits.ulimits = std::collections::BTreeMap::from([("nofile".into(), (100_000_000, 100_000_000)), ("core".into(), (0, 0))]);
+    spec.limits.ulimits = std::collections::BTreeMap::from([
+        ("nofile".into(), (100_000_000, 100_000_000)),
+        ("core".into(), (0, 0)),
+    ]);
     f.runtime.start(&spec).unwrap();
     let status = f.runtime.wait(&spec.id).unwrap();
     let warnings = f.runtime.observe(&spec.id).unwrap().warnings;
@@ -175,7 +217,6 @@ fn limits_hold_where_the_machine_has_them_and_warn_where_not() {
     if enforced {
         assert_eq!(status, ExitStatus::OutOfMemory, "{}", f.log_text(&spec.id));
     }
-    assert!(!f.log_text(&spec.id).contains("survived") || !enforced);
 }
 
 #[test]
@@ -188,7 +229,9 @@ fn listening_ports_are_seen_and_reached() {
     let mut spec = f.spec(f.sealed(&[]), "httpd -f -p 80 -h /data");
     spec.user = "web".into();
     f.runtime.start(&spec).unwrap();
-    until("listening", || f.runtime.listening(&spec.id).unwrap() == [80]);
+    until("listening", || {
+        f.runtime.listening(&spec.id).unwrap() == [80]
+    });
     let mut stream = f.runtime.dial(&spec.id, 80).unwrap();
     stream.write_all(b"GET /file HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -212,7 +255,10 @@ fn a_terminal_and_an_open_stdin() {
     spec.stdin_open = true;
     f.runtime.start(&spec).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(100));
-    assert!(matches!(f.runtime.observe(&spec.id).unwrap().state, ObservedState::Running { .. }));
+    assert!(matches!(
+        f.runtime.observe(&spec.id).unwrap().state,
+        ObservedState::Running { .. }
+    ));
     assert_eq!(f.run(&f.spec(f.sealed(&[]), "cat")).0, ExitStatus::Code(0));
 }
 
@@ -224,12 +270,20 @@ fn a_layer_is_written_and_scanned() {
     use kiln_runtime::{ChangeKind, scan_upper};
     let f = Fixture::new();
     let (upper, work) = (f.root.join("up/upper"), f.root.join("up/work"));
-    let root = Root::Layered { tree: Some(f.tree()), upper: upper.clone(), work };
+    let root = Root::Layered {
+        tree: Some(f.tree()),
+        upper: upper.clone(),
+        work,
+    };
     let mut spec = f.spec(root, "echo new > /data/file; rm -r /data/sub; mkdir /data/sub; chmod 700 /bin/busybox; mv /etc/group /etc/g; mkdir /made; echo x > /made/x; cat /etc/resolv.conf");
     spec.cwd = "/work/dir".into();
     let (status, out) = f.run(&spec);
     assert_eq!(status, ExitStatus::Code(0), "{out}");
-    let changes: Vec<(String, ChangeKind)> = scan_upper(&upper).unwrap().into_iter().map(|c| (c.path.display().to_string(), c.kind)).collect();
+    let changes: Vec<(String, ChangeKind)> = scan_upper(&upper)
+        .unwrap()
+        .into_iter()
+        .map(|c| (c.path.display().to_string(), c.kind))
+        .collect();
     let dir = ChangeKind::Dir { opaque: false };
     let expected = [
         ("bin", dir),
@@ -255,12 +309,43 @@ fn an_unsealed_instance_writes_into_a_layer_that_goes_with_it() {
         return;
     }
     let f = Fixture::new();
-    let spec = f.spec(Root::Unsealed { tree: f.tree() }, "echo x > /etc/x; echo up; while :; do sleep 0.05; done");
+    let spec = f.spec(
+        Root::Unsealed { tree: f.tree() },
+        "echo x > /etc/x; echo up; while :; do sleep 0.05; done",
+    );
     f.runtime.start(&spec).unwrap();
-    until("write", || f.runtime.write_set(&spec.id).unwrap().iter().any(|c| c.path.ends_with("etc/x")));
+    until("write", || {
+        f.runtime
+            .write_set(&spec.id)
+            .unwrap()
+            .iter()
+            .any(|c| c.path.ends_with("etc/x"))
+    });
     let seal = f.runtime.seal_state(&spec.id).unwrap();
     assert!(!seal.read_only);
     assert!(seal.foreign.is_empty(), "{:?}", seal.foreign);
+    f.runtime.remove(&spec.id).unwrap();
+    let spec = f.spec(Root::Unsealed { tree: f.tree() }, "cp /bin/busybox /bin/sleep2; exec /bin/sleep2 sh -c 'while :; do read x < /dev/zero; done'");
+    f.runtime.start(&spec).unwrap();
+    until("foreign", || {
+        f.runtime
+            .seal_state(&spec.id)
+            .unwrap()
+            .foreign
+            .iter()
+            .any(|p| p.program == "/bin/sleep2")
+    });
+    f.runtime.remove(&spec.id).unwrap();
+    let mut spec = f.spec(
+        f.sealed(&[("/tmp", true)]),
+        "cp /bin/busybox /tmp/sh; exec /tmp/sh -c 'while :; do :; done'",
+    );
+    spec.init = true;
+    f.runtime.start(&spec).unwrap();
+    until("foreign", || {
+        let seal = f.runtime.seal_state(&spec.id).unwrap();
+        seal.read_only && seal.foreign.len() == 1 && seal.foreign[0].program == "/tmp/sh"
+    });
     f.runtime.remove(&spec.id).unwrap();
 }
 
@@ -272,7 +357,11 @@ fn a_cancelled_run_is_killed() {
     let f = Fixture::new();
     let spec = f.spec(f.sealed(&[]), "echo up; while :; do sleep 0.05; done");
     let cancel = std::sync::atomic::AtomicBool::new(false);
-    let result = f.runtime.run_to_end(&spec, &mut |_, _| cancel.store(true, std::sync::atomic::Ordering::Relaxed), &cancel);
+    let result = f.runtime.run_to_end(
+        &spec,
+        &mut |_, _| cancel.store(true, std::sync::atomic::Ordering::Relaxed),
+        &cancel,
+    );
     assert!(matches!(result, Err(kiln_runtime::StartError::Cancelled)));
     assert!(f.runtime.list().is_empty());
 }

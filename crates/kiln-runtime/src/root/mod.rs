@@ -286,35 +286,82 @@ fn mount_root(
     if tree.is_some() && matches!(spec.root, Root::Unsealed { .. }) {
         fs::set_permissions(&upper, Permissions::from_mode(0o755)).map_err(stage_error(&upper))?;
     }
-    let mut data_only = abilities.data_only;
-    let lower = stage.path("lower");
-    if let Some(tree) = tree {
-        // Two overlays deep: an EROFS on a plain file would be a third level.
-        let depth = Abilities {
-            file_backed: false,
-            ..abilities
-        };
-        mount_metadata(tree, stage, depth)?;
-        points_over_upper(stage, Some("tree"), &upper, points)?;
-        data_only = lower_overlay(tree, stage, &lower.display().to_string(), nodev, depth)?;
-    } else {
-        points_over_upper(stage, None, &upper, points)?;
-    }
-    let lower = tree::open_dir(&if tree.is_some() {
-        lower
-    } else {
-        stage.path("points")
-    })?;
-    let (upper, work) = (tree::open_dir(&upper)?, tree::open_dir(&work)?);
-    Overlay {
-        what: "the root",
-        lower: &[&lower],
-        objects: None,
-        upper: Some((&upper, &work)),
+    let writable = Writable {
+        stage,
+        tree,
+        upper: &upper,
+        work: &work,
+        points,
         flags: nodev,
+    };
+    match writable.mount(&root, abilities) {
+        // Two overlays deep, an EROFS on a plain file may be one level too many.
+        Err(RootError::Mount(MountError::Overlay { source, .. }))
+            if tree.is_some()
+                && abilities.file_backed
+                && source.raw_os_error() == Some(libc::EINVAL) =>
+        {
+            writable.unmount()?;
+            let on_loop = Abilities {
+                file_backed: false,
+                ..abilities
+            };
+            writable.mount(&root, on_loop)
+        }
+        other => other,
     }
-    .mount(&root, false)?;
-    Ok(data_only)
+}
+
+/// A root that is written to: an overlay over the read-only view of the image, so
+/// that the upper folder holds whole files and plain folders only.
+struct Writable<'a> {
+    stage: &'a Stage,
+    tree: Option<&'a TreePaths>,
+    upper: &'a Path,
+    work: &'a Path,
+    points: &'a [Point],
+    flags: MountFlags,
+}
+
+impl Writable<'_> {
+    fn mount(&self, root: &str, abilities: Abilities) -> Result<bool, RootError> {
+        let (stage, lower) = (self.stage, self.stage.path("lower"));
+        let mut data_only = abilities.data_only;
+        let below = match self.tree {
+            Some(tree) => {
+                mount_metadata(tree, stage, abilities)?;
+                points_over_upper(stage, Some("tree"), self.upper, self.points)?;
+                let at = lower.display().to_string();
+                data_only = lower_overlay(tree, stage, &at, self.flags, abilities)?;
+                lower
+            }
+            None => {
+                points_over_upper(stage, None, self.upper, self.points)?;
+                stage.path("points")
+            }
+        };
+        let below = tree::open_dir(&below)?;
+        let (upper, work) = (tree::open_dir(self.upper)?, tree::open_dir(self.work)?);
+        Overlay {
+            what: "the root",
+            lower: &[&below],
+            objects: None,
+            upper: Some((&upper, &work)),
+            flags: self.flags,
+        }
+        .mount(root, false)?;
+        Ok(data_only)
+    }
+
+    /// Back to where [`Writable::mount`] began.
+    fn unmount(&self) -> Result<(), RootError> {
+        for name in ["lower", "tree"] {
+            let _ = rustix::mount::unmount(self.stage.path(name), UnmountFlags::DETACH);
+        }
+        let points = self.stage.path("points");
+        fs::remove_dir_all(&points).map_err(stage_error(&points))?;
+        self.stage.make("points").map(drop)
+    }
 }
 
 fn mount_metadata(tree: &TreePaths, stage: &Stage, abilities: Abilities) -> Result<(), RootError> {

@@ -35,11 +35,8 @@ pub fn run(child: i32, program: &Program) -> ! {
                 Err(_) => sys::exit_now(126),
             }
         }
-        if let Some(signal) = sys::wait_signal() {
-            if signal != libc::SIGCHLD {
-                // The real-time ones have no name in the safe wrapper.
-                sys::kill(child, signal);
-            }
+        if let Some(signal) = sys::wait_signal().filter(|s| *s != libc::SIGCHLD) {
+            sys::kill(child, signal);
         }
     }
 }

@@ -3,12 +3,11 @@
 use std::fs;
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use kiln_model::InstanceSpec;
 use kiln_model::instance::{InstanceNetwork, InstanceSecurity, SharedNamespace};
-use kiln_model::spec::{Device, Seccomp};
+use kiln_model::spec::Seccomp;
 use serde_json::{Value, json};
 
 use super::program::{DEFAULT_PATH, Program, ZeroByte};
@@ -32,20 +31,18 @@ pub enum PrepareError {
     ZeroByte(#[from] ZeroByte),
     #[error("instance {0}, whose namespace is to be shared, is not running")]
     NotRunning(String),
-    #[error("the device {path} cannot be given to the instance: {source}")]
-    Device { path: String, source: io::Error },
     #[error("`{0}` is no ulimit (see setrlimit(2))")]
     Ulimit(String),
     #[error("the working directory {path} is not usable: {source}")]
     WorkingDirectory { path: String, source: io::Error },
     #[error("apparmor profile `{0}`: AppArmor is not active on this machine")]
     AppArmor(String),
-    #[error("the sysctl `{0}` belongs to the whole machine (or to another instance), not to this instance")]
+    #[error(
+        "the sysctl `{0}` belongs to the whole machine (or to another instance), not to this instance"
+    )]
     ForeignSysctl(String),
     #[error("this kernel has no sysctl `{0}`")]
     UnknownSysctl(String),
-    #[error("`{0}` is no device cgroup rule (like `c 1:3 rwm`)")]
-    DeviceRule(String),
     #[error("cannot read this process's capabilities: {0}")]
     Capabilities(io::Error),
 }
@@ -135,7 +132,10 @@ pub fn check(spec: &InstanceSpec, root: &Path) -> Result<(), PrepareError> {
 
 /// Only settings of the instance's own namespaces may be changed, as with Docker.
 fn check_sysctl(name: &str, spec: &InstanceSpec) -> Result<(), PrepareError> {
-    let own_network = !matches!(spec.network, InstanceNetwork::Host | InstanceNetwork::Join(_));
+    let own_network = !matches!(
+        spec.network,
+        InstanceNetwork::Host | InstanceNetwork::Join(_)
+    );
     let own_ipc = spec.namespaces.ipc == SharedNamespace::Private;
     let ipc = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."]
         .iter()
@@ -232,135 +232,4 @@ fn resource(name: &str) -> Option<(rustix::process::Resource, &'static str)> {
         "stack" => (R::Stack, "RLIMIT_STACK"),
         _ => return None,
     })
-}
-
-/// A device node and the rule that lets the instance use it.
-pub struct Devices {
-    pub nodes: Vec<Value>,
-    pub rules: Vec<Value>,
-}
-
-/// What every instance may use: making any node, and null, zero, full, random,
-/// urandom, tty, console, ptmx and the pseudo terminals.
-const STANDARD: [(&str, i64, i64, &str); 9] = [
-    ("c", 1, 3, "rwm"),
-    ("c", 1, 5, "rwm"),
-    ("c", 1, 7, "rwm"),
-    ("c", 1, 8, "rwm"),
-    ("c", 1, 9, "rwm"),
-    ("c", 5, 0, "rwm"),
-    ("c", 5, 1, "rwm"),
-    ("c", 5, 2, "rwm"),
-    ("c", 136, -1, "rwm"),
-];
-
-pub fn devices(security: &InstanceSecurity) -> Result<Devices, PrepareError> {
-    let allow = |kind: &str, major: i64, minor: i64, access: &str| {
-        let mut rule = json!({ "allow": true, "type": kind, "access": access });
-        for (key, number) in [("major", major), ("minor", minor)] {
-            if number >= 0 {
-                rule[key] = json!(number);
-            }
-        }
-        rule
-    };
-    let mut devices = Devices {
-        nodes: Vec::new(),
-        rules: Vec::new(),
-    };
-    if security.privileged {
-        devices
-            .rules
-            .push(json!({ "allow": true, "access": "rwm" }));
-        return Ok(devices);
-    }
-    devices
-        .rules
-        .push(json!({ "allow": false, "access": "rwm" }));
-    devices.rules.push(allow("c", -1, -1, "m"));
-    devices.rules.push(allow("b", -1, -1, "m"));
-    devices
-        .rules
-        .extend(STANDARD.map(|(kind, major, minor, access)| allow(kind, major, minor, access)));
-    for device in &security.devices {
-        for (kind, meta, target) in nodes(device)? {
-            let (major, minor) = (
-                rustix::fs::major(meta.rdev()),
-                rustix::fs::minor(meta.rdev()),
-            );
-            let access = if device.permissions.is_empty() {
-                "rwm"
-            } else {
-                &device.permissions
-            };
-            devices
-                .rules
-                .push(allow(kind, i64::from(major), i64::from(minor), access));
-            devices.nodes.push(json!({
-                "path": target, "type": kind, "major": major, "minor": minor,
-                "fileMode": meta.mode() & 0o7777, "uid": meta.uid(), "gid": meta.gid(),
-            }));
-        }
-    }
-    for rule in &security.device_cgroup_rules {
-        devices
-            .rules
-            .push(parse_rule(rule).ok_or_else(|| PrepareError::DeviceRule(rule.clone()))?);
-    }
-    Ok(devices)
-}
-
-/// `c 1:3 rwm`, `a *:* rwm`.
-fn parse_rule(text: &str) -> Option<Value> {
-    let mut words = text.split_whitespace();
-    let (kind, numbers, access) = (words.next()?, words.next()?, words.next()?);
-    let (major, minor) = numbers.split_once(':')?;
-    let known = matches!(kind, "a" | "b" | "c")
-        && !access.is_empty()
-        && access.chars().all(|c| "rwm".contains(c))
-        && words.next().is_none();
-    let mut rule = json!({ "allow": true, "type": kind, "access": access });
-    for (key, number) in [("major", major), ("minor", minor)] {
-        if number != "*" {
-            rule[key] = json!(number.parse::<u32>().ok()?);
-        }
-    }
-    known.then_some(rule)
-}
-
-/// A device, or all devices of a folder.
-fn nodes(device: &Device) -> Result<Vec<(&'static str, fs::Metadata, String)>, PrepareError> {
-    const MAX_NODES: usize = 1024;
-    let fail = |source| PrepareError::Device {
-        path: device.source.clone(),
-        source,
-    };
-    let kind = |meta: &fs::Metadata| {
-        let kind = meta.file_type();
-        match (kind.is_char_device(), kind.is_block_device()) {
-            (true, _) => Some("c"),
-            (_, true) => Some("b"),
-            _ => None,
-        }
-    };
-    let meta = fs::metadata(&device.source).map_err(fail)?;
-    if let Some(kind) = kind(&meta) {
-        return Ok(vec![(kind, meta, device.target.clone())]);
-    }
-    if !meta.is_dir() {
-        return Err(fail(io::Error::other("it is not a device")));
-    }
-    let mut list = Vec::new();
-    for entry in fs::read_dir(&device.source).map_err(fail)?.take(MAX_NODES) {
-        let entry = entry.map_err(fail)?;
-        let meta = fs::metadata(entry.path()).map_err(fail)?;
-        if let (Some(kind), Ok(name)) = (kind(&meta), entry.file_name().into_string()) {
-            list.push((
-                kind,
-                meta,
-                format!("{}/{name}", device.target.trim_end_matches('/')),
-            ));
-        }
-    }
-    Ok(list)
 }

@@ -26,7 +26,7 @@ use crate::paths::InstancePaths;
 use crate::root::{self, tree::Abilities};
 use crate::shim_io::wait_readable;
 use crate::status::{Phase, Status, now, write_atomically};
-use crate::{process, sys, users};
+use crate::{capabilities, devices, process, sys, users};
 
 /// A spec is a few kilobytes; custom seccomp profiles and environments make it longer.
 const MAX_SPEC: u64 = 16 << 20;
@@ -54,8 +54,10 @@ pub fn main(dir: PathBuf) -> ExitCode {
     if let Err(e) = sys::close_from(3).and_then(|()| sys::set_child_subreaper()) {
         return refuse(&format!("cannot detach: {e}"));
     }
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     capture::Capture::install();
     let paths = InstancePaths::from_dir(dir);
+    cgroup::leave_callers_group(&tag(&paths));
     let lock = match Liveness::acquire(&paths.lock()) {
         Ok(lock) => lock,
         Err(e) => {
@@ -162,12 +164,13 @@ pub fn cgroup_path(paths: &InstancePaths) -> String {
         .file_name()
         .unwrap_or_default()
         .to_string_lossy();
-    let root = paths
-        .dir()
-        .parent()
-        .and_then(|p| p.parent())
-        .unwrap_or(paths.dir());
-    format!("/kiln-{}/{id}", crate::root_tag(root))
+    format!("/{}/{id}", tag(paths))
+}
+
+/// The group above all of one kiln root's.
+fn tag(paths: &InstancePaths) -> String {
+    let root = paths.dir().parent().and_then(|p| p.parent());
+    format!("kiln-{}", crate::root_tag(root.unwrap_or(paths.dir())))
 }
 
 /// Everything up to the program's exec. The error is the cause, in words.
@@ -181,16 +184,22 @@ fn launch(spec: &InstanceSpec, paths: &InstancePaths, group: &Cgroup) -> Result<
     let identity =
         users::lookup(&paths.rootfs(), &spec.user, &spec.group_add).map_err(|e| text(&e))?;
     let (report, report_end) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| text(&e))?;
-    let program = prepare::program(spec, &identity, report_end.as_raw_fd(), &mut warnings)
+    let mut program = prepare::program(spec, &identity, report_end.as_raw_fd(), &mut warnings)
         .map_err(|e| text(&e))?;
-    let devices = prepare::devices(&spec.security).map_err(|e| text(&e))?;
+    let devices = devices::devices(&spec.security).map_err(|e| text(&e))?;
+    let device_rules = match group.confine_devices(&devices.allowed) {
+        Ok(rules) => rules,
+        Err(e) => {
+            // Better without the means to make a device than with all of them.
+            program.capabilities &= !capabilities::MKNOD;
+            warnings.push(format!(
+                "this machine cannot confine devices ({e}): the instance may not make device nodes"
+            ));
+            None
+        }
+    };
     let rlimits = prepare::rlimits(spec, &mut warnings).map_err(|e| text(&e))?;
     let namespaces = prepare::namespaces(spec, paths).map_err(|e| text(&e))?;
-    let layout = Layout::detect();
-    let device_rules = match &layout {
-        Layout::V1(_) if layout.has("devices") => Some(devices.rules.as_slice()),
-        _ => None,
-    };
     let config = oci::config(
         spec,
         &oci::Facts {
@@ -201,7 +210,7 @@ fn launch(spec: &InstanceSpec, paths: &InstancePaths, group: &Cgroup) -> Result<
             namespaces: &namespaces,
             rlimits: &rlimits,
             devices: &devices.nodes,
-            device_rules,
+            device_rules: device_rules.as_deref(),
             cgroup_mounts: &cgroup::v1_mounts(),
         },
     );

@@ -225,7 +225,7 @@ impl Fixture {
     pub fn log(&self, id: &InstanceId) -> Vec<Record> {
         let mut reader = self.runtime.log(id);
         let mut records = Vec::new();
-        while let Some(record) = reader.next().unwrap() {
+        while let Some(record) = reader.next_record().unwrap() {
             records.push(record);
         }
         records
