@@ -17,6 +17,9 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 /// `cgroup.procs` is read this often while groups are being emptied.
 const KILL_STEP: Duration = Duration::from_millis(2);
 
+/// A process that has ended leaves its group within moments.
+const PARENT_ATTEMPTS: u32 = 100;
+
 /// How this machine lays out its control groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Layout {
@@ -105,25 +108,29 @@ pub fn v1_mounts() -> Vec<String> {
 /// ends the daemon's group leaves the shims alone. Best effort: in containers the
 /// hierarchy may be read-only, and then no service manager is there either.
 pub fn leave_callers_group(tag: &str) {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let dir = match Layout::parse(&mounts) {
+    let dir = match Layout::detect() {
         Layout::V2(at) => Some(at),
         // systemd's own hierarchy is the one it ends services by.
-        _ => mounts.lines().find_map(|line| {
-            let fields: Vec<&str> = line.split(' ').collect();
-            let [_, at, "cgroup", options, ..] = fields[..] else {
-                return None;
-            };
-            options
-                .split(',')
-                .any(|o| o == "name=systemd")
-                .then(|| PathBuf::from(at))
-        }),
+        _ => systemd_hierarchy(),
     };
     if let Some(dir) = dir.map(|dir| dir.join(tag).join(".shims")) {
         let _ = fs::create_dir_all(&dir);
         let _ = fs::write(dir.join("cgroup.procs"), std::process::id().to_string());
     }
+}
+
+fn systemd_hierarchy() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [_, at, "cgroup", options, ..] = fields[..] else {
+            return None;
+        };
+        options
+            .split(',')
+            .any(|o| o == "name=systemd")
+            .then(|| PathBuf::from(at))
+    })
 }
 
 /// One instance's groups.
@@ -234,6 +241,33 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Removes the groups that were above the last instance of a kiln root. Others
+    /// that are still in use keep theirs: the kernel refuses.
+    pub fn remove_parent(&self) {
+        let Some(parent) = self.path.parent().filter(|p| p.file_name().is_some()) else {
+            return;
+        };
+        let mut mounts: Vec<PathBuf> = match &self.layout {
+            Layout::V2(at) => vec![at.clone()],
+            Layout::V1(list) => list.iter().map(|(_, at)| at.clone()).collect(),
+            Layout::None => Vec::new(),
+        };
+        mounts.extend(systemd_hierarchy());
+        for at in mounts {
+            let shims = at.join(parent).join(".shims");
+            // The last shim may still be on its way out.
+            for _ in 0..PARENT_ATTEMPTS {
+                match fs::remove_dir(&shims) {
+                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                        std::thread::sleep(KILL_STEP);
+                    }
+                    _ => break,
+                }
+            }
+            let _ = fs::remove_dir(at.join(parent));
+        }
     }
 
     /// Whether the kernel's memory bound has ended a process of it.

@@ -49,11 +49,12 @@ impl Runtime {
         let mut ports = BTreeSet::new();
         for name in ["tcp", "tcp6"] {
             let path = format!("/proc/{pid}/net/{name}");
-            match fs::read_to_string(&path) {
+            match self.read_of(id, path) {
                 Ok(text) => ports.extend(text.lines().skip(1).filter_map(listening_port)),
                 // Without IPv6.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(RuntimeError::Read { path, source }),
+                Err(RuntimeError::Read { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
             }
         }
         Ok(ports.into_iter().collect())
@@ -63,8 +64,7 @@ impl Runtime {
     pub fn seal_state(&self, id: &InstanceId) -> Result<SealState, RuntimeError> {
         let (pid, _process) = self.first_process(id)?;
         let path = format!("/proc/{pid}/mountinfo");
-        let mounts =
-            fs::read_to_string(&path).map_err(|source| RuntimeError::Read { path, source })?;
+        let mounts = self.read_of(id, path)?;
         let root_device = mounts.lines().find_map(|line| {
             let mut fields = line.split(' ');
             let device = fields.nth(2)?.to_owned();
@@ -91,6 +91,14 @@ impl Runtime {
             .filter_map(|pid| foreign_process(u32::try_from(pid).ok()?, upper.as_deref()))
             .collect();
         Ok(SealState { read_only, foreign })
+    }
+
+    /// Reads a file of the first process; an instance that ends meanwhile isn't running.
+    fn read_of(&self, id: &InstanceId, path: String) -> Result<String, RuntimeError> {
+        fs::read_to_string(&path).or_else(|source| {
+            self.first_process(id)?;
+            Err(RuntimeError::Read { path, source })
+        })
     }
 
     /// What the instance has written into its root: only unsealed and layered ones

@@ -82,6 +82,11 @@ impl Runtime {
         }
         if folder {
             remove_all(paths.dir()).map_err(fail(paths.dir()))?;
+            // No start is under way where there is no folder.
+            let instances = self.config.root.join("instances");
+            if fs::read_dir(instances).is_ok_and(|mut entries| entries.next().is_none()) {
+                cgroup.remove_parent();
+            }
         }
         Ok(())
     }

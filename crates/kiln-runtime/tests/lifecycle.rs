@@ -325,7 +325,10 @@ fn an_unsealed_instance_writes_into_a_layer_that_goes_with_it() {
     assert!(!seal.read_only);
     assert!(seal.foreign.is_empty(), "{:?}", seal.foreign);
     f.runtime.remove(&spec.id).unwrap();
-    let spec = f.spec(Root::Unsealed { tree: f.tree() }, "cp /bin/busybox /bin/sleep2; exec /bin/sleep2 sh -c 'while :; do read x < /dev/zero; done'");
+    let spec = f.spec(
+        Root::Unsealed { tree: f.tree() },
+        "mkdir /own; cp /bin/busybox /own/sh; exec /own/sh -c 'while :; do sleep 0.05; done'",
+    );
     f.runtime.start(&spec).unwrap();
     until("foreign", || {
         f.runtime
@@ -333,7 +336,7 @@ fn an_unsealed_instance_writes_into_a_layer_that_goes_with_it() {
             .unwrap()
             .foreign
             .iter()
-            .any(|p| p.program == "/bin/sleep2")
+            .any(|p| p.program == "/own/sh")
     });
     f.runtime.remove(&spec.id).unwrap();
     let mut spec = f.spec(
@@ -364,4 +367,67 @@ fn a_cancelled_run_is_killed() {
     );
     assert!(matches!(result, Err(kiln_runtime::StartError::Cancelled)));
     assert!(f.runtime.list().is_empty());
+}
+
+/// The shim is killed at any moment of a start; removing then leaves nothing.
+#[test]
+fn a_start_cut_off_at_any_moment_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let f = Fixture::new();
+    let tree = f.tree();
+    let shim_of = |spec: &kiln_model::InstanceSpec| {
+        let dir = f
+            .root
+            .join("instances")
+            .join(spec.id.as_str())
+            .display()
+            .to_string();
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|e| {
+                let line = std::fs::read(e.path().join("cmdline")).ok()?;
+                let line = String::from_utf8_lossy(&line).into_owned();
+                let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+                line.split('\0').any(|a| a == dir).then_some(pid)
+            })
+            .collect::<Vec<i32>>()
+    };
+    for n in 0..24u64 {
+        let root = if n % 2 == 0 {
+            Root::Sealed {
+                tree: tree.clone(),
+                scratch: vec![],
+            }
+        } else {
+            Root::Unsealed { tree: tree.clone() }
+        };
+        let spec = f.spec(root, "while :; do sleep 0.05; done");
+        let runtime = f.runtime.clone();
+        let starting = std::thread::spawn({
+            let spec = spec.clone();
+            move || runtime.start(&spec).map(|s| s.pid)
+        });
+        until("a shim", || {
+            !shim_of(&spec).is_empty() || starting.is_finished()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(n * 3));
+        for pid in shim_of(&spec) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
+        let result = starting.join().unwrap();
+        f.runtime.remove(&spec.id).unwrap();
+        assert!(f.runtime.observe(&spec.id).is_none());
+        until("everything gone", || shim_of(&spec).is_empty());
+        if let Ok(pid) = result {
+            assert!(!std::path::Path::new(&format!("/proc/{pid}/root/bin")).exists());
+        }
+    }
+    assert!(common::groups_of(&f.root).is_empty());
+    assert!(common::mounts_below(&f.root).is_empty());
 }

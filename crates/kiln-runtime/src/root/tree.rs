@@ -190,3 +190,117 @@ impl Overlay<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+    use rustix::fs::XattrFlags;
+    use std::path::PathBuf;
+
+    /// A tree as the store lays it out: one file whose content is an object, and
+    /// whiteouts over the objects' folders for kernels without data-only layers.
+    fn composefs(dir: &Path) -> TreePaths {
+        let (files, objects) = (dir.join("files"), dir.join("objects"));
+        std::fs::create_dir_all(files.join("sub")).unwrap();
+        std::fs::create_dir_all(objects.join("ab")).unwrap();
+        std::fs::write(objects.join("ab/cdef"), "the content").unwrap();
+        for path in ["top", "sub/file"] {
+            let path = files.join(path);
+            File::create(&path).unwrap().set_len(11).unwrap();
+            let set = |name: &str, value: &[u8]| {
+                rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty()).unwrap();
+            };
+            set("trusted.overlay.metacopy", b"");
+            set("trusted.overlay.redirect", b"/ab/cdef");
+        }
+        for n in 0..=255 {
+            let name = files.join(format!("{n:02x}"));
+            let kind = rustix::fs::FileType::CharacterDevice;
+            rustix::fs::mknodat(CWD, name, kind, Mode::empty(), 0).unwrap();
+        }
+        let metadata = dir.join("tree.erofs");
+        let made = std::process::Command::new("mkfs.erofs")
+            .args(["-x1", "--quiet"])
+            .args([&metadata, &files])
+            .status()
+            .unwrap();
+        assert!(made.success());
+        TreePaths { metadata, objects }
+    }
+
+    fn mounted(abilities: Abilities, dir: PathBuf) -> Vec<String> {
+        let tree = composefs(&dir);
+        // Namespaces belong to threads: this one is the test's own.
+        std::thread::spawn(move || {
+            crate::root::private_namespace().unwrap();
+            let (at, view, sub) = (dir.join("at"), dir.join("view"), dir.join("sub"));
+            for path in [&at, &view, &sub] {
+                std::fs::create_dir_all(path).unwrap();
+            }
+            mount_metadata(&tree, &at, abilities.file_backed).unwrap();
+            let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let device = mounts.lines().find(|l| l.contains(" - erofs ")).unwrap();
+            assert_eq!(
+                device.contains("/dev/loop"),
+                !abilities.file_backed,
+                "{device}"
+            );
+            let (lower, objects) = (open_dir(&at).unwrap(), open_dir(&tree.objects).unwrap());
+            let empty = open_dir(&sub).unwrap();
+            let used = Overlay {
+                what: "test",
+                lower: &[&empty, &lower],
+                objects: Some(&objects),
+                upper: None,
+                flags: MountFlags::RDONLY,
+            }
+            .mount(&view.display().to_string(), abilities.data_only)
+            .unwrap();
+            assert_eq!(used, abilities.data_only);
+            for path in ["top", "sub/file"] {
+                assert_eq!(
+                    std::fs::read_to_string(view.join(path)).unwrap(),
+                    "the content"
+                );
+            }
+            let names = std::fs::read_dir(&view).unwrap().flatten();
+            let mut names: Vec<String> = names
+                .map(|e| e.file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        })
+        .join()
+        .unwrap()
+    }
+
+    /// On any kernel from 6.12, also the ways of older ones.
+    #[test]
+    fn a_tree_is_mounted_the_new_way_and_the_old_ways() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "needs root");
+            eprintln!("SKIPPED: needs root");
+            return;
+        }
+        let new = crate::seccomp::kernel_version() >= (6, 12);
+        for (n, (file_backed, data_only)) in
+            [(true, true), (false, true), (true, false), (false, false)]
+                .into_iter()
+                .filter(|(file_backed, data_only)| new || !(*file_backed || *data_only))
+                .enumerate()
+        {
+            let dir = std::env::temp_dir().join(format!("kiln-tree-{}-{n}", std::process::id()));
+            let abilities = Abilities {
+                file_backed,
+                data_only,
+            };
+            assert_eq!(
+                mounted(abilities, dir.clone()),
+                ["sub", "top"],
+                "{abilities:?}"
+            );
+            std::fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+}

@@ -282,6 +282,28 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Control groups of a kiln root, in every hierarchy.
+pub fn groups_of(root: &Path) -> Vec<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    let digest = kiln_model::Digest::of(root.as_os_str().as_bytes()).hex();
+    let name = format!("kiln-{}", &digest[..8]);
+    let below = |dir: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path())
+            .collect()
+    };
+    let mut hierarchies = vec![PathBuf::from("/sys/fs/cgroup")];
+    hierarchies.extend(below(Path::new("/sys/fs/cgroup")));
+    hierarchies
+        .iter()
+        .map(|h| h.join(&name))
+        .filter(|p| p.exists())
+        .collect()
+}
+
 /// Mounts of this process's namespace below a folder.
 pub fn mounts_below(root: &Path) -> Vec<String> {
     std::fs::read_to_string("/proc/self/mountinfo")
@@ -298,9 +320,11 @@ impl Drop for Fixture {
             let _ = self.runtime.remove(&observed.id);
         }
         let left = mounts_below(&self.root);
+        let groups = groups_of(&self.root);
         let _ = std::fs::remove_dir_all(&self.root);
         if !std::thread::panicking() {
             assert!(left.is_empty(), "mounts left: {left:?}");
+            assert!(groups.is_empty(), "groups left: {groups:?}");
         }
     }
 }
