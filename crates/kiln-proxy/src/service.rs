@@ -221,7 +221,7 @@ mod tests {
         }
         assert!(backends.iter().all(|b| b.in_flight() == 3));
         held.retain(|lease| lease.instance.id != backends[1].id);
-        assert_eq!(backends[0].in_flight(), 0);
+        assert_eq!(backends[1].in_flight(), 0);
         let tried = [backends[0].address, backends[2].address];
         let lease = service.acquire(&tried).await.unwrap();
         assert_eq!(lease.instance.id, backends[1].id);
