@@ -126,7 +126,7 @@ pub(crate) fn response(query: &Message, code: ResponseCode) -> Message {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
 
     const WEB: Ipv4Addr = Ipv4Addr::new(10, 1, 128, 2);

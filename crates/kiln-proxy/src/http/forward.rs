@@ -193,6 +193,12 @@ async fn exchange(
         let (client, wanted) = upgrade.ok_or(Failure::NoAnswer)?;
         return Ok(switch_protocols(sent, client, &wanted));
     }
+    if let Some(gate) = &gate
+        && sent.response.status().is_success()
+    {
+        // It answers without having asked for the body, and still reads it: an echo.
+        gate.open();
+    }
     let (mut parts, body) = sent.response.into_parts();
     headers::strip_hop_by_hop(&mut parts.headers);
     let held = Held {
