@@ -52,8 +52,14 @@ pub(crate) const HTTP_HINT_WAIT: Duration = Duration::from_secs(1);
 /// first bytes are waited for, to answer 502 or 503 if it speaks HTTP.
 pub(crate) const REFUSED_WAIT: Duration = Duration::from_secs(5);
 
-/// One attempt to connect to an instance. They are on this host.
-pub(crate) const CONNECT: Duration = Duration::from_secs(2);
+/// How long an instance may take to accept a connection, in all. Long, as an instance that
+/// is busy drops what its backlog can't hold, and that must not become a failure.
+pub(crate) const CONNECT: Duration = Duration::from_secs(10);
+
+/// After this the connection attempt is given up and made anew, then after twice the time,
+/// and so on. Instances are on this host and answer at once, so the backlog was full (5
+/// for a plain Python server), and the kernel itself would try again only after 1 s, 3 s, 7 s.
+pub(crate) const CONNECT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Attempts for one request or connection, each to another instance where there is one.
 pub(crate) const CONNECT_ATTEMPTS: usize = 4;
@@ -63,6 +69,12 @@ pub(crate) const AVOID_FAILED: Duration = Duration::from_secs(1);
 
 /// Requests and connections waiting for a parked service, for each service.
 pub(crate) const PARK_QUEUE: usize = 4096;
+
+/// When parking ends, those who wait go on one after the other with this pause between
+/// them, after the first [`RELEASE_BURST`]: all at once they would overflow the backlog of
+/// an instance that has just begun to listen.
+pub(crate) const RELEASE_PACE: Duration = Duration::from_millis(1);
+pub(crate) const RELEASE_BURST: u32 = 4;
 
 /// What 503 tells clients to wait, in seconds.
 pub(crate) const RETRY_AFTER: &str = "1";

@@ -14,7 +14,8 @@ use tokio::time::timeout;
 
 use crate::http::body::InBody;
 use crate::limits::{
-    CONNECT, H2_UPSTREAM_STREAMS, HEADER_BYTES, HEADER_COUNT, HTTP_BUFFER, POOL_AGE, POOL_IDLE,
+    CONNECT, CONNECT_AGAIN, H2_UPSTREAM_STREAMS, HEADER_BYTES, HEADER_COUNT, HTTP_BUFFER, POOL_AGE,
+    POOL_IDLE,
 };
 use crate::{lock, sockets};
 
@@ -142,7 +143,16 @@ impl Pool {
 
 /// Connects within [`CONNECT`].
 pub(crate) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = timeout(CONNECT, TcpStream::connect(address))
+    let attempts = async {
+        let mut wait = CONNECT_AGAIN;
+        loop {
+            if let Ok(outcome) = timeout(wait, TcpStream::connect(address)).await {
+                return outcome;
+            }
+            wait *= 2;
+        }
+    };
+    let stream = timeout(CONNECT, attempts)
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     sockets::tune(&stream);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use kiln_model::route::{AppProtocol, RouteMode};
 use kiln_model::{EnvironmentName, InstanceId, ServiceName};
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::instance::{Instance, Lease};
-use crate::limits::PARK_QUEUE;
+use crate::limits::{PARK_QUEUE, RELEASE_BURST, RELEASE_PACE};
 use crate::lock;
 use crate::stats::{Failure, FailureCounts};
 use crate::status::ServiceStatus;
@@ -52,6 +52,8 @@ pub(crate) struct Service {
     pub(crate) failures: FailureCounts,
     route: watch::Sender<Route>,
     waiting: AtomicUsize,
+    /// How many of the waiting went on since the route was set.
+    released: AtomicU32,
     turn: AtomicUsize,
     /// Ports on which HTTP was recognised: a hint for the next connection, no more.
     http_ports: Mutex<HashSet<u16>>,
@@ -65,12 +67,14 @@ impl Service {
             failures: FailureCounts::default(),
             route: watch::Sender::new(Route::empty()),
             waiting: AtomicUsize::new(0),
+            released: AtomicU32::new(0),
             turn: AtomicUsize::new(0),
             http_ports: Mutex::default(),
         })
     }
 
     pub(crate) fn set_route(&self, route: Route) {
+        self.released.store(0, Ordering::Relaxed);
         self.route.send_replace(route);
     }
 
@@ -104,12 +108,17 @@ impl Service {
         let _place = self.wait_place()?;
         let begun = Instant::now();
         let mut route = self.route.subscribe();
+        let mut paced = false;
         loop {
             let limit = match route.borrow_and_update().mode {
                 RouteMode::Serve => None,
                 RouteMode::Park { limit } => Some(limit),
             };
             let Some(limit) = limit else {
+                if !paced {
+                    paced = true;
+                    self.pace().await;
+                }
                 if let Some(outcome) = self.try_acquire(tried) {
                     return outcome;
                 }
@@ -124,6 +133,14 @@ impl Service {
             if !in_time {
                 return Err(Failure::ParkTimeout);
             }
+        }
+    }
+
+    async fn pace(&self) {
+        let number = self.released.fetch_add(1, Ordering::Relaxed);
+        let wait = RELEASE_PACE * number.saturating_sub(RELEASE_BURST);
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
         }
     }
 

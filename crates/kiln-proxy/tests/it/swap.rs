@@ -10,6 +10,9 @@ use tokio::sync::oneshot;
 use crate::support::{App, Instance, Proxy};
 
 const RATE: u32 = 500;
+/// One load at a time: together they would measure each other.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Replaces three instances by three others, again and again, while `load` goes on.
@@ -42,6 +45,7 @@ async fn swap_under(proxy: &mut Proxy, app: App, load: Load, swaps: usize) -> Re
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_connections_lose_nothing() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let load = Load::new(proxy.listen, RATE, Mode::NewConnection).send(Method::POST, "/echo", "x");
     let report = swap_under(&mut proxy, App::Http, load, 10).await;
@@ -54,6 +58,7 @@ async fn new_connections_lose_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keep_alive_connections_lose_nothing_and_stay_open() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let mode = Mode::KeepAlive { connections: 10 };
     let load = Load::new(proxy.listen, RATE, mode).send(Method::POST, "/echo", "x");
@@ -65,10 +70,11 @@ async fn keep_alive_connections_lose_nothing_and_stay_open() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn chunked_uploads_lose_nothing() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let mode = Mode::KeepAlive { connections: 10 };
-    let load = Load::new(proxy.listen, 100, mode)
-        .send(Method::PUT, "/echo", vec![7; 100_000])
+    let load = Load::new(proxy.listen, 50, mode)
+        .send(Method::PUT, "/echo", vec![7; 50_000])
         .chunked(1000);
     let report = swap_under(&mut proxy, App::Http, load, 5).await;
     assert_eq!(report.failed(), 0, "{report}");
@@ -76,6 +82,7 @@ async fn chunked_uploads_lose_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_requests_are_waited_for() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let load = Load::new(proxy.listen, 50, Mode::NewConnection).send(Method::GET, "/slow?700", "");
     let report = swap_under(&mut proxy, App::Http, load, 4).await;
@@ -84,6 +91,7 @@ async fn slow_requests_are_waited_for() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn raw_tcp_loses_nothing() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let load = Load::new(proxy.listen, 200, Mode::Tcp).send(Method::GET, "", vec![1; 5000]);
     let report = swap_under(&mut proxy, App::Echo, load, 5).await;
@@ -92,6 +100,7 @@ async fn raw_tcp_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn websockets_keep_their_instance_until_the_drain_limit_and_end_with_a_close_frame() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let old = Instance::start(&proxy.net, App::Http);
     let new = Instance::start(&proxy.net, App::Http);
@@ -125,6 +134,7 @@ async fn websockets_keep_their_instance_until_the_drain_limit_and_end_with_a_clo
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handoff_loses_nothing() {
+    let _alone = ALONE.lock().await;
     let mut proxy = Proxy::start().await;
     let mut old = Instance::start(&proxy.net, App::Http);
     proxy.serve(&[&old]).await;

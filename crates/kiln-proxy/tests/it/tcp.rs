@@ -220,3 +220,36 @@ async fn datagrams_go_to_an_instance_and_back() {
         }
     }
 }
+
+#[tokio::test]
+async fn an_instance_with_a_full_backlog_is_waited_for() {
+    let mut proxy = Proxy::start().await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    let address = SocketAddr::from((proxy.net.address(), PORT));
+    socket.bind(address).unwrap();
+    let listener = socket.listen(2).unwrap();
+    proxy.protocol(AppProtocol::Tcp);
+    proxy.web().backends = vec![kiln_model::route::Backend {
+        instance: "web-busy".parse().unwrap(),
+        address: address.ip(),
+    }];
+    proxy.apply().await;
+    // One more than it says is taken.
+    let mut others = Vec::new();
+    for _ in 0..3 {
+        others.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    let begun = std::time::Instant::now();
+    let mut stream = proxy.connect().await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // It may have been given up meanwhile.
+            let _ = stream.write_all(b"hello\n").await;
+        }
+    });
+    assert_eq!(read(&mut stream, 6).await, b"hello\n");
+    // The kernel alone tries again after 1 s and 3 s.
+    assert!(begun.elapsed() < Duration::from_millis(900));
+}
