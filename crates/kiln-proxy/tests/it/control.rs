@@ -274,3 +274,30 @@ async fn service_addresses_lead_to_the_networks_own_addresses_of_instances() {
     // Through the published port it is looked for at its first address.
     assert!(get(proxy.listen, "/").await.starts_with("HTTP/1.1 502 "));
 }
+
+/// The inode of the socket that listens there: another socket has another one.
+fn inode(listen: SocketAddr) -> String {
+    let SocketAddr::V4(listen) = listen else {
+        panic!("not of IPv4");
+    };
+    let ip = u32::from_ne_bytes(listen.ip().octets());
+    let local = format!("{ip:08X}:{:04X}", listen.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut sockets = table
+        .lines()
+        .map(|l| l.split_whitespace().collect::<Vec<_>>());
+    let socket = sockets.find(|fields| fields[1] == local && fields[3] == "0A");
+    socket.expect("somebody listens")[9].to_owned()
+}
+
+#[tokio::test]
+async fn a_listener_that_stays_wanted_is_never_made_anew() {
+    let mut proxy = Proxy::start().await;
+    let instance = Instance::start(&proxy.net, App::Http);
+    proxy.serve(&[&instance]).await;
+    let before = inode(proxy.listen);
+    proxy.serve(&[]).await;
+    proxy.table.published[0].target = 9;
+    proxy.apply().await;
+    assert_eq!(inode(proxy.listen), before);
+}

@@ -363,3 +363,33 @@ async fn a_client_that_goes_away_frees_the_instance() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(in_flight().await, 0);
 }
+
+#[tokio::test]
+async fn idle_connections_to_a_retired_instance_are_closed() {
+    let mut proxy = Proxy::start().await;
+    let listener = tokio::net::TcpListener::bind((proxy.net.address(), crate::support::PORT))
+        .await
+        .unwrap();
+    proxy.web().backends = vec![kiln_model::route::Backend {
+        instance: "web-idle".parse().unwrap(),
+        address: listener.local_addr().unwrap().ip(),
+    }];
+    proxy.apply().await;
+    let request = tokio::spawn(get(proxy.listen, "/"));
+    let (mut upstream, _) = listener.accept().await.unwrap();
+    read_until(&mut upstream, "\r\n\r\n").await;
+    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    upstream.write_all(answer).await.unwrap();
+    assert!(request.await.unwrap().ends_with("ok"));
+    let mut byte = [0u8; 1];
+    let kept = timeout(Duration::from_millis(200), upstream.read(&mut byte)).await;
+    assert!(kept.is_err(), "it was not kept for the next request");
+    proxy.serve(&[]).await;
+    assert_eq!(
+        timeout(SOON, upstream.read(&mut byte))
+            .await
+            .unwrap()
+            .unwrap(),
+        0
+    );
+}
