@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -49,10 +50,20 @@ pub(crate) struct Core {
     inner: tokio::sync::Mutex<Inner>,
     places: Arc<Semaphore>,
     place_count: usize,
+    open: AtomicU64,
     ending: watch::Sender<bool>,
     started: Instant,
     state_file: PathBuf,
     dns_port: u16,
+}
+
+/// One open connection of a client.
+pub(crate) struct Opened(Arc<Core>);
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -85,6 +96,7 @@ impl Core {
             inner: tokio::sync::Mutex::default(),
             places: Arc::new(Semaphore::new(connections)),
             place_count: connections,
+            open: AtomicU64::new(0),
             ending: watch::Sender::new(false),
             started: Instant::now(),
             state_file,
@@ -110,9 +122,10 @@ impl Core {
         Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
-    fn connections(&self) -> usize {
-        self.place_count
-            .saturating_sub(self.places.available_permits())
+    /// Counts a connection as open until the answer is dropped.
+    pub(crate) fn opened(self: &Arc<Self>) -> Opened {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Opened(Arc::clone(self))
     }
 
     /// Resolves when the proxy ends.
@@ -294,7 +307,7 @@ impl Core {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            connections: self.connections() as u64,
+            connections: self.open.load(Ordering::Relaxed),
             ports: Ports {
                 catch_all: inner.catch_all,
                 dns: self.dns_port,

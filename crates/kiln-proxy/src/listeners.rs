@@ -193,10 +193,10 @@ fn spawn(
             Err(_) => return,
         },
     };
-    let core = Arc::clone(core);
+    let (core, opened) = (Arc::clone(core), core.opened());
     tokio::spawn(async move {
         connection::serve(core, stream, peer, entry).await;
-        drop(place);
+        drop((place, opened));
     });
 }
 

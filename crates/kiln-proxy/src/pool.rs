@@ -17,6 +17,7 @@ use crate::limits::{
     CONNECT, CONNECT_AGAIN, H2_UPSTREAM_STREAMS, HEADER_BYTES, HEADER_COUNT, HTTP_BUFFER, POOL_AGE,
     POOL_IDLE,
 };
+use crate::quickack::QuickAck;
 use crate::{lock, sockets};
 
 /// Sends one request at a time.
@@ -166,7 +167,7 @@ pub(crate) async fn handshake_h1(stream: TcpStream) -> io::Result<H1> {
         .max_headers(HEADER_COUNT)
         .max_header_size(HEADER_BYTES)
         .max_buf_size(HTTP_BUFFER)
-        .handshake(TokioIo::new(stream))
+        .handshake(TokioIo::new(QuickAck(stream)))
         .await
         .map_err(io::Error::other)?;
     tokio::spawn(async move {

@@ -367,6 +367,7 @@ async fn a_client_that_goes_away_frees_the_instance() {
 #[tokio::test]
 async fn idle_connections_to_a_retired_instance_are_closed() {
     let mut proxy = Proxy::start().await;
+    proxy.protocol(AppProtocol::Http);
     let listener = tokio::net::TcpListener::bind((proxy.net.address(), crate::support::PORT))
         .await
         .unwrap();
@@ -375,21 +376,62 @@ async fn idle_connections_to_a_retired_instance_are_closed() {
         address: listener.local_addr().unwrap().ip(),
     }];
     proxy.apply().await;
-    let request = tokio::spawn(get(proxy.listen, "/"));
-    let (mut upstream, _) = listener.accept().await.unwrap();
-    read_until(&mut upstream, "\r\n\r\n").await;
+    // One goes on, so that the instance is not forgotten; the other is done.
+    let long = tokio::spawn(get(proxy.listen, "/"));
+    let (mut busy, _) = listener.accept().await.unwrap();
+    read_until(&mut busy, "\r\n\r\n").await;
+    let short = tokio::spawn(get(proxy.listen, "/"));
+    let (mut idle, _) = listener.accept().await.unwrap();
+    read_until(&mut idle, "\r\n\r\n").await;
     let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
-    upstream.write_all(answer).await.unwrap();
-    assert!(request.await.unwrap().ends_with("ok"));
+    idle.write_all(answer).await.unwrap();
+    assert!(short.await.unwrap().ends_with("ok"));
     let mut byte = [0u8; 1];
-    let kept = timeout(Duration::from_millis(200), upstream.read(&mut byte)).await;
+    let kept = timeout(Duration::from_millis(200), idle.read(&mut byte)).await;
     assert!(kept.is_err(), "it was not kept for the next request");
     proxy.serve(&[]).await;
     assert_eq!(
-        timeout(SOON, upstream.read(&mut byte))
-            .await
-            .unwrap()
-            .unwrap(),
+        timeout(SOON, idle.read(&mut byte)).await.unwrap().unwrap(),
         0
     );
+    busy.write_all(answer).await.unwrap();
+    assert!(long.await.unwrap().ends_with("ok"));
+    // And it does not come back to the pool.
+    assert_eq!(
+        timeout(SOON, busy.read(&mut byte)).await.unwrap().unwrap(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn an_answer_in_two_parts_does_not_wait_for_acknowledgements() {
+    let mut proxy = Proxy::start().await;
+    proxy.protocol(AppProtocol::Http);
+    let listener = tokio::net::TcpListener::bind((proxy.net.address(), crate::support::PORT))
+        .await
+        .unwrap();
+    proxy.web().backends = vec![kiln_model::route::Backend {
+        instance: "web-plain".parse().unwrap(),
+        address: listener.local_addr().unwrap().ip(),
+    }];
+    proxy.apply().await;
+    tokio::spawn(async move {
+        // One connection for all, without TCP_NODELAY.
+        let (mut upstream, _) = listener.accept().await.unwrap();
+        loop {
+            read_until(&mut upstream, "\r\n\r\n").await;
+            let head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+            upstream.write_all(head).await.unwrap();
+            upstream.write_all(b"o").await.unwrap();
+            upstream.write_all(b"k").await.unwrap();
+        }
+    });
+    let mut times = Vec::new();
+    for _ in 0..40 {
+        let begun = std::time::Instant::now();
+        assert!(get(proxy.listen, "/").await.ends_with("ok"));
+        times.push(begun.elapsed());
+    }
+    times.sort_unstable();
+    assert!(times[20] < Duration::from_millis(30), "{times:?}");
 }
