@@ -57,6 +57,7 @@ fn canonical_service(service: &mut Map, diagnostics: &mut Diagnostics) {
     for key in ["secrets", "configs"] {
         each(service, key, file_mounts);
     }
+    warn_of_options(service, diagnostics);
     items(service, "volumes", diagnostics, volume);
     items(service, "devices", diagnostics, device);
     if let Some(node) = service.get_mut("ports") {
@@ -233,6 +234,19 @@ fn ssh(node: &mut Node, diagnostics: &mut Diagnostics) {
         }
     }
     node.value = Value::Map(map);
+}
+
+/// Compose drops what it doesn't know in a short form; kiln says so.
+fn warn_of_options(service: &Map, diagnostics: &mut Diagnostics) {
+    let volumes = service.get("volumes").and_then(Node::as_seq);
+    for node in volumes.unwrap_or_default() {
+        for option in short::unknown_volume_options(node.as_str().unwrap_or_default()) {
+            diagnostics.push(Diagnostic::warning(
+                node.span,
+                format!("the volume option `{option}` has no effect"),
+            ));
+        }
+    }
 }
 
 fn volume(node: &mut Node) -> Result<(), String> {

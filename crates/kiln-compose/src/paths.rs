@@ -44,12 +44,30 @@ impl Base<'_> {
         }
     }
 
+    /// What may also be a path of a Windows host, and means the folder itself when empty.
+    fn host_key(&self, map: &mut Map, key: &str) {
+        if let Some(Value::Str(text)) = map.get_mut(key).map(|node| &mut node.value)
+            && !is_windows_absolute(text)
+        {
+            *text = self.absolute(text);
+        }
+    }
+
     fn context(&self, node: &mut Node) {
         if let Value::Str(text) = &mut node.value
             && !is_remote_context(text)
         {
             *text = self.absolute(text);
         }
+    }
+}
+
+/// `C:\\…`, `C:/…` and `\\\\…`
+pub fn is_windows_absolute(text: &str) -> bool {
+    match text.as_bytes() {
+        [b'\\', b'\\', ..] => true,
+        [drive, b':', b'\\' | b'/', ..] => drive.is_ascii_alphabetic(),
+        _ => false,
     }
 }
 
@@ -123,7 +141,7 @@ fn service_paths(service: &mut Map, base: Base<'_>) {
     }
     for volume in items(service, "volumes").filter_map(Node::as_map_mut) {
         if volume.get("type").and_then(Node::as_str) == Some("bind") {
-            base.key(volume, "source");
+            base.host_key(volume, "source");
         }
     }
 }
@@ -144,7 +162,7 @@ fn volume_device(volume: &mut Map, base: Base<'_>) {
         return;
     };
     if options.get("o").and_then(Node::as_str) == Some("bind") {
-        base.key(options, "device");
+        base.host_key(options, "device");
     }
 }
 

@@ -12,14 +12,17 @@ use kiln_compose::{Code, Environment, LoadError, LoadOptions, resolve};
 use serde_json::Value as Json;
 
 /// Files whose result differs, and why. A file that no longer differs must be taken out.
-const DIFFERENCES: &[(&str, &str)] = &[];
+const DIFFERENCES: &[(&str, &str)] = &[(
+    "pkg/e2e/fixtures/build-test/ssh/compose.yaml",
+    "the file is valid; docker compose 2.40 fails to print ssh keys as JSON",
+)];
 
 /// What each error of the corpus is called here.
 fn cause(error: &str) -> &'static [Code] {
-    if error.contains("cycle") || error.contains(" include ") {
-        &[Code::Cycle]
-    } else if error.contains("not found") || error.contains("no such file") {
+    if error.contains("not found") || error.contains("no such file") {
         &[Code::File]
+    } else if error.contains("cycle") || error.starts_with(" include ") {
+        &[Code::Cycle]
     } else if error.contains("interpolating") {
         &[Code::Interpolation]
     } else if error.contains("MUST include") {
@@ -50,7 +53,8 @@ fn corpus() -> Option<PathBuf> {
 
 fn load(file: &Path) -> Result<Json, LoadError> {
     let folder = file.parent().unwrap().to_owned();
-    let mut environment = Environment::new();
+    // The golden results were made in an empty environment by a user without a home.
+    let mut environment = Environment::from([("HOME".into(), "/nonexistent".into())]);
     if let Ok(bytes) = read_file(&folder.join(".env")) {
         kiln_compose::dotenv::parse(&bytes, &mut environment, &|_| None).expect(".env");
     }

@@ -93,8 +93,19 @@ impl Lowering<'_> {
                         "kiln's bind mounts bring what is mounted below (enabled)",
                     );
                 }
+                let source = source?;
+                if !source.starts_with('/') {
+                    if let Some(said) = node.get("source") {
+                        self.refuse_value(
+                            "services.*.volumes.[].source",
+                            said,
+                            "kiln runs on Linux only: use an absolute or relative Linux path",
+                        );
+                    }
+                    return None;
+                }
                 Some(MountSource::Bind {
-                    path: PathBuf::from(source?),
+                    path: PathBuf::from(source),
                     create: bind.is_some_and(|bind| flag(bind, "create_host_path")),
                     propagation: bind.and_then(|bind| text(bind, "propagation")),
                 })
