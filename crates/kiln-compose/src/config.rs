@@ -1,0 +1,65 @@
+//! What `kiln config` prints.
+
+use serde_json::Value as Json;
+
+use crate::output;
+use crate::project::Project;
+
+/// The form of [`Project::config`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigFormat {
+    Json,
+    Yaml,
+}
+
+impl Project {
+    /// The resolved model as `docker compose config` prints it; it can be read again as a
+    /// compose file.
+    pub fn config(&self, format: ConfigFormat) -> String {
+        match format {
+            ConfigFormat::Json => {
+                let json = self.config_json();
+                serde_json::to_string_pretty(&json).unwrap_or_else(|_| json.to_string())
+            }
+            ConfigFormat::Yaml => self.to_config_yaml(),
+        }
+    }
+
+    /// The model `docker compose config --format json` prints: dollars doubled, `x-` keys at
+    /// the top level only, no models.
+    pub fn config_json(&self) -> Json {
+        let mut json = self.model(false);
+        if let Some(map) = json.as_object_mut() {
+            map.shift_remove("models");
+        }
+        output::escape_dollars(&mut json);
+        json
+    }
+
+    /// As YAML, with `x-` keys everywhere and without what says nothing.
+    pub fn to_config_yaml(&self) -> String {
+        let mut json = self.model(true);
+        drop_empty(&mut json);
+        output::escape_dollars(&mut json);
+        output::to_yaml(&json)
+    }
+}
+
+/// Takes out what JSON has for completeness only: null commands, empty `ipam`, `placement`,
+/// `resources` and `exec`.
+fn drop_empty(json: &mut Json) {
+    match json {
+        Json::Object(map) => {
+            map.values_mut().for_each(drop_empty);
+            map.retain(|key, value| match key.as_str() {
+                "command" | "entrypoint" => !value.is_null(),
+                "ipam" | "placement" | "resources" | "exec" => {
+                    value.as_object().is_none_or(|map| !map.is_empty())
+                }
+                _ => true,
+            });
+        }
+        Json::Array(list) => list.iter_mut().for_each(drop_empty),
+        _ => {}
+    }
+}
