@@ -138,7 +138,7 @@ impl Executor {
         self.spawn(key, async move {
             let target = id.clone();
             let status = blocking(move || {
-                shared.runtime.stop(&target, &signal, grace.into()).map_err(|e| e.to_string())
+                shared.runtime.stop(&target, &signal, grace).map_err(|e| e.to_string())
             })
             .await??;
             Ok(Event::Exited { id, status })
@@ -184,15 +184,13 @@ impl Executor {
         let known: Vec<InstanceId> = world.instances.keys().cloned().collect();
         blocking(move || {
             let mut mine = Vec::new();
-            for observed in runtime.list().map_err(|e| e.to_string())? {
+            for observed in runtime.list() {
                 if known.contains(&observed.id) {
                     mine.push(observed);
                     continue;
                 }
                 let stray = runtime
                     .spec(&observed.id)
-                    .ok()
-                    .flatten()
                     .is_some_and(|spec: InstanceSpec| {
                         spec.purpose.membership().is_some_and(|m| m.environment == environment)
                     });

@@ -1,5 +1,6 @@
 //! Asks an instance whether it is ready and, from then on, whether it is well.
 
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,8 +9,9 @@ use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use kiln_model::InstanceId;
+use kiln_model::instance::ExitStatus;
 use kiln_plan::{Event, Probe, ProbePlan};
-use kiln_runtime::Runtime;
+use kiln_runtime::{ExecIo, ExecSpec, Runtime};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -125,15 +127,11 @@ impl Prober {
         let runtime = self.runtime.clone();
         let id = self.target.id.clone();
         let shown = argv.join(" ");
-        let outcome = blocking(move || runtime.check(&id, &argv, limit)).await?;
-        match outcome {
-            Ok(checked) if checked.status.success() => Ok(()),
-            Ok(checked) => {
-                let output = checked.output.trim();
-                let tail = if output.is_empty() { String::new() } else { format!(": {output}") };
-                Err(format!("`{shown}` {}{tail}", checked.status))
-            }
-            Err(error) => Err(format!("`{shown}`: {error}")),
+        let (status, output) = blocking(move || check(&runtime, &id, argv, limit)).await??;
+        match status.success() {
+            true => Ok(()),
+            false if output.is_empty() => Err(format!("`{shown}` {status}")),
+            false => Err(format!("`{shown}` {status}: {output}")),
         }
     }
 
@@ -186,4 +184,35 @@ impl Prober {
         };
         if good { Ok(()) } else { Err(format!("http port {port}{path} answered {answered}")) }
     }
+}
+
+/// Output of a check that is kept, as in Docker.
+const KEPT_OUTPUT: u64 = 4096;
+
+/// Runs a check's command in the instance and gives back the beginning of its output.
+fn check(
+    runtime: &Runtime,
+    id: &InstanceId,
+    argv: Vec<String>,
+    limit: Duration,
+) -> Result<(ExitStatus, String), String> {
+    let text = |e: std::io::Error| e.to_string();
+    let (read, write) = std::io::pipe().map_err(text)?;
+    let io = ExecIo {
+        stdin: std::fs::File::open("/dev/null").map_err(text)?.into(),
+        stderr: write.try_clone().map_err(text)?.into(),
+        stdout: write.into(),
+    };
+    // Read while it runs: a full pipe would stop it.
+    let reader = std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        let mut read = read;
+        // What can't be read is only missing from the message.
+        let _ = (&mut read).take(KEPT_OUTPUT).read_to_end(&mut kept);
+        let _ = std::io::copy(&mut read, &mut std::io::sink());
+        String::from_utf8_lossy(&kept).trim().to_owned()
+    });
+    let spec = ExecSpec { argv, timeout: Some(limit.into()), ..ExecSpec::default() };
+    let status = runtime.exec(id, &spec, io).map_err(|e| e.to_string())?;
+    Ok((status, reader.join().unwrap_or_default()))
 }

@@ -142,7 +142,7 @@ fn instance(
 /// Compares each running instance with what it was started as.
 fn look_inside(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentStatus {
     for instance in status.services.iter_mut().flat_map(|s| &mut s.instances) {
-        if let Ok(Some(observed)) = shared.runtime.observe(&instance.id) {
+        if let Some(observed) = shared.runtime.observe(&instance.id) {
             instance.warnings = observed.warnings;
             if let ObservedState::Running { pid, .. } = observed.state {
                 instance.pid = Some(pid);
@@ -153,13 +153,13 @@ fn look_inside(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentSta
         }
         match shared.runtime.seal_state(&instance.id) {
             Ok(seal) => {
-                if instance.sealed && !seal.root_read_only {
+                if instance.sealed && !seal.read_only {
                     instance.drift.push("its root is not read-only".into());
                 }
                 instance.drift.extend(
-                    seal.foreign_processes
-                        .iter()
-                        .map(|p| format!("process {} runs {}, not from the image", p.pid, p.exe)),
+                    seal.foreign.iter().map(|p| {
+                        format!("process {} runs {}, not from the image", p.pid, p.program)
+                    }),
                 );
             }
             Err(error) => instance.warnings.push(format!("not looked into: {error}")),
@@ -182,11 +182,7 @@ pub fn explain(
         ApiError::not_found(format!("there is no instance `{id}`"), "kiln status lists them")
     };
     let instance = world.instances.get(id).ok_or_else(not_found)?;
-    let spec = shared
-        .runtime
-        .spec(id)
-        .map_err(|e| ApiError::internal(e.to_string()))?
-        .ok_or_else(not_found)?;
+    let spec = shared.runtime.spec(id).ok_or_else(not_found)?;
     let mut facts: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut fact = |key: &str, lines: Vec<String>| {
         if !lines.is_empty() {
