@@ -10,6 +10,7 @@
 //!     "web": {
 //!       "suite": "bookworm",
 //!       "components": ["main"],
+//!       "essential": true,
 //!       "distroless": false,
 //!       "request": ["nginx-light"],
 //!       "architectures": {
@@ -108,6 +109,8 @@ impl Default for Lock {
 pub struct LockedBase {
     pub suite: String,
     pub components: Vec<String>,
+    /// With the suite's required packages.
+    pub essential: bool,
     pub distroless: bool,
     /// The asked-for packages, sorted.
     pub request: Vec<String>,
@@ -336,6 +339,7 @@ mod tests {
             LockedBase {
                 suite: "bookworm".into(),
                 components: vec!["main".into()],
+                essential: true,
                 distroless: false,
                 request: vec!["nginx-light".into()],
                 architectures: [("amd64".into(), vec![package("b"), package("a")])].into(),

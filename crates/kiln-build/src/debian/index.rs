@@ -149,11 +149,13 @@ pub fn plain_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"+-._".contains(&b))
 }
 
-/// A relative path without steps up.
+/// A relative path without steps up, that needs no escapes in an address.
 pub fn plain_path(path: &str) -> bool {
     !path.is_empty()
         && !path.starts_with('/')
-        && path.bytes().all(|b| b.is_ascii_graphic())
+        && path
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"+-._~:/".contains(&b))
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
