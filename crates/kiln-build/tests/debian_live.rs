@@ -142,10 +142,11 @@ async fn make_with(base: &DebianBase, mut lock: Lock) -> Made {
     } else {
         Some(&unshared)
     };
+    let start = Instant::now();
     let verbose = std::env::var_os("KILN_TEST_VERBOSE").is_some();
     let root = base::build(folder.path(), &files, 0, run, &mut |line| {
         if verbose {
-            eprintln!("| {line}");
+            eprintln!("| {:?} {line}", start.elapsed());
         }
     })
     .unwrap_or_else(|e| panic!("{e}"));
@@ -193,7 +194,7 @@ fn scan(root: &Path) -> BTreeMap<PathBuf, String> {
 impl Made {
     fn chroot(&self, command: &str) -> String {
         let root = self.folder.path().join("upper");
-        let output = Command::new("chroot")
+        let output = Command::new("/usr/sbin/chroot")
             .arg(root)
             .args(["/bin/sh", "-c", command])
             .env_clear()
@@ -276,7 +277,7 @@ async fn distroless_bases_run_their_program_and_nothing_else() {
     let busybox = make(&base(&["busybox-static"], true)).await;
     assert!(busybox.has("var/lib/dpkg/status.d/busybox-static") && !busybox.has("bin/sh"));
     let root = busybox.folder.path().join("upper");
-    let output = Command::new("chroot")
+    let output = Command::new("/usr/sbin/chroot")
         .arg(&root)
         .args(["/bin/busybox", "echo", "hi"])
         .output()
@@ -288,7 +289,7 @@ async fn distroless_bases_run_their_program_and_nothing_else() {
     assert!(!python.has("usr/bin/dpkg") && !python.has("usr/bin/dash"));
     assert!(python.has("etc/ssl/certs/ca-certificates.crt"));
     let root = python.folder.path().join("upper");
-    let output = Command::new("chroot")
+    let output = Command::new("/usr/sbin/chroot")
         .arg(&root)
         .args(["/usr/bin/python3", "-c", "print(1)"])
         .output()

@@ -238,7 +238,10 @@ impl Graph {
         let essential = (0..debs.len()).filter(|i| debs[*i].field("Essential") == "yes");
         let essential = self.closure(essential.chain([dpkg]));
         let order = install_order(debs.len(), |i| self.depends[i].clone());
-        let with_preinst = |i: &usize| debs[*i].info("preinst").is_some();
+        let with_preinst = |i: &usize| {
+            let preinst = debs[*i].info("preinst").map(String::from_utf8_lossy);
+            preinst.is_some_and(|text| !scripts::idle_on_install(&text))
+        };
         let (mut first, staged): (Vec<usize>, Vec<usize>) = order
             .iter()
             .copied()

@@ -36,12 +36,6 @@ pub enum FetchError {
         expected: Digest,
         found: Digest,
     },
-    #[error("{url} ended after {found} of {expected} bytes")]
-    Size {
-        url: String,
-        expected: u64,
-        found: u64,
-    },
     #[error("kiln can't fetch from `{url}`: only http:, https: and file: addresses")]
     Scheme { url: String },
     #[error("cannot write {path}")]
@@ -55,7 +49,7 @@ pub enum FetchError {
 impl FetchError {
     /// Another address, or another time, may do better.
     fn passing(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Size { .. })
+        matches!(self, Self::Unreachable { .. })
     }
 }
 
@@ -161,33 +155,24 @@ impl Fetcher {
             .tempfile_in(&self.cache)
             .map_err(write)?;
         let mut hasher = Hasher::new();
-        let mut size = 0;
         let outcome = self
             .stream(url, expected.size, &mut |piece| {
                 hasher.update(piece);
-                size += piece.len() as u64;
                 advance(piece.len() as u64);
                 file.write_all(piece).map_err(write)
             })
             .await;
-        if outcome.is_ok() && size == expected.size {
-            let found = hasher.finish();
-            if found == expected.digest {
-                file.persist(path).map_err(|e| write(e.error))?;
-                return Ok(());
-            }
+        outcome?;
+        let found = hasher.finish();
+        if found != expected.digest {
             return Err(FetchError::Mismatch {
                 url: url.into(),
                 expected: expected.digest,
                 found,
             });
         }
-        outcome?;
-        Err(FetchError::Size {
-            url: url.into(),
-            expected: expected.size,
-            found: size,
-        })
+        file.persist(path).map_err(|e| write(e.error))?;
+        Ok(())
     }
 
     /// Gives a body's pieces to `take`, at most `limit` bytes of them.

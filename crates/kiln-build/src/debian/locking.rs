@@ -37,7 +37,7 @@ pub enum LockingError {
         name: String,
         version: String,
         #[source]
-        cause: FetchError,
+        cause: Box<FetchError>,
     },
     #[error("kiln.lock names package `{name}` with an unsafe name or path")]
     UnsafeLock { name: String },
@@ -332,7 +332,7 @@ fn vanished(missing: &[&LockedPackage], cause: FetchError) -> LockingError {
         Some(package) => LockingError::Vanished {
             name: package.name.clone(),
             version: package.version.clone(),
-            cause,
+            cause: Box::new(cause),
         },
         None => cause.into(),
     }

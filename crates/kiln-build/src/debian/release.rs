@@ -45,7 +45,8 @@ pub struct Release {
     /// As written.
     pub valid_until: Option<String>,
     pub by_hash: bool,
-    /// `Architecture: all` packages are in the other architectures' indexes.
+    pub architectures: Vec<String>,
+    /// `Architecture: all` packages are in the other architectures' indexes too.
     pub all_included: bool,
     pub components: Vec<String>,
     /// Path below the suite → digest and size in bytes.
@@ -104,6 +105,7 @@ pub fn parse(text: &str, url: &str) -> Result<Release, ReleaseError> {
             "valid-until" => release.valid_until = Some(value.into()),
             "acquire-by-hash" => release.by_hash = value == "yes",
             "no-support-for-architecture-all" => release.all_included = value.contains("Packages"),
+            "architectures" => release.architectures = words(),
             "components" => release.components = words(),
             "sha256" => {
                 release.files =
@@ -165,7 +167,9 @@ impl Release {
     /// The package indexes of one component: (path, digest, size), the best
     /// compressed form of each.
     pub fn indexes(&self, component: &str, arch: &str) -> Vec<(String, Digest, u64)> {
-        let all = (!self.all_included).then_some("all");
+        // Where `all` is not named, its index may be listed, but is not kept up.
+        let separate = self.architectures.iter().any(|a| a == "all") && !self.all_included;
+        let all = separate.then_some("all");
         [Some(arch), all]
             .into_iter()
             .flatten()
@@ -287,14 +291,18 @@ mod tests {
                 .collect()
         };
         assert_eq!(
-            paths(""),
+            paths("Architectures: all amd64\n"),
             [
                 "main/binary-amd64/Packages.xz",
                 "main/binary-all/Packages.gz"
             ]
         );
         assert_eq!(
-            paths("No-Support-for-Architecture-all: Packages\n"),
+            paths("Architectures: all amd64\nNo-Support-for-Architecture-all: Packages\n"),
+            ["main/binary-amd64/Packages.xz"]
+        );
+        assert_eq!(
+            paths("Architectures: amd64\n"),
             ["main/binary-amd64/Packages.xz"]
         );
         assert!(parse("Origin: Debian\n", "u").is_err());

@@ -33,6 +33,9 @@ const SCRIPT_HELPERS: [&str; 13] = [
     "ucf",
 ];
 
+/// Says that `/bin` and others are links into `/usr`.
+const ALREADY_MERGED: &str = "usr-is-merged";
+
 /// What a base shall hold.
 #[derive(Clone, Debug, Default)]
 pub struct Request<'r> {
@@ -364,7 +367,10 @@ impl<'a> Resolver<'a, '_> {
         state
             .enemies
             .extend(package.enemies().map(|enemy| (index, enemy)));
-        for group in package.dependencies() {
+        for mut group in package.dependencies() {
+            // kiln's roots are merged from the start: the program that would merge an
+            // old one is not wanted, although it is named first.
+            group.sort_by_key(|relation| relation.name != ALREADY_MERGED);
             if self.request.scriptless && self.only_for_scripts(&group) {
                 continue;
             }

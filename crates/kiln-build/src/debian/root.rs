@@ -5,7 +5,7 @@
 //! The root is a merged one: `/bin`, `/sbin`, `/lib*` are links into `/usr`, as
 //! debootstrap makes them. Nothing is synced to disk: a half-made root is thrown away.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -216,6 +216,8 @@ impl Properties {
 pub struct Writer<'r> {
     root: &'r Root,
     open: HashMap<PathBuf, Arc<OwnedFd>>,
+    /// Of [`MERGED`], those whose link is known to be there.
+    linked: HashSet<&'static str>,
 }
 
 impl<'r> Writer<'r> {
@@ -223,6 +225,7 @@ impl<'r> Writer<'r> {
         Self {
             root,
             open: HashMap::new(),
+            linked: HashSet::new(),
         }
     }
 
@@ -277,6 +280,10 @@ impl<'r> Writer<'r> {
             path: path.into(),
         };
         let merged = merged(path);
+        if let Some(name) = merged_name(path).filter(|name| !self.linked.contains(name)) {
+            self.root.merge(name).map_err(fail)?;
+            self.linked.insert(name);
+        }
         let header = entry.header();
         let properties = properties(header, epoch).map_err(fail)?;
         let kind = header.entry_type();
@@ -287,11 +294,8 @@ impl<'r> Writer<'r> {
             return Err(refuse());
         };
         // The links that make the root merged are there already.
-        if kind.is_symlink()
-            && path.parent() == Some(Path::new(""))
-            && MERGED.iter().any(|m| *m == name)
-        {
-            return self.root.merge(&name.to_string_lossy()).map_err(fail);
+        if kind.is_symlink() && path.components().count() == 1 && merged_name(path).is_some() {
+            return Ok(());
         }
         if !self.root.claim(&merged, holder)? {
             return Ok(());
@@ -432,11 +436,16 @@ fn relative(raw: &[u8]) -> Option<PathBuf> {
 
 /// `bin/x` → `usr/bin/x`.
 fn merged(path: &Path) -> PathBuf {
-    let first = path.components().next().map(|c| c.as_os_str());
-    match first {
-        Some(first) if MERGED.iter().any(|m| *m == first) => Path::new("usr").join(path),
-        _ => path.into(),
+    match merged_name(path) {
+        Some(_) => Path::new("usr").join(path),
+        None => path.into(),
     }
+}
+
+/// The merged folder that `path` is in, or is.
+fn merged_name(path: &Path) -> Option<&'static str> {
+    let first = path.components().next()?.as_os_str();
+    MERGED.into_iter().find(|name| *name == first)
 }
 
 fn properties(header: &tar::Header, epoch: i64) -> io::Result<Properties> {

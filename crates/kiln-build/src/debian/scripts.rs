@@ -31,6 +31,19 @@ pub enum Step {
     ConfigureAll,
 }
 
+/// Whether a `preinst` does nothing when a package is installed for the first time:
+/// only calls of `dpkg-maintscript-helper`, which then have no old version to act on.
+pub fn idle_on_install(preinst: &str) -> bool {
+    preinst.lines().map(str::trim).all(|line| {
+        line.is_empty()
+            || line.starts_with('#')
+            || matches!(line, "set -e" | "set -eu" | "exit 0" | ":")
+            || (line.starts_with("dpkg-maintscript-helper ")
+                && line.ends_with("-- \"$@\"")
+                && !line.contains([';', '&', '|', '`']))
+    })
+}
+
 /// The shell script of these steps. Names come from checked packages: plain words.
 pub fn script(steps: &[Step]) -> String {
     let mut text = String::from("#!/bin/sh\nset -e\ncd /\n");
@@ -92,6 +105,24 @@ pub const POLICY_RC_D: &str = "#!/bin/sh\nexit 101\n";
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_preinst_for_upgrades_only_is_idle() {
+        let helper = "dpkg-maintscript-helper rm_conffile /etc/x 1.0~ -- \"$@\"";
+        assert!(idle_on_install(&format!(
+            "#!/bin/sh\nset -e\n# Automatically added\n{helper}\n\nexit 0\n"
+        )));
+        for busy in [
+            "adduser x".to_string(),
+            format!("{helper}; adduser"),
+            "dpkg-divert --add x".into(),
+        ] {
+            assert!(
+                !idle_on_install(&format!("#!/bin/sh\nset -e\n{busy}\n")),
+                "{busy}"
+            );
+        }
+    }
 
     #[test]
     fn steps_become_lines() {
