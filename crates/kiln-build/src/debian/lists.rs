@@ -38,7 +38,7 @@ pub enum ListsError {
         "none of the configured archives with suite `{suite}` is Debian's own ({ignored} are someone else's)"
     )]
     NoDebian { suite: String, ignored: usize },
-    #[error("cannot decompress {url}: {source}")]
+    #[error("cannot decompress {url}")]
     Decompress {
         url: String,
         #[source]

@@ -58,19 +58,19 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// Why a base could not be composed.
 #[derive(Debug, thiserror::Error)]
 pub enum DebianError {
-    #[error("base `{name}`: {source}")]
+    #[error("cannot compose the base `{name}`")]
     Locking {
         name: String,
         #[source]
         source: Box<LockingError>,
     },
-    #[error("base `{name}`: {source}")]
+    #[error("cannot compose the base `{name}`")]
     Base {
         name: String,
         #[source]
         source: Box<BaseError>,
     },
-    #[error("base `{name}`: {source}")]
+    #[error("cannot compose the base `{name}`")]
     Image {
         name: String,
         #[source]
@@ -82,7 +82,7 @@ pub enum DebianError {
         #[source]
         source: std::io::Error,
     },
-    #[error("base `{name}`: {source}")]
+    #[error("cannot compose the base `{name}`")]
     Fetch {
         name: String,
         #[source]

@@ -523,3 +523,141 @@ fn node(
     )?;
     properties.apply(parent, name)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::debian::deb::tests::{Item, deb, opened};
+
+    struct Made {
+        folder: tempfile::TempDir,
+        root: Root,
+    }
+
+    impl Made {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::create_dir(folder.path().join("root")).unwrap();
+            let root = Root::create(&folder.path().join("root")).unwrap();
+            Self { folder, root }
+        }
+
+        fn add(
+            &self,
+            name: &str,
+            replaces: &[&str],
+            items: &[Item],
+        ) -> Result<Vec<String>, RootError> {
+            let package = opened(
+                self.folder.path(),
+                &deb(&format!("Package: {name}\n"), &[], items),
+            )
+            .unwrap();
+            let holder = Holder {
+                order: 1,
+                name: name.into(),
+                replaces: replaces.iter().map(|r| r.to_string()).collect(),
+                conffiles: vec!["/etc/conf".into()],
+                conffile_place: ConffilePlace::Both,
+            };
+            Writer::new(&self.root).package(holder, &mut package.data().unwrap(), 500)
+        }
+
+        fn read(&self, path: &str) -> String {
+            std::fs::read_to_string(self.folder.path().join("root").join(path)).unwrap()
+        }
+    }
+
+    fn not_root() -> bool {
+        let skipped = !rustix::process::geteuid().is_root();
+        if skipped {
+            assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "needs root");
+            eprintln!("SKIPPED: needs root");
+        }
+        skipped
+    }
+
+    #[test]
+    fn files_links_folders_and_configuration_arrive() {
+        if not_root() {
+            return;
+        }
+        let made = Made::new();
+        let items = [
+            Item::Dir("./", 0o755),
+            Item::Dir("./lib64/", 0o755),
+            Item::File("./lib64/ld", "ld", 0o755),
+            Item::Dir("./tmp/", 0o1777),
+            Item::File("./bin/su", "su", 0o4755),
+            Item::Hard("./bin/su2", "./bin/su"),
+            Item::File("./etc/conf", "c", 0o600),
+            Item::Link("./etc/link", "/absolute/anywhere"),
+        ];
+        let list = made.add("a", &[], &items).unwrap();
+        made.root.finish().unwrap();
+        assert_eq!(list[..3], ["/.", "/lib64", "/lib64/ld"]);
+        assert_eq!(made.read("lib64/ld") + &made.read("usr/lib64/ld"), "ldld");
+        assert_eq!(
+            made.read("etc/conf.dpkg-new") + &made.read("etc/conf"),
+            "cc"
+        );
+        let meta = |path: &str| {
+            made.folder
+                .path()
+                .join("root")
+                .join(path)
+                .metadata()
+                .unwrap()
+        };
+        use std::os::unix::fs::MetadataExt as _;
+        assert_eq!(meta("usr/bin/su").mode() & 0o7777, 0o4755);
+        assert_eq!((meta("bin/su2").nlink(), meta("bin/su").mtime()), (2, 500));
+        assert_eq!(meta("tmp").mode() & 0o7777, 0o1777);
+    }
+
+    #[test]
+    fn no_entry_leaves_the_root() {
+        if not_root() {
+            return;
+        }
+        let made = Made::new();
+        std::fs::write(made.folder.path().join("outside"), "kept").unwrap();
+        let up = "../../../../../../../../../..".to_string() + made.folder.path().to_str().unwrap();
+        assert!(
+            made.add("a", &[], &[Item::File("./x/../../outside", "evil", 0o644)])
+                .is_err()
+        );
+        assert!(
+            made.add("b", &[], &[Item::Hard("./h", "../outside")])
+                .is_err()
+        );
+        made.add("c", &[], &[Item::Link("./out", &up)]).unwrap();
+        let _ = made.add("d", &[], &[Item::File("./out/outside", "evil", 0o644)]);
+        assert_eq!(
+            std::fs::read_to_string(made.folder.path().join("outside")).unwrap(),
+            "kept"
+        );
+    }
+
+    #[test]
+    fn two_packages_with_one_file_need_a_replaces() {
+        if not_root() {
+            return;
+        }
+        for swap in [false, true] {
+            let made = Made::new();
+            let add = |old: bool| match old {
+                true => made.add("old", &[], &[Item::File("./usr/bin/x", "old", 0o644)]),
+                false => made.add("new", &["old"], &[Item::File("./bin/x", "new", 0o644)]),
+            };
+            add(swap).unwrap();
+            add(!swap).unwrap();
+            assert_eq!(made.read("usr/bin/x"), "new");
+            let error = made
+                .add("third", &[], &[Item::File("./bin/x", "3", 0o644)])
+                .unwrap_err();
+            assert!(matches!(error, RootError::Both { .. }));
+        }
+    }
+}
