@@ -12,12 +12,14 @@ use std::time::{Instant, SystemTime};
 
 use kiln_build::debian::base::{self, ScriptRun};
 use kiln_build::debian::fetch::Fetcher;
+use kiln_build::debian::image::{self, Description, ImageBlobs};
 use kiln_build::debian::locking::{self, Asked, Machine};
 use kiln_build::lock::Lock;
 use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Silent;
 use kiln_model::spec::DebianBase;
-use kiln_model::{Digest, Progress};
+use kiln_model::{Digest, ImageConfig, Progress};
+use kiln_oci::testing::MemoryBlobs;
 
 fn skipped() -> bool {
     if rustix::process::geteuid().is_root() {
@@ -92,6 +94,7 @@ fn unshared(
 struct Made {
     folder: tempfile::TempDir,
     files: BTreeMap<PathBuf, String>,
+    image: ImageBlobs,
     lock: Lock,
 }
 
@@ -151,10 +154,17 @@ async fn make_with(base: &DebianBase, mut lock: Lock) -> Made {
     })
     .unwrap_or_else(|e| panic!("{e}"));
     lap(&format!("built {} packages", files.len()));
-    let files = scan(&root);
+    let description = Description {
+        config: ImageConfig::default(),
+        created_by: "test".into(),
+        epoch: 0,
+    };
+    let image = image::write(&root, folder.path(), description, &MemoryBlobs::new()).unwrap();
+    lap("made an image");
     Made {
+        files: scan(&root),
         folder,
-        files,
+        image,
         lock,
     }
 }
@@ -249,6 +259,7 @@ async fn a_full_base_is_configured_and_the_same_twice() {
     assert!(first.files[Path::new("bin")].ends_with(" usr/bin"));
     let second = make_with(&asked, first.lock.clone()).await;
     assert_eq!(differences(&first, &second), [""; 0]);
+    assert_eq!(first.image, second.image);
     assert_eq!(first.lock, second.lock);
 }
 
@@ -267,6 +278,7 @@ async fn services_are_configured_and_not_started() {
     );
     let second = make_with(&asked, first.lock.clone()).await;
     assert_eq!(differences(&first, &second), [""; 0]);
+    assert_eq!(first.image, second.image);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -302,6 +314,7 @@ async fn distroless_bases_run_their_program_and_nothing_else() {
     );
     let again = make_with(&asked, python.lock.clone()).await;
     assert_eq!(differences(&python, &again), [""; 0]);
+    assert_eq!(python.image, again.image);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -320,4 +333,5 @@ async fn another_suite_than_the_machines_own() {
     );
     let second = make_with(&asked, first.lock.clone()).await;
     assert_eq!(differences(&first, &second), [""; 0]);
+    assert_eq!(first.image, second.image);
 }
