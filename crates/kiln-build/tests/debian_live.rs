@@ -14,12 +14,14 @@ use kiln_build::debian::base::{self, ScriptRun};
 use kiln_build::debian::fetch::Fetcher;
 use kiln_build::debian::image::{self, Description, ImageBlobs};
 use kiln_build::debian::locking::{self, Asked, Machine};
+use kiln_build::debian::sandbox;
 use kiln_build::lock::Lock;
 use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Silent;
 use kiln_model::spec::DebianBase;
 use kiln_model::{Digest, ImageConfig, Progress};
 use kiln_oci::testing::MemoryBlobs;
+use kiln_runtime::{Runtime, RuntimeConfig};
 
 fn skipped() -> bool {
     if rustix::process::geteuid().is_root() {
@@ -112,7 +114,11 @@ async fn make(base: &DebianBase) -> Made {
     make_with(base, Lock::default()).await
 }
 
-async fn make_with(base: &DebianBase, mut lock: Lock) -> Made {
+async fn make_with(base: &DebianBase, lock: Lock) -> Made {
+    make_in(base, lock, &unshared).await
+}
+
+async fn make_in(base: &DebianBase, mut lock: Lock, sandbox: &base::RunScripts<'_>) -> Made {
     let progress: Arc<dyn Progress> = Arc::new(Silent);
     let fetcher = Fetcher::new(client(), cache()).unwrap();
     let asked = Asked {
@@ -331,6 +337,41 @@ async fn another_suite_than_the_machines_own() {
         first.chroot(". /etc/os-release; echo $VERSION_CODENAME"),
         "trixie"
     );
+    let second = make_with(&asked, first.lock.clone()).await;
+    assert_eq!(differences(&first, &second), [""; 0]);
+    assert_eq!(first.image, second.image);
+}
+
+/// Where cargo put the runtime's shim, if it has been built.
+fn shim() -> Option<PathBuf> {
+    let test = std::env::current_exe().unwrap();
+    let shim = test.parent()?.parent()?.join("kiln-shim");
+    if shim.exists() {
+        return Some(shim);
+    }
+    assert!(
+        std::env::var_os("KILN_TEST_STRICT").is_none(),
+        "needs kiln-shim"
+    );
+    eprintln!("SKIPPED: needs kiln-shim (cargo build -p kiln-runtime)");
+    None
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kilns_own_sandbox_gives_the_same_image() {
+    if skipped() {
+        return;
+    }
+    let Some(shim) = shim() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let config = RuntimeConfig {
+        root: root.path().into(),
+        shim: vec![shim.into()],
+    };
+    let runtime = Arc::new(Runtime::open(config).unwrap());
+    let run = sandbox::runner(runtime.clone(), Arc::default());
+    let asked = base(&["redis-server"], false);
+    let first = make_in(&asked, Lock::default(), &*run).await;
     let second = make_with(&asked, first.lock.clone()).await;
     assert_eq!(differences(&first, &second), [""; 0]);
     assert_eq!(first.image, second.image);

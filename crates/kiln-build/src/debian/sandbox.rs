@@ -1,15 +1,32 @@
-//! The sandbox maintainer scripts run in, as the runtime's own words. Pure.
+//! The sandbox maintainer scripts run in, in the runtime's own words.
 
 use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use kiln_model::instance::{
     InstanceLimits, InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSecurity, Purpose,
     Root, SharedNamespaces,
 };
 use kiln_model::spec::Logging;
-use kiln_model::{InstanceId, InstanceSpec, Millis};
+use kiln_model::{Digest, InstanceId, InstanceSpec, Millis};
+use kiln_runtime::Runtime;
 
+use super::RunScripts;
 use super::base::ScriptRun;
+
+/// Runs maintainer scripts as instances of `runtime`; setting `cancel` kills them.
+pub fn runner(runtime: Arc<Runtime>, cancel: Arc<AtomicBool>) -> Arc<RunScripts> {
+    Arc::new(move |run, on_line| {
+        // The root's folder is new for every build, and so is this name.
+        let folder = Digest::of(run.upper.as_os_str().as_bytes());
+        let id = InstanceId::new(format!("base-{}", folder.short()))?;
+        let status =
+            runtime.run_to_end(&instance(run, id), &mut |_, line| on_line(line), &cancel)?;
+        Ok(status)
+    })
+}
 
 /// The instance that does `run`: root inside, all namespaces of its own, only a
 /// loopback interface, Docker's default capabilities, nothing of the host but the
