@@ -146,11 +146,7 @@ async fn make_in(base: &DebianBase, mut lock: Lock, sandbox: &base::RunScripts<'
         .unwrap();
     lap("fetched");
     let folder = tempfile::tempdir().unwrap();
-    let run: Option<&base::RunScripts> = if base.distroless {
-        None
-    } else {
-        Some(&unshared)
-    };
+    let run: Option<&base::RunScripts> = if base.distroless { None } else { Some(sandbox) };
     let start = Instant::now();
     let verbose = std::env::var_os("KILN_TEST_VERBOSE").is_some();
     let root = base::build(folder.path(), &files, 0, run, &mut |line| {
