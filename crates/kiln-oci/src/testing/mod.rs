@@ -2,5 +2,7 @@
 //! (feature `testing`).
 
 mod blobs;
+mod image;
 
 pub use blobs::MemoryBlobs;
+pub use image::SampleImage;
