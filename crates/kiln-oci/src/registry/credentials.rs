@@ -163,6 +163,9 @@ impl CredentialSources {
             Ok(Err(error)) => return Err(fail(format!("could not be run: {error}"))),
             Ok(Ok(output)) => output,
         };
+        if answer.len() as u64 >= MAX_HELPER_BYTES {
+            return Err(fail(format!("gave more than {MAX_HELPER_BYTES} bytes")));
+        }
         if !success {
             let text = String::from_utf8_lossy(&answer);
             return match text.contains("credentials not found") {
@@ -311,7 +314,8 @@ fn same_registry(key: &str, registry: &str) -> bool {
 fn first_line(text: &str) -> String {
     const LONGEST: usize = 200;
     let line = text.lines().next().unwrap_or_default();
-    line.chars().take(LONGEST).collect()
+    let printable = line.chars().filter(|c| !c.is_control());
+    printable.take(LONGEST).collect()
 }
 
 #[cfg(test)]

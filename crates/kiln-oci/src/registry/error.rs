@@ -19,7 +19,7 @@ pub struct RegistryError {
 /// What went wrong, and what helps.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
-    #[error("it can't be reached: {cause}. {hint}")]
+    #[error("the request failed: {cause}. {hint}")]
     Unreachable { cause: String, hint: String },
     #[error(
         "it asks for a login, or has no such image. Check the name, run `docker login {registry}`, and try again"

@@ -3,6 +3,8 @@
 
 mod blobs;
 mod image;
+pub mod registry;
 
 pub use blobs::MemoryBlobs;
 pub use image::SampleImage;
+pub use registry::TestRegistry;
