@@ -3,6 +3,7 @@
 //! schema 2" has the same shape under other media types).
 
 mod config;
+mod image;
 pub mod media_type;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 
 pub use config::{ConfigDocument, ConfigError, History, parse_config, timestamp, write_config};
+pub use image::{ImageError, check_image};
 
 use crate::platform::Platform;
 

@@ -2,5 +2,9 @@
 //! (feature `testing`).
 
 mod blobs;
+mod image;
+pub mod registry;
 
 pub use blobs::MemoryBlobs;
+pub use image::SampleImage;
+pub use registry::TestRegistry;
