@@ -1,0 +1,151 @@
+//! Finds the image that a reference stands for, and brings it into the store: a Debian
+//! base of the project, an OCI layout or archive on disk, or a registry's image. What
+//! the lock pins is what is taken; what it does not know yet it learns.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_model::spec::DebianBase;
+use kiln_model::{Digest, Progress};
+use kiln_oci::archive::{ArchiveError, Import, import};
+use kiln_oci::reference::{Reference, ReferenceError};
+use kiln_oci::registry::{self, RegistryError};
+use kiln_oci::{BlobWrite, Platform};
+use kiln_store::{Store, StoreError};
+
+use crate::debian::{self, Asked, DebianContext, DebianError};
+use crate::lock::Lock;
+
+/// Why an image could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    #[error(transparent)]
+    Debian(#[from] DebianError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("`{reference}` is neither a base of this project nor an image reference: {source}")]
+    Reference { reference: String, source: ReferenceError },
+    #[error("`{reference}` is not in the store, and its pull_policy is `never`")]
+    NotHere { reference: String },
+    #[error("reading the archive ended early")]
+    Ended,
+}
+
+/// Where images come from, for one project.
+pub struct Resolver {
+    pub store: Arc<Store>,
+    pub debian: DebianContext,
+    pub registry: registry::Client,
+    pub platform: Platform,
+    pub bases: BTreeMap<String, DebianBase>,
+    /// `x-kiln.debian.mirror`.
+    pub mirror: Option<String>,
+    /// Relative paths of `oci:` and `docker-archive:` count from here.
+    pub folder: PathBuf,
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Resolver {
+    /// The manifest that `reference` stands for; its image is in the store then.
+    /// `never`: the network is not asked for it (pull_policy).
+    pub async fn resolve(
+        &self,
+        reference: &str,
+        never: bool,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
+        let manifest = match self.bases.get(reference) {
+            Some(base) => self.base(reference, base, lock).await?,
+            None => match on_disk(reference) {
+                Some(path) => self.archive(path).await?,
+                None => self.pull(reference, never, lock).await?,
+            },
+        };
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.add_image(&manifest))
+            .await
+            .map_err(|_| ResolveError::Ended)??;
+        Ok(manifest)
+    }
+
+    async fn base(
+        &self,
+        name: &str,
+        base: &DebianBase,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
+        let asked = Asked { name, base, mirror: self.mirror.as_deref() };
+        let composed = debian::compose(&self.debian, &asked, lock).await?;
+        let manifest = composed.image.manifest;
+        self.store.set_ref(&format!("cache/debian/{}", composed.key), &manifest)?;
+        Ok(manifest)
+    }
+
+    async fn archive(&self, path: &str) -> Result<Digest, ResolveError> {
+        let path = self.folder.join(path);
+        let (store, platform) = (self.store.clone(), self.platform.clone());
+        let scratch = self.debian.cache.clone();
+        tokio::task::spawn_blocking(move || {
+            let what = Import { path: &path, name: None, platform: &platform, scratch: &scratch };
+            import(&what, &*store)
+        })
+        .await
+        .map_err(|_| ResolveError::Ended)?
+        .map_err(ResolveError::from)
+    }
+
+    async fn pull(
+        &self,
+        text: &str,
+        never: bool,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
+        let reference: Reference = text.parse().map_err(|source| ResolveError::Reference {
+            reference: text.to_owned(),
+            source,
+        })?;
+        let reference = reference.with_default_tag();
+        let canonical = reference.to_string();
+        let pinned = reference.digest().or_else(|| lock.images.get(&canonical)).copied();
+        if let Some(manifest) = pinned.and_then(|pin| self.known(&pin)) {
+            return Ok(manifest);
+        }
+        if never {
+            return Err(ResolveError::NotHere { reference: canonical });
+        }
+        let pin = match pinned {
+            Some(pin) => pin,
+            None => self.registry.resolve(&reference, &self.platform).await?.pin(),
+        };
+        let blobs: Arc<dyn BlobWrite> = self.store.clone();
+        let manifest = self
+            .registry
+            .pull(&reference.with_digest(pin), &self.platform, blobs, &*self.progress)
+            .await?;
+        self.store.set_ref(&self.pulled(&pin), &manifest)?;
+        lock.images.insert(canonical, pin);
+        Ok(manifest)
+    }
+
+    /// The manifest for this platform that a pin was found to mean before.
+    fn known(&self, pin: &Digest) -> Option<Digest> {
+        let manifest = self.store.get_ref(&self.pulled(pin)).ok()??;
+        self.store.image(&manifest).ok()?.map(|image| image.manifest)
+    }
+
+    fn pulled(&self, pin: &Digest) -> String {
+        format!("cache/pulled/{}-{}", self.platform.to_string().replace('/', "-"), pin.hex())
+    }
+}
+
+/// `oci:<folder or tar>` and `docker-archive:<tar>`.
+fn on_disk(reference: &str) -> Option<&str> {
+    ["oci:", "docker-archive:"].iter().find_map(|scheme| reference.strip_prefix(scheme))
+}
+
+
