@@ -464,3 +464,54 @@ fn namespaces_are_shared_when_asked_for() {
     let error = f.runtime.start(&third).unwrap_err().to_string();
     assert!(error.contains("is not running"), "{error}");
 }
+
+#[test]
+fn instances_on_one_bridge_reach_each_other_and_leave_no_interface() {
+    if !can_run() {
+        return;
+    }
+    use kiln_model::network::BridgeNetwork;
+    use kiln_runtime::net;
+    let f = Fixture::new();
+    let bridge = format!("krt{}", std::process::id());
+    let network = BridgeNetwork {
+        name: "test_default".into(),
+        bridge: bridge.clone(),
+        subnet: net::free_subnet(&[]).unwrap(),
+        internal: true,
+        mtu: None,
+    };
+    net::ensure_bridge(&network).unwrap();
+    let address = |n: u32| network.subnet.nth(n);
+    let bridged = |n: u32, script: &str| {
+        let mut spec = f.spec(f.sealed(&[]), script);
+        spec.network = InstanceNetwork::Bridged(vec![Interface {
+            name: "eth0".into(),
+            bridge: bridge.clone(),
+            address: address(n),
+            prefix: network.subnet.prefix(),
+            gateway: None,
+            mtu: None,
+            mac: None,
+        }]);
+        spec
+    };
+    let server = bridged(2, "httpd -f -p 80 -h /data");
+    f.runtime.start(&server).unwrap();
+    until("listening", || {
+        f.runtime.listening(&server.id).unwrap() == [80]
+    });
+    let fetch = format!(
+        "printf 'GET /file HTTP/1.0\\r\\n\\r\\n' | nc {} 80; cat /etc/hosts",
+        address(2)
+    );
+    let (_, out) = f.run(&bridged(3, &fetch));
+    f.runtime.remove(&server.id).unwrap();
+    let ports = std::fs::read_dir(format!("/sys/class/net/{bridge}/brif"))
+        .unwrap()
+        .count();
+    net::remove_bridge(&bridge).unwrap();
+    assert!(out.contains("from the image"), "{out}");
+    assert!(out.contains(&format!("{}\tpot", address(3))), "{out}");
+    assert_eq!(ports, 0);
+}
