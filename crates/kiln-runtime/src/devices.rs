@@ -77,13 +77,13 @@ pub fn devices(security: &InstanceSecurity) -> Result<Devices, DeviceError> {
     };
     if security.privileged {
         devices.allowed.push(rule('a', None, None, "rwm"));
-        return Ok(devices);
+    } else {
+        // Nodes may be made, as with Docker; opening them is another matter.
+        devices.allowed.push(rule('c', None, None, "m"));
+        devices.allowed.push(rule('b', None, None, "m"));
+        let standard = STANDARD.map(|(major, minor)| rule('c', Some(major), minor, "rwm"));
+        devices.allowed.extend(standard);
     }
-    // Nodes may be made, as with Docker; opening them is another matter.
-    devices.allowed.push(rule('c', None, None, "m"));
-    devices.allowed.push(rule('b', None, None, "m"));
-    let standard = STANDARD.map(|(major, minor)| rule('c', Some(major), minor, "rwm"));
-    devices.allowed.extend(standard);
     for device in &security.devices {
         for (kind, meta, target) in nodes(device)? {
             let (major, minor) = (

@@ -1,4 +1,4 @@
-//! An instance's network namespace, bound to a file in its folder.
+//! Reaching into an instance's network namespace.
 
 use std::fs::File;
 use std::io;
@@ -6,35 +6,10 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, setns, unshare};
-use rustix::mount::UnmountFlags;
+use nix::sched::{CloneFlags, setns};
 
 /// A local connection is made at once or not at all.
 const DIAL_WAIT: Duration = Duration::from_secs(5);
-
-/// Makes a namespace with a loopback interface that is up.
-pub fn create(path: &Path) -> io::Result<()> {
-    delete(path)?;
-    File::create(path)?;
-    on_a_thread(|| {
-        unshare(CloneFlags::CLONE_NEWNET)?;
-        crate::sys::loopback_up()?;
-        rustix::mount::mount_bind("/proc/thread-self/ns/net", path)?;
-        Ok(())
-    })
-}
-
-/// Lets go of it. Also after a reboot, when only the file is left; and twice.
-pub fn delete(path: &Path) -> io::Result<()> {
-    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
-        Err(e) => return Err(e.into()),
-    }
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
-}
 
 /// Connects to a port of the namespace's own loopback address.
 pub fn dial(namespace: &Path, port: u16) -> io::Result<TcpStream> {

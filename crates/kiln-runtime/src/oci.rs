@@ -109,7 +109,7 @@ pub fn config(spec: &InstanceSpec, facts: &Facts<'_>) -> Value {
 }
 
 fn process(spec: &InstanceSpec, facts: &Facts<'_>) -> Value {
-    json!({
+    let mut process = json!({
         "terminal": spec.tty,
         "user": {
             "uid": facts.identity.uid,
@@ -121,7 +121,16 @@ fn process(spec: &InstanceSpec, facts: &Facts<'_>) -> Value {
         "cwd": spec.cwd,
         "noNewPrivileges": no_new_privileges(spec),
         "rlimits": facts.rlimits,
-    })
+    });
+    if let Some(profile) = spec
+        .security
+        .apparmor
+        .as_ref()
+        .filter(|p| *p != "unconfined")
+    {
+        process["apparmorProfile"] = json!(profile);
+    }
+    process
 }
 
 /// Privileged instances may gain privileges, as with Docker.

@@ -11,7 +11,7 @@ use rustix::mount::UnmountFlags;
 
 use crate::cgroup::{Cgroup, Layout};
 use crate::lock::{self, Turn};
-use crate::netns;
+use crate::net;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::shim_io::wait_readable;
 use crate::{shim, sys};
@@ -72,7 +72,7 @@ impl Runtime {
             )));
         }
         cgroup.remove().map_err(fail(paths.dir()))?;
-        netns::delete(&paths.netns()).map_err(fail(&paths.netns()))?;
+        net::delete_netns(&paths.netns()).map_err(|e| fail(&paths.netns())(io::Error::other(e)))?;
         // Never there by our doing (mounts are the shim's own), but a mount below a
         // folder about to be emptied would take the host's files with it.
         let _ =

@@ -8,12 +8,12 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kiln_model::instance::{ExitStatus, InstanceNetwork, ObservedState, Root};
+use kiln_model::instance::{ExitStatus, InstanceNetwork, Interface, ObservedState, Root};
 use kiln_model::{InstanceId, InstanceSpec, Millis};
 
 use crate::lock::Turn;
 use crate::log::Stream;
-use crate::netns;
+use crate::net;
 use crate::paths::InstancePaths;
 use crate::runtime::{Runtime, RuntimeError};
 use crate::shim::Handshake;
@@ -46,8 +46,8 @@ pub enum StartError {
     Different(InstanceId),
     #[error("cannot prepare {path}: {source}")]
     Prepare { path: String, source: io::Error },
-    #[error("cannot make the network of instance {id}: {source}")]
-    Network { id: InstanceId, source: io::Error },
+    #[error("cannot make the network of instance {id}: {cause}")]
+    Network { id: InstanceId, cause: String },
     #[error("cannot start the shim {program}: {source}")]
     Shim { program: String, source: io::Error },
     #[error("instance {id} could not be started: {cause}")]
@@ -108,17 +108,20 @@ impl Runtime {
     }
 
     fn make_network(&self, spec: &InstanceSpec, paths: &InstancePaths) -> Result<(), StartError> {
-        let fail = |source| StartError::Network {
+        let fail = |cause: &dyn std::fmt::Display| StartError::Network {
             id: spec.id.clone(),
-            source,
+            cause: cause.to_string(),
         };
-        match &spec.network {
-            InstanceNetwork::Isolated => netns::create(&paths.netns()).map_err(fail),
-            InstanceNetwork::Bridged(_) => Err(fail(io::Error::other(
-                "bridged networks are not built in yet",
-            ))),
-            InstanceNetwork::Host | InstanceNetwork::Join(_) => Ok(()),
+        let interfaces: &[Interface] = match &spec.network {
+            InstanceNetwork::Isolated => &[],
+            InstanceNetwork::Bridged(interfaces) => interfaces,
+            InstanceNetwork::Host | InstanceNetwork::Join(_) => return Ok(()),
+        };
+        net::create_netns(&paths.netns()).map_err(|e| fail(&e))?;
+        for interface in interfaces {
+            net::attach(&paths.netns(), interface).map_err(|e| fail(&e))?;
         }
+        Ok(())
     }
 
     fn spawn_shim(

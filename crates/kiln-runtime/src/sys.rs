@@ -323,22 +323,6 @@ pub fn attach_device_program(group: BorrowedFd<'_>, program: BorrowedFd<'_>) -> 
     bpf(BPF_PROG_ATTACH, &attributes).map(drop)
 }
 
-/// Turns the loopback interface of this thread's network namespace on.
-pub fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )?;
-    // SAFETY: an `ifreq` is integers, an array and a union of them: zero is valid.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    request.ifr_name[0] = b'l' as libc::c_char;
-    request.ifr_name[1] = b'o' as libc::c_char;
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: SIOCSIFFLAGS reads an `ifreq`, which lives across the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) }).map(drop)
-}
-
 fn check(result: i32) -> io::Result<i32> {
     if result == -1 {
         return Err(io::Error::last_os_error());

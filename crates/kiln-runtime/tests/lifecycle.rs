@@ -431,3 +431,87 @@ fn a_start_cut_off_at_any_moment_leaves_nothing() {
     assert!(common::groups_of(&f.root).is_empty());
     assert!(common::mounts_below(&f.root).is_empty());
 }
+
+#[test]
+fn namespaces_are_shared_when_asked_for() {
+    if !can_run() {
+        return;
+    }
+    let f = Fixture::new();
+    let first = f.spec(f.sealed(&[]), "httpd -f -p 80 -h /data");
+    f.runtime.start(&first).unwrap();
+    until("listening", || {
+        f.runtime.listening(&first.id).unwrap() == [80]
+    });
+    let mut second = f.spec(
+        f.sealed(&[]),
+        "printf 'GET /file HTTP/1.0\\r\\n\\r\\n' | nc 127.0.0.1 80; ps; hostname; (sleep 77 &); sleep 0.1",
+    );
+    second.network = InstanceNetwork::Join(first.id.clone());
+    second.namespaces.pid = SharedNamespace::Of(first.id.clone());
+    second.namespaces.uts = SharedNamespace::Of(first.id.clone());
+    second.hostname = "other".into();
+    let (status, out) = f.run(&second);
+    assert_eq!(status, ExitStatus::Code(0), "{out}");
+    assert!(
+        out.contains("from the image") && out.contains("httpd") && out.ends_with("pot\n"),
+        "{out}"
+    );
+    // What it left in the other's pid namespace is gone with it.
+    assert!(!f.exec(&first.id, &common::sh("ps")).1.contains("sleep 77"));
+    let mut third = f.spec(f.sealed(&[]), "true");
+    third.network = InstanceNetwork::Join(second.id.clone());
+    let error = f.runtime.start(&third).unwrap_err().to_string();
+    assert!(error.contains("is not running"), "{error}");
+}
+
+#[test]
+fn instances_on_one_bridge_reach_each_other_and_leave_no_interface() {
+    if !can_run() {
+        return;
+    }
+    use kiln_model::network::BridgeNetwork;
+    use kiln_runtime::net;
+    let f = Fixture::new();
+    let bridge = format!("krt{}", std::process::id());
+    let network = BridgeNetwork {
+        name: "test_default".into(),
+        bridge: bridge.clone(),
+        subnet: net::free_subnet(&[]).unwrap(),
+        internal: true,
+        mtu: None,
+    };
+    net::ensure_bridge(&network).unwrap();
+    let address = |n: u32| network.subnet.nth(n);
+    let bridged = |n: u32, script: &str| {
+        let mut spec = f.spec(f.sealed(&[]), script);
+        spec.network = InstanceNetwork::Bridged(vec![Interface {
+            name: "eth0".into(),
+            bridge: bridge.clone(),
+            address: address(n),
+            prefix: network.subnet.prefix(),
+            gateway: None,
+            mtu: None,
+            mac: None,
+        }]);
+        spec
+    };
+    let server = bridged(2, "httpd -f -p 80 -h /data");
+    f.runtime.start(&server).unwrap();
+    until("listening", || {
+        f.runtime.listening(&server.id).unwrap() == [80]
+    });
+    let fetch = format!(
+        "printf 'GET /file HTTP/1.0\\r\\n\\r\\n' | nc {} 80; cat /etc/hosts",
+        address(2)
+    );
+    let (_, out) = f.run(&bridged(3, &fetch));
+    f.runtime.remove(&server.id).unwrap();
+    let ports = std::fs::read_dir(format!("/sys/class/net/{bridge}/brif"))
+        .unwrap()
+        .count();
+    net::remove_bridge(&bridge).unwrap();
+    assert!(out.contains("from the image"), "{out}");
+    assert!(out.contains(&format!("{}\tpot", address(3))), "{out}");
+    assert_eq!(ports, 0);
+}

@@ -432,3 +432,104 @@ fn points_over_upper(
         .and_then(|()| fs::rename(&scratch, &target))
         .map_err(stage_error(&target))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn spec(tree: &TreePaths) -> InstanceSpec {
+        serde_json::from_value(serde_json::json!({
+            "format": 1, "id": "i", "purpose": "test", "argv": ["/x"], "env": {}, "cwd": "/made/here",
+            "user": "", "group_add": [], "hostname": "h", "domainname": null,
+            "root": { "sealed": { "tree": tree, "scratch": [
+                { "path": "/sub", "size": 1048576, "exec": false },
+                { "path": "/new/tmp", "size": 1048576, "exec": true },
+            ] } },
+            "mounts": [
+                { "source": { "type": "tree", "tree": tree, "subpath": "sub" },
+                  "target": "/other", "read_only": true, "exec": false, "dev": false },
+                { "source": { "type": "bind", "path": "/proc/sys", "recursive": false, "propagation": null },
+                  "target": "/dev/bound", "read_only": true, "exec": false, "dev": false },
+            ],
+            "network": "isolated", "resolver": null, "hosts": [], "namespaces": {},
+            "security": kiln_model::instance::InstanceSecurity::default(), "limits": {},
+            "stop_signal": "TERM", "stop_grace": 1, "init": false, "tty": false, "stdin_open": false,
+            "logging": kiln_model::spec::Logging::default(),
+        }))
+        .unwrap()
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap().flatten();
+        let mut names: Vec<String> = entries
+            .map(|e| e.file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn looks_right(root: &Path, late: &[Late]) {
+        assert_eq!(
+            names(root),
+            [
+                "dev", "etc", "made", "new", "other", "proc", "sub", "sys", "top"
+            ]
+        );
+        assert_eq!(
+            names(&root.join("etc")),
+            ["hostname", "hosts", "resolv.conf"]
+        );
+        // The objects' folders show nowhere.
+        assert_eq!(names(&root.join("sub")), ["file"]);
+        assert_eq!(names(&root.join("other")), ["file"]);
+        for path in ["sub/file", "other/file", "top"] {
+            assert_eq!(fs::read_to_string(root.join(path)).unwrap(), "the content");
+        }
+        for path in ["sub/file", "sub/new", "new/tmp/x"] {
+            fs::write(root.join(path), "changed").unwrap();
+            assert_eq!(fs::read_to_string(root.join(path)).unwrap(), "changed");
+        }
+        for path in ["top", "x", "other/file", "new/x", "etc/hosts"] {
+            let error = fs::write(root.join(path), "x").unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{path}");
+        }
+        assert_eq!(late.len(), 1);
+        assert_eq!(
+            (
+                late[0].target.as_str(),
+                late[0].options.contains(&"ro".into())
+            ),
+            ("/dev/bound", true)
+        );
+        assert!(late[0].source.as_ref().unwrap().join("kernel").exists());
+    }
+
+    #[test]
+    fn a_sealed_root_is_the_same_on_new_and_old_kernels() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "needs root");
+            eprintln!("SKIPPED: needs root");
+            return;
+        }
+        let new = crate::seccomp::kernel_version() >= (6, 12);
+        for (n, modern) in [true, false].into_iter().filter(|m| new || !m).enumerate() {
+            let dir = std::env::temp_dir().join(format!("kiln-root-{}-{n}", std::process::id()));
+            let paths = InstancePaths::from_dir(dir.join("instance"));
+            fs::create_dir_all(paths.stage()).unwrap();
+            let tree = tree::tests::composefs(&dir);
+            std::thread::spawn(move || {
+                private_namespace().unwrap();
+                let abilities = Abilities {
+                    file_backed: modern,
+                    data_only: modern,
+                };
+                let late = assemble(&spec(&tree), &paths, abilities).unwrap();
+                looks_right(&paths.rootfs(), &late);
+            })
+            .join()
+            .unwrap_or_else(|_| panic!("modern: {modern}"));
+            fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+}

@@ -192,7 +192,7 @@ impl Overlay<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use rustix::fs::XattrFlags;
@@ -200,7 +200,7 @@ mod tests {
 
     /// A tree as the store lays it out: one file whose content is an object, and
     /// whiteouts over the objects' folders for kernels without data-only layers.
-    fn composefs(dir: &Path) -> TreePaths {
+    pub fn composefs(dir: &Path) -> TreePaths {
         let (files, objects) = (dir.join("files"), dir.join("objects"));
         std::fs::create_dir_all(files.join("sub")).unwrap();
         std::fs::create_dir_all(objects.join("ab")).unwrap();

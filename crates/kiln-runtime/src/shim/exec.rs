@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::executor::KilnExecutor;
-use super::{capture, prepare, supervise};
+use super::{prepare, supervise};
 use crate::oci;
 use crate::paths::InstancePaths;
 use crate::shim_io::wait_readable;
@@ -66,7 +66,6 @@ pub fn main(dir: PathBuf, request: PathBuf) -> ExitCode {
     if sys::close_from(3).is_err() {
         return ExitCode::FAILURE;
     }
-    capture::Capture::install();
     let paths = InstancePaths::from_dir(dir);
     let request = match read_request(&request) {
         Ok(request) => request,

@@ -170,7 +170,7 @@ pub fn cgroup_path(paths: &InstancePaths) -> String {
 /// The group above all of one kiln root's.
 fn tag(paths: &InstancePaths) -> String {
     let root = paths.dir().parent().and_then(|p| p.parent());
-    format!("kiln-{}", crate::root_tag(root.unwrap_or(paths.dir())))
+    format!("kiln-{}", crate::net::root_tag(root.unwrap_or(paths.dir())))
 }
 
 /// Everything up to the program's exec. The error is the cause, in words.

@@ -284,9 +284,7 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Control groups of a kiln root, in every hierarchy.
 pub fn groups_of(root: &Path) -> Vec<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-    let digest = kiln_model::Digest::of(root.as_os_str().as_bytes()).hex();
-    let name = format!("kiln-{}", &digest[..8]);
+    let name = format!("kiln-{}", kiln_runtime::net::root_tag(root));
     let below = |dir: &Path| -> Vec<PathBuf> {
         std::fs::read_dir(dir)
             .into_iter()
