@@ -241,7 +241,7 @@ fn configure(interface: &Interface) -> Result<u32, NetlinkError> {
     Ok(index)
 }
 
-fn default_route(index: u32, gateway: Ipv4Addr) -> RouteMessage {
+pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = AddressFamily::Inet;
     message.header.table = RouteHeader::RT_TABLE_MAIN;

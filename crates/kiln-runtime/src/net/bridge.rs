@@ -1,10 +1,10 @@
 //! Bridges: one per network, with the gateway's address, and a local route for the
 //! network's service addresses.
 //!
-//! The local route ("AnyIP", `ip route add local <range> dev lo`) makes every service
-//! address the host's own: it answers ARP for all of them, and traffic that the
-//! firewall redirects to the proxy never leaves. Its preferred source is the gateway,
-//! so that the kernel drops the route together with the gateway's address.
+//! The local route ("AnyIP", `ip route add local <range> dev <bridge>`) makes every
+//! service address the host's own: it answers ARP for all of them, and what the host
+//! itself sends to one has the gateway as its source. It is over the bridge, not `lo`,
+//! so that it goes with the bridge, however that is removed.
 //!
 //! Settings are per bridge: no IPv6, strict reverse-path filter (instances can't
 //! borrow addresses), no redirects, forwarding only if the network is not internal.
@@ -14,7 +14,7 @@
 //! Internal bridges are turned off again after that, so that the kernel itself
 //! refuses to pass their traffic on, whatever happens to the firewall.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use kiln_model::network::BridgeNetwork;
@@ -31,8 +31,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::channel::{Channel, NetlinkError};
 use super::link::{self, Link};
 use super::names::{is_interface_name, mac_of};
-use super::netns::LOOPBACK;
-use super::subnet::meets;
+use super::subnet::{Span, meets};
 use super::survey;
 use super::sysctl::{self, SysctlError};
 
@@ -86,10 +85,10 @@ pub struct Bridge {
 /// Makes the network stand, or corrects what differs; nothing to do costs a few
 /// requests to the kernel.
 ///
-/// The subnet is checked against the host's other addresses and routes before a new
-/// bridge is made, and once more after: if two programs chose the same one at the
-/// same time, the one whose interface has the smaller name keeps it and the other
-/// fails with [`BridgeError::SubnetTaken`], so never both and never neither (of kilns).
+/// A new bridge's subnet is checked against the host's other addresses and routes.
+/// Two roots that chose the same free subnet at the same moment both pass this
+/// check; then the kernel decides: only one of them can add the service range's
+/// route, the other's bridge is taken back and [`BridgeError::SubnetTaken`] returned.
 pub fn ensure_bridge(network: &BridgeNetwork) -> Result<Ensured, BridgeError> {
     let bridge = network.bridge.as_str();
     if !is_interface_name(bridge) {
@@ -114,17 +113,12 @@ pub fn ensure_bridge(network: &BridgeNetwork) -> Result<Ensured, BridgeError> {
         }
         Some(link) => link.index,
         None => {
-            refuse_conflict(&mut channel, network, None)?;
+            refuse_conflict(&mut channel, network)?;
             ensured.created = true;
             create(&mut channel, network).map_err(kernel("make"))?
         }
     };
-    let made = configure(&mut channel, network, index, &mut ensured.notes).and_then(|()| {
-        match ensured.created {
-            true => refuse_conflict(&mut channel, network, Some(index)),
-            false => Ok(()),
-        }
-    });
+    let made = configure(&mut channel, network, index, &mut ensured.notes);
     if let (Err(e), true) = (&made, ensured.created) {
         tracing::debug!(bridge, error = %e, "the new bridge is taken back");
         link::remove(&mut channel, index).map_err(kernel("remove"))?;
@@ -192,7 +186,16 @@ fn configure(
         None => uplink_mtu(channel).map_err(kernel("find the uplink for"))?,
     };
     bring_up(channel, network, index, mtu).map_err(kernel("bring up"))?;
-    route_services(channel, network).map_err(kernel("route service addresses of"))
+    route_services(channel, network, index).map_err(|e| {
+        if e.is(libc::EEXIST) {
+            taken(
+                network,
+                "another network with the same service addresses".to_owned(),
+            )
+        } else {
+            kernel("route service addresses of")(e)
+        }
+    })
 }
 
 /// The bridge's kernel settings; see the module's page.
@@ -257,9 +260,9 @@ fn give_address(
 /// An IPv4 address for an interface.
 pub(super) fn address_message(
     index: u32,
-    address: std::net::Ipv4Addr,
+    address: Ipv4Addr,
     prefix: u8,
-    broadcast: std::net::Ipv4Addr,
+    broadcast: Ipv4Addr,
 ) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = AddressFamily::Inet;
@@ -309,35 +312,62 @@ fn bring_up(
     channel.change(RouteNetlinkMessage::NewLink(message), 0)
 }
 
-/// The AnyIP route of the service range.
-fn route_services(channel: &mut Channel, network: &BridgeNetwork) -> Result<(), NetlinkError> {
+/// The AnyIP route of the service range, and none of an earlier subnet.
+fn route_services(
+    channel: &mut Channel,
+    network: &BridgeNetwork,
+    index: u32,
+) -> Result<(), NetlinkError> {
     let range = network.service_range();
+    let mut present = false;
+    for have in survey::routes(channel)? {
+        // Local routes of single addresses are the kernel's own.
+        if !have.local || have.index != Some(index) || have.prefix == 32 {
+            continue;
+        }
+        let span = (have.destination, have.prefix);
+        if span == (range.base(), range.prefix()) && have.source == Some(network.gateway()) {
+            present = true;
+        } else {
+            let stale = local_route(index, span, have.source);
+            channel.change(RouteNetlinkMessage::DelRoute(stale), 0)?;
+        }
+    }
+    if present {
+        return Ok(());
+    }
+    // Exclusive: one owner of a range, whoever asks at the same time.
+    let route = local_route(
+        index,
+        (range.base(), range.prefix()),
+        Some(network.gateway()),
+    );
+    channel.change(
+        RouteNetlinkMessage::NewRoute(route),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+}
+
+fn local_route(index: u32, span: Span, source: Option<Ipv4Addr>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = AddressFamily::Inet;
-    message.header.destination_prefix_length = range.prefix();
+    message.header.destination_prefix_length = span.1;
     message.header.table = LOCAL_TABLE;
     message.header.protocol = RouteProtocol::Static;
     message.header.scope = RouteScope::Host;
     message.header.kind = RouteType::Local;
     message.attributes = vec![
-        RouteAttribute::Destination(RouteAddress::Inet(range.base())),
-        RouteAttribute::PrefSource(RouteAddress::Inet(network.gateway())),
-        RouteAttribute::Oif(LOOPBACK),
+        RouteAttribute::Destination(RouteAddress::Inet(span.0)),
+        RouteAttribute::Oif(index),
     ];
-    channel.change(
-        RouteNetlinkMessage::NewRoute(message),
-        NLM_F_CREATE | NLM_F_REPLACE,
-    )
+    let source = source.map(|a| RouteAttribute::PrefSource(RouteAddress::Inet(a)));
+    message.attributes.extend(source);
+    message
 }
 
-/// Refuses a subnet that meets another interface's address or another route as
-/// narrow as itself; a wider route (a VPN's) only loses this part of its span.
-/// `own`: the bridge exists already; then only what has the older right counts.
-fn refuse_conflict(
-    channel: &mut Channel,
-    network: &BridgeNetwork,
-    own: Option<u32>,
-) -> Result<(), BridgeError> {
+/// Refuses a subnet that meets an interface's address or a route as narrow as itself;
+/// a wider route (a VPN's) only loses this part of its span.
+fn refuse_conflict(channel: &mut Channel, network: &BridgeNetwork) -> Result<(), BridgeError> {
     let kernel = |source| BridgeError::Kernel {
         bridge: network.bridge.clone(),
         step: "check the subnet of",
@@ -345,49 +375,39 @@ fn refuse_conflict(
     };
     let addresses = survey::addresses(channel).map_err(kernel)?;
     let routes = survey::routes(channel).map_err(kernel)?;
-    let links = link::all(channel).map_err(kernel)?;
-    let name = |index: u32| {
-        links
-            .iter()
-            .find(|l| l.index == index)
-            .map_or("?", |l| l.name.as_str())
-    };
-    let older = |index: u32| own.is_none() || name(index) < network.bridge.as_str();
     let subnet = &network.subnet;
     let address = addresses
         .iter()
-        .filter(|a| Some(a.index) != own && meets(subnet, (a.address, a.prefix)) && older(a.index))
-        .map(|a| {
-            format!(
-                "the address {}/{} of interface {}",
-                a.address,
-                a.prefix,
-                name(a.index)
-            )
-        })
-        .next();
+        .find(|a| meets(subnet, (a.address, a.prefix)));
     let route = routes
         .iter()
-        .filter(|r| r.prefix >= subnet.prefix() && meets(subnet, (r.destination, r.prefix)))
-        .filter(|r| r.index != own && r.source != Some(network.gateway()))
-        .filter_map(|r| r.index.map(|index| (r, index)))
-        .filter(|(_, index)| older(*index))
-        .map(|(r, index)| {
-            format!(
-                "the route to {}/{} over interface {}",
-                r.destination,
-                r.prefix,
-                name(index)
-            )
-        })
-        .next();
-    match address.or(route) {
-        Some(with) => Err(BridgeError::SubnetTaken {
-            network: network.name.clone(),
-            subnet: subnet.to_string(),
-            with,
-        }),
-        None => Ok(()),
+        .find(|r| r.prefix >= subnet.prefix() && meets(subnet, (r.destination, r.prefix)));
+    let (what, index) = match (address, route) {
+        (Some(a), _) => (
+            format!("the address {}/{}", a.address, a.prefix),
+            Some(a.index),
+        ),
+        (None, Some(r)) => (
+            format!("the route to {}/{}", r.destination, r.prefix),
+            r.index,
+        ),
+        (None, None) => return Ok(()),
+    };
+    let interface = match index {
+        Some(index) => link::by_index(channel, index).map_err(kernel)?,
+        None => None,
+    };
+    let of = interface
+        .map(|link| format!(" of interface {}", link.name))
+        .unwrap_or_default();
+    Err(taken(network, format!("{what}{of}")))
+}
+
+fn taken(network: &BridgeNetwork, with: String) -> BridgeError {
+    BridgeError::SubnetTaken {
+        network: network.name.clone(),
+        subnet: network.subnet.to_string(),
+        with,
     }
 }
 

@@ -83,7 +83,7 @@ fn names_our_bridges(rule: &[u8]) -> bool {
 /// The filter table of iptables-legacy, only if it is there: asking for it would
 /// load it.
 fn in_legacy_table(hook: Hook) -> Option<String> {
-    let tables = std::fs::read_to_string("/proc/net/ip_tables_names").ok()?;
+    let tables = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").ok()?;
     tables.lines().find(|line| *line == "filter")?;
     let (info, entries) = legacy_filter_table().ok()?;
     legacy_drops(&info, &entries, hook).filter(|drops| {

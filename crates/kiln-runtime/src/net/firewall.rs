@@ -182,12 +182,12 @@ impl Firewall {
             Rule::new("what was let in before").established().accept(),
             Rule::new("to the proxy")
                 .tcp()
-                .to_port(port)
+                .for_port(port)
                 .redirected()
                 .accept(),
             Rule::new("not past a service address")
                 .tcp()
-                .to_port(port)
+                .for_port(port)
                 .drop(),
         ];
         rules.extend(self.each(|n, range| {
@@ -208,7 +208,7 @@ impl Firewall {
                 rules.push(
                     rule()
                         .in_by(&n.bridge)
-                        .to_address(n.gateway())
+                        .for_address(n.gateway())
                         .icmp()
                         .accept(),
                 );
@@ -257,5 +257,5 @@ impl Firewall {
 }
 
 fn dns(gateway: Ipv4Addr, from: Rule) -> Rule {
-    from.to_port(DNS_PORT).to_address(gateway).accept()
+    from.for_port(DNS_PORT).for_address(gateway).accept()
 }

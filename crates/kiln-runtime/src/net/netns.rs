@@ -24,7 +24,7 @@ use super::channel::{Channel, NetlinkError};
 use super::sysctl::{self, SysctlError};
 
 /// The loopback interface's index in every namespace.
-pub(super) const LOOPBACK: u32 = 1;
+const LOOPBACK: u32 = 1;
 /// Mounts that may lie over each other on one file; more means something mounts in a loop.
 const STACKED_MOUNTS: usize = 64;
 

@@ -5,8 +5,8 @@
 //! no route of any table (but default routes), no name server, and none in use by
 //! kiln itself. A wide route, as of a VPN to 10.0.0.0/8, makes it go on to the next pool.
 //!
-//! Two programs may choose the same one at the same time. [`super::ensure_bridge`]
-//! looks again before and after it makes the bridge; see there.
+//! Two roots may choose the same one at the same time: [`super::ensure_bridge`]
+//! gives it to one of them and refuses the other, which then chooses again.
 
 use std::net::Ipv4Addr;
 

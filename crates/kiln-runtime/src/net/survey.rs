@@ -26,6 +26,8 @@ pub(super) struct Route {
     pub index: Option<u32>,
     pub gateway: Option<Ipv4Addr>,
     pub source: Option<Ipv4Addr>,
+    /// Delivers to the host itself.
+    pub local: bool,
 }
 
 pub(super) fn addresses(channel: &mut Channel) -> Result<Vec<Address>, NetlinkError> {
@@ -89,6 +91,7 @@ fn route(message: &RouteMessage) -> Option<Route> {
         index: None,
         gateway: None,
         source: None,
+        local: message.header.kind == RouteType::Local,
     };
     for attribute in &message.attributes {
         match attribute {

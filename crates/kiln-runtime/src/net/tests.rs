@@ -182,3 +182,518 @@ fn a_service_address_leads_to_the_proxy_which_knows_the_original_destination() {
         .unwrap();
     });
 }
+
+#[test]
+fn what_leaves_is_masqueraded_and_networks_are_apart() {
+    on_a_host("apart", |host| {
+        // A bridge outside the firewall stands for the network the host is in.
+        let outside = network("outside0", "192.0.2.0/24", false);
+        let (a, b) = (
+            network("knta", "10.201.0.0/20", false),
+            network("kntb", "10.201.16.0/20", false),
+        );
+        let shut = network("kntc", "10.201.32.0/20", true);
+        for net in [&outside, &a, &b, &shut] {
+            ensure_bridge(net).unwrap();
+        }
+        let port = serve(0);
+        firewall(&[&a, &b, &shut], port).apply().unwrap();
+        let far = host.instance("far", &outside, 9);
+        let (in_a, also_a) = (host.instance("a1", &a, 5), host.instance("a2", &a, 6));
+        let (in_b, in_shut) = (host.instance("b1", &b, 5), host.instance("c1", &shut, 5));
+        for netns in [&far, &in_a, &in_b, &in_shut] {
+            serve_in(netns, 80);
+        }
+        serve(8080);
+
+        // Out, as the host.
+        let far_address = outside.subnet.nth(9);
+        assert_eq!(ask_from(&in_a, far_address, 80).unwrap(), "192.0.2.1 none");
+        // Within a network, and from the host, as itself.
+        assert_eq!(
+            ask_from(&also_a, a.subnet.nth(5), 80).unwrap(),
+            "10.201.0.6 none"
+        );
+        assert_eq!(ask(b.subnet.nth(5), 80).unwrap(), "10.201.16.1 none");
+        assert_eq!(ask(shut.subnet.nth(5), 80).unwrap(), "10.201.32.1 none");
+        // Not into another network: neither its instances, services nor gateway.
+        assert!(dropped_from(&in_a, b.subnet.nth(5), 80));
+        assert!(dropped_from(&in_a, b.service_range().nth(3), 80));
+        assert!(dropped_from(&in_a, b.gateway(), 8080));
+        // Not from outside, though it routes through us.
+        assert!(dropped_from(&far, a.subnet.nth(5), 80));
+        assert!(dropped_from(&far, a.service_range().nth(3), 80));
+        assert!(dropped_from(&far, outside.gateway(), port));
+        assert_eq!(
+            ask_from(&far, outside.gateway(), 8080).unwrap(),
+            "192.0.2.9 192.0.2.1:8080"
+        );
+        // An internal network has its services only.
+        let service = shut.service_range().nth(3);
+        assert_eq!(
+            ask_from(&in_shut, service, 80).unwrap(),
+            format!("10.201.32.5 {service}:80")
+        );
+        assert!(dropped_from(&in_shut, shut.gateway(), 8080));
+        inside(&in_shut, |_| add_default_route(shut.gateway())).unwrap();
+        assert!(dropped_from(&in_shut, far_address, 80));
+        // Even without the firewall the kernel doesn't forward for it.
+        firewall(&[&a], port).remove().unwrap();
+        assert!(dropped_from(&in_shut, far_address, 80));
+        assert_eq!(sysctl_of("ipv4/conf/kntc/forwarding"), "0");
+    });
+}
+
+/// As a program in an instance with CAP_NET_ADMIN might.
+fn add_default_route(gateway: Ipv4Addr) {
+    let mut channel = channel::Channel::route().unwrap();
+    let link = link::find(&mut channel, "eth0").unwrap().unwrap();
+    let route = attach::default_route(link.index, gateway);
+    let message = netlink_packet_route::RouteNetlinkMessage::NewRoute(route);
+    channel
+        .change(message, netlink_packet_core::NLM_F_CREATE)
+        .unwrap();
+}
+
+#[test]
+fn a_borrowed_source_address_goes_nowhere() {
+    on_a_host("spoof", |host| {
+        let (a, b) = (
+            network("knta", "10.201.0.0/20", false),
+            network("kntb", "10.201.16.0/20", false),
+        );
+        for net in [&a, &b] {
+            ensure_bridge(net).unwrap();
+        }
+        firewall(&[&a, &b], 1).apply().unwrap();
+        let one = host.instance("a1", &a, 5);
+        let udp = UdpSocket::bind((a.gateway(), 5353)).unwrap();
+        udp.set_read_timeout(Some(DROPPED)).unwrap();
+        let send_as = |source: Ipv4Addr| {
+            inside(&one, |_| {
+                let mut channel = channel::Channel::route().unwrap();
+                let index = link::find(&mut channel, "eth0").unwrap().unwrap().index;
+                let message = bridge::address_message(index, source, 32, source);
+                let add = netlink_packet_route::RouteNetlinkMessage::NewAddress(message);
+                let _ = channel.change(add, netlink_packet_core::NLM_F_CREATE);
+                UdpSocket::bind((source, 0))
+                    .unwrap()
+                    .send_to(b"x", (a.gateway(), 5353))
+                    .unwrap();
+            })
+            .unwrap();
+            udp.recv_from(&mut [0; 8]).map(|(_, from)| from.ip()).ok()
+        };
+        assert_eq!(send_as(a.subnet.nth(5)), Some(a.subnet.nth(5).into()));
+        assert_eq!(send_as(b.subnet.nth(7)), None);
+        assert_eq!(send_as("203.0.113.7".parse().unwrap()), None);
+    });
+}
+
+#[test]
+fn with_bridge_netfilter_a_network_works_the_same() {
+    on_a_host("brnf", |host| {
+        let path = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        if fs::write(path, "1").is_err() {
+            eprintln!("SKIPPED: the kernel has no br_netfilter");
+            return;
+        }
+        let net = network("knt1", "10.201.0.0/20", true);
+        ensure_bridge(&net).unwrap();
+        let port = serve(0);
+        firewall(&[&net], port).apply().unwrap();
+        let (one, two) = (host.instance("one", &net, 5), host.instance("two", &net, 6));
+        serve_in(&two, 80);
+        assert_eq!(
+            ask_from(&one, net.subnet.nth(6), 80).unwrap(),
+            "10.201.0.5 none"
+        );
+        let service = net.service_range().nth(1);
+        assert_eq!(
+            ask_from(&one, service, 81).unwrap(),
+            format!("10.201.0.5 {service}:81")
+        );
+    });
+}
+
+#[test]
+fn a_bridge_stands_as_described_and_goes_without_a_trace() {
+    on_a_host("bridge", |_| {
+        fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        let mut net = network("knt1", "10.201.0.0/20", true);
+        assert_eq!(
+            ensure_bridge(&net).unwrap(),
+            Ensured {
+                created: true,
+                notes: vec![]
+            }
+        );
+        assert_eq!(
+            sysctl_of("ipv4/ip_forward"),
+            "0",
+            "an internal network needs no forwarding"
+        );
+        net.internal = false;
+        let ensured = ensure_bridge(&net).unwrap();
+        assert!(!ensured.created);
+        assert!(
+            ensured
+                .notes
+                .iter()
+                .any(|n| n.contains("net.ipv4.ip_forward")),
+            "{ensured:?}"
+        );
+        assert_eq!(ensure_bridge(&net).unwrap(), Ensured::default());
+        for (key, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv4/conf/knt1/forwarding", "1"),
+            ("ipv4/conf/knt1/rp_filter", "1"),
+            ("ipv4/conf/knt1/send_redirects", "0"),
+            ("ipv6/conf/knt1/disable_ipv6", "1"),
+        ] {
+            assert_eq!(sysctl_of(key), value, "{key}");
+        }
+        // A changed subnet and frame size replace the old.
+        net.subnet = "10.202.0.0/24".parse().unwrap();
+        net.mtu = Some(1400);
+        ensure_bridge(&net).unwrap();
+        let mut channel = channel::Channel::route().unwrap();
+        let link = link::find(&mut channel, "knt1").unwrap().unwrap();
+        assert_eq!(link.mtu, 1400);
+        let addresses = survey::addresses(&mut channel).unwrap();
+        let own: Vec<_> = addresses.iter().filter(|a| a.index == link.index).collect();
+        assert_eq!(own.len(), 1);
+        assert_eq!((own[0].address, own[0].prefix), (net.gateway(), 24));
+        let local = |channel: &mut _| {
+            let routes = survey::routes(channel).unwrap();
+            routes
+                .iter()
+                .filter(|r| r.prefix == 25)
+                .map(|r| r.destination)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(local(&mut channel), [net.service_range().base()]);
+        assert_eq!(
+            bridges("knt").unwrap(),
+            [Bridge {
+                name: "knt1".into(),
+                ports: vec![]
+            }]
+        );
+        remove_bridge("knt1").unwrap();
+        remove_bridge("knt1").unwrap();
+        assert_eq!(bridges("knt").unwrap(), []);
+        assert!(local(&mut channel).is_empty());
+        assert!(matches!(
+            remove_bridge("lo"),
+            Err(BridgeError::NotABridge { .. })
+        ));
+        net.bridge = "lo".into();
+        assert!(matches!(
+            ensure_bridge(&net),
+            Err(BridgeError::NotABridge { .. })
+        ));
+        net.bridge = "a/b".into();
+        assert!(matches!(ensure_bridge(&net), Err(BridgeError::Name { .. })));
+    });
+}
+
+#[test]
+fn subnets_of_others_are_avoided_and_refused() {
+    on_a_host("subnet", |_| {
+        let first = free_subnet(&[]).unwrap();
+        let mut net = network("knt1", "10.201.0.0/20", false);
+        net.subnet = first;
+        ensure_bridge(&net).unwrap();
+        let second = free_subnet(&[]).unwrap();
+        assert!(!second.overlaps(&first));
+        let third = free_subnet(&[second]).unwrap();
+        assert!(!third.overlaps(&first) && !third.overlaps(&second));
+
+        let same = BridgeNetwork {
+            bridge: "knt0".into(),
+            ..net.clone()
+        };
+        let refusal = ensure_bridge(&same).unwrap_err();
+        assert!(
+            matches!(refusal, BridgeError::SubnetTaken { .. }),
+            "{refusal}"
+        );
+        assert!(refusal.to_string().contains("knt1"), "{refusal}");
+        assert_eq!(bridges("knt").unwrap().len(), 1);
+        // The one that stands already is not in its own way.
+        ensure_bridge(&net).unwrap();
+    });
+}
+
+#[test]
+fn roots_that_choose_the_same_subnet_at_once_never_both_get_it() {
+    on_a_host("race", |_| {
+        for _ in 0..10 {
+            let barrier = std::sync::Barrier::new(3);
+            let won: Vec<bool> = std::thread::scope(|scope| {
+                let barrier = &barrier;
+                let run = |n: u32| {
+                    let net = network(&format!("knt{n}"), "10.201.0.0/20", false);
+                    scope.spawn(move || {
+                        barrier.wait();
+                        match ensure_bridge(&net) {
+                            Ok(_) => true,
+                            Err(BridgeError::SubnetTaken { .. }) => false,
+                            Err(e) => panic!("{e}"),
+                        }
+                    })
+                };
+                let threads: Vec<_> = (0..3).map(run).collect();
+                threads.into_iter().map(|t| t.join().unwrap()).collect()
+            });
+            let stand: Vec<String> = bridges("knt")
+                .unwrap()
+                .into_iter()
+                .map(|b| b.name)
+                .collect();
+            assert_eq!(won.iter().filter(|w| **w).count(), 1, "{won:?} {stand:?}");
+            assert_eq!(stand.len(), 1);
+            remove_bridge(&stand[0]).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_namespace_file_holds_lists_and_lets_go() {
+    on_a_host("netns", |host| {
+        let path = host.folder.join("with space");
+        fs::write(&path, "").unwrap();
+        assert!(!is_netns(&path).unwrap());
+        assert!(matches!(
+            inside(&path, |_| ()),
+            Err(NetnsError::NotANamespace { .. })
+        ));
+        create_netns(&path).unwrap();
+        assert!(is_netns(&path).unwrap());
+        let id =
+            |p: &Path| inside(p, |_| fs::read_link("/proc/thread-self/ns/net").unwrap()).unwrap();
+        let before = id(&path);
+        create_netns(&path).unwrap();
+        assert_eq!(id(&path), before, "one that is there is kept");
+        assert_ne!(before, fs::read_link("/proc/thread-self/ns/net").unwrap());
+        inside(&path, |_| {
+            assert!(TcpListener::bind("127.0.0.1:80").is_ok());
+            assert_eq!(sysctl_of("ipv4/ip_unprivileged_port_start"), "0");
+            assert_eq!(sysctl_of("ipv6/conf/default/disable_ipv6"), "1");
+        })
+        .unwrap();
+        let other = host.folder.join("other");
+        create_netns(&other).unwrap();
+        let folder = host.folder.canonicalize().unwrap();
+        assert_eq!(
+            netns_files(&host.folder).unwrap(),
+            [folder.join("other"), folder.join("with space")]
+        );
+        for path in [&path, &other, &other] {
+            delete_netns(path).unwrap();
+            assert!(!path.exists());
+        }
+        assert!(netns_files(&host.folder).unwrap().is_empty());
+        let lost = host.folder.join("no/such/folder");
+        assert!(matches!(create_netns(&lost), Err(NetnsError::File { .. })));
+    });
+}
+
+#[test]
+fn an_interface_is_as_asked_and_its_first_packet_arrives() {
+    on_a_host("attach", |host| {
+        let mut net = network("knt1", "10.201.0.0/20", false);
+        net.mtu = Some(1450);
+        ensure_bridge(&net).unwrap();
+        serve(80);
+        let path = host.folder.join("one");
+        create_netns(&path).unwrap();
+        let mut first = interface("eth0", &net, 5);
+        first.mtu = None;
+        for n in 0..20 {
+            // The same again replaces; a lost first packet would cost a second.
+            attach(&path, &first).unwrap();
+            let seen = inside(&path, |_| {
+                ask_within(net.gateway(), 80, Duration::from_millis(500))
+            });
+            assert_eq!(seen.unwrap().as_deref(), Some("10.201.0.5 none"), "try {n}");
+        }
+        let port = veth_name(&path, "eth0");
+        assert_eq!(bridges("knt").unwrap()[0].ports, [port]);
+        inside(&path, |_| {
+            let mut channel = channel::Channel::route().unwrap();
+            let link = link::find(&mut channel, "eth0").unwrap().unwrap();
+            assert_eq!(link.mtu, 1450, "the bridge's");
+            assert_eq!(sysctl_of("ipv6/conf/eth0/disable_ipv6"), "1");
+            let routes = survey::routes(&mut channel).unwrap();
+            assert!(
+                routes
+                    .iter()
+                    .any(|r| r.prefix == 0 && r.gateway == Some(net.gateway()))
+            );
+        })
+        .unwrap();
+        detach(&path, &first).unwrap();
+        detach(&path, &first).unwrap();
+        assert_eq!(bridges("knt").unwrap()[0].ports, Vec::<String>::new());
+    });
+}
+
+#[test]
+fn an_address_that_moves_is_found_at_its_new_place_at_once() {
+    on_a_host("moves", |host| {
+        let net = network("knt1", "10.201.0.0/20", false);
+        ensure_bridge(&net).unwrap();
+        let asker = host.instance("asker", &net, 4);
+        let mut moving = interface("eth0", &net, 5);
+        for n in 0..3 {
+            let path = host.folder.join(format!("place{n}"));
+            create_netns(&path).unwrap();
+            moving.mac = Some(format!("02:00:00:00:00:0{n}"));
+            attach(&path, &moving).unwrap();
+            serve_in(&path, 80);
+            let limit = Duration::from_millis(500);
+            let seen = inside(&asker, |_| ask_within(moving.address, 80, limit)).unwrap();
+            assert_eq!(seen.as_deref(), Some("10.201.0.4 none"), "place {n}");
+            detach(&path, &moving).unwrap();
+        }
+    });
+}
+
+#[test]
+fn an_interface_that_cannot_be_is_refused_and_nothing_stays() {
+    on_a_host("refused", |host| {
+        let net = network("knt1", "10.201.0.0/20", false);
+        ensure_bridge(&net).unwrap();
+        let path = host.folder.join("one");
+        create_netns(&path).unwrap();
+        let good = interface("eth0", &net, 5);
+        let with = |change: fn(&mut Interface)| {
+            let mut interface = good.clone();
+            change(&mut interface);
+            attach(&path, &interface).unwrap_err().to_string()
+        };
+        assert!(with(|i| i.bridge = "nowhere".into()).contains("no bridge nowhere"));
+        assert!(with(|i| i.bridge = "lo".into()).contains("no bridge lo"));
+        assert!(with(|i| i.mac = Some("01:00:5e:00:00:01".into())).contains("01:00:5e"));
+        assert!(with(|i| i.name = "lo".into()).contains("not lo"));
+        assert!(with(|i| i.prefix = 0).contains("/0"));
+        let unreachable = with(|i| i.gateway = Some(Ipv4Addr::new(192, 0, 2, 1)));
+        assert!(
+            unreachable.contains("eth0") && unreachable.contains("knt1"),
+            "{unreachable}"
+        );
+        assert_eq!(bridges("knt").unwrap()[0].ports, Vec::<String>::new());
+        assert!(attach(&host.folder.join("none"), &good).is_err());
+        attach(&path, &good).unwrap();
+    });
+}
+
+/// Runs a Debian program that only tests use; `None` (told) where it is missing.
+fn program(name: &str, args: &[&str]) -> Option<String> {
+    match std::process::Command::new(name).args(args).output() {
+        Ok(output) => {
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{name} {args:?}: {error}");
+            Some(String::from_utf8(output.stdout).unwrap())
+        }
+        Err(e) => {
+            assert!(
+                std::env::var_os("KILN_TEST_STRICT").is_none(),
+                "{name}: {e}"
+            );
+            eprintln!("SKIPPED: needs {name}: {e}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_table_is_replaced_as_a_whole_and_its_loss_is_seen() {
+    on_a_host("table", |_| {
+        // The firewall does not need the bridges to exist.
+        let many: Vec<BridgeNetwork> = (0..200)
+            .map(|n| {
+                network(
+                    &format!("knt{n}"),
+                    &format!("10.{}.{}.0/24", 201 + n / 100, n % 100),
+                    n % 2 == 0,
+                )
+            })
+            .collect();
+        let all = firewall(&many.iter().collect::<Vec<_>>(), 4444);
+        assert!(!all.is_in_place().unwrap());
+        all.apply().unwrap();
+        assert!(all.is_in_place().unwrap());
+        let one = firewall(&[&many[0]], 4445);
+        assert!(!one.is_in_place().unwrap());
+        one.apply().unwrap();
+        assert!(one.is_in_place().unwrap() && !all.is_in_place().unwrap());
+        if let Some(listing) = program("nft", &["list", "table", "ip", &one.table]) {
+            assert!(
+                !listing.contains("4444") && !listing.contains("knt1\""),
+                "{listing}"
+            );
+            assert!(listing.contains("made by kiln"), "{listing}");
+            program("nft", &["flush", "ruleset"]).unwrap();
+            assert!(!one.is_in_place().unwrap());
+        }
+        one.remove().unwrap();
+        one.remove().unwrap();
+        let none = firewall(&[], 4444);
+        none.apply().unwrap();
+        assert!(none.is_in_place().unwrap() && !one.is_in_place().unwrap());
+        let named = Firewall {
+            table: "a b".into(),
+            ..none
+        };
+        assert!(matches!(
+            named.apply(),
+            Err(FirewallError::TableName { .. })
+        ));
+    });
+}
+
+#[test]
+fn the_rules_read_in_nfts_language_as_described() {
+    on_a_host("rules", |_| {
+        let (a, b) = (
+            network("knta", "10.201.0.0/20", false),
+            network("kntb", "10.201.16.0/20", true),
+        );
+        let made = firewall(&[&a, &b], 4444);
+        made.apply().unwrap();
+        if let Some(listing) = program("nft", &["list", "table", "ip", &made.table]) {
+            let expected = include_str!("rules.expected");
+            let plain = |text: &str| -> Vec<String> {
+                let lines = text.lines().map(|l| l.trim().to_owned());
+                lines.filter(|l| !l.starts_with("comment")).collect()
+            };
+            assert_eq!(plain(&listing), plain(expected), "{listing}");
+        }
+    });
+}
+
+#[test]
+fn a_dropping_policy_of_another_firewall_is_told_until_it_excepts_us() {
+    for variant in ["iptables-nft", "iptables-legacy"] {
+        on_a_host(variant, |_| {
+            if program(variant, &["--version"]).is_none() {
+                return;
+            }
+            assert_eq!(forward_policy_conflict(), None);
+            let _ = program(variant, &["-A", "FORWARD", "-i", "eth9", "-j", "ACCEPT"]);
+            assert_eq!(forward_policy_conflict(), None);
+            let _ = program(variant, &["-P", "FORWARD", "DROP"]);
+            let told = forward_policy_conflict().unwrap();
+            assert!(
+                told.contains("FORWARD") && told.contains("filter"),
+                "{told}"
+            );
+            assert_eq!(input_policy_conflict(), None);
+            let _ = program(variant, &["-I", "FORWARD", "-i", "kn+", "-j", "ACCEPT"]);
+            assert_eq!(forward_policy_conflict(), None);
+        });
+    }
+}

@@ -93,7 +93,7 @@ impl Rule {
         self.address(DESTINATION_OFFSET, subnet, EQUAL)
     }
 
-    pub fn to_address(self, address: Ipv4Addr) -> Self {
+    pub fn for_address(self, address: Ipv4Addr) -> Self {
         self.payload(NETWORK_HEADER, DESTINATION_OFFSET, 4)
             .compare(EQUAL, &address.octets())
     }
@@ -111,7 +111,7 @@ impl Rule {
     }
 
     /// After [`Rule::tcp`] or [`Rule::udp`].
-    pub fn to_port(self, port: u16) -> Self {
+    pub fn for_port(self, port: u16) -> Self {
         self.payload(TRANSPORT_HEADER, DESTINATION_PORT_OFFSET, 2)
             .compare(EQUAL, &port.to_be_bytes())
     }
