@@ -45,7 +45,7 @@ impl Glob {
         let mut tokens = Vec::new();
         let mut chars = text.chars().peekable();
         while let Some(c) = chars.next() {
-            tokens.push(match c {
+            let token = match c {
                 '*' if deep && chars.next_if_eq(&'*').is_some() => {
                     let slash = chars.next_if_eq(&'/').is_some();
                     // Literal text right after a leading `**` may end a name.
@@ -62,7 +62,8 @@ impl Glob {
                 '[' => class(&mut chars).ok_or_else(bad)?,
                 '\\' => Token::Char(chars.next().ok_or_else(bad)?),
                 c => Token::Char(c),
-            });
+            };
+            tokens.push(token);
         }
         Ok(Self(tokens))
     }
