@@ -49,7 +49,8 @@ impl Glob {
                 '*' if deep && chars.next_if_eq(&'*').is_some() => {
                     let slash = chars.next_if_eq(&'/').is_some();
                     // Literal text right after a leading `**` may end a name.
-                    let ending = tokens.is_empty() && !slash && !text[2..].contains(['*', '?', '[', '\\']);
+                    let ending =
+                        tokens.is_empty() && !slash && !text[2..].contains(['*', '?', '[', '\\']);
                     if chars.peek().is_none() || ending {
                         Token::All
                     } else {
@@ -99,7 +100,12 @@ impl Glob {
 
     /// Passes the tokens that may stand for nothing.
     fn skip(&self, places: &mut [bool]) {
-        for (i, token) in self.0.iter().enumerate().filter(|(_, t)| !matches!(t, Token::Char(_))) {
+        for (i, token) in self
+            .0
+            .iter()
+            .enumerate()
+            .filter(|(_, t)| !matches!(t, Token::Char(_)))
+        {
             if !places[i] {
                 continue;
             }

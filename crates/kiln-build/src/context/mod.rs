@@ -46,7 +46,9 @@ pub enum ContextError {
     },
     #[error("{0} has more than {MAX_IGNORE_FILE} bytes")]
     IgnoreTooLong(PathBuf),
-    #[error("the build context {0} has more than {MAX_ENTRIES} entries; ignore what is not needed in .dockerignore")]
+    #[error(
+        "the build context {0} has more than {MAX_ENTRIES} entries; ignore what is not needed in .dockerignore"
+    )]
     TooMany(PathBuf),
     #[error("{0}: more than {MAX_DEPTH} folders within each other")]
     TooDeep(PathBuf),
@@ -63,7 +65,10 @@ pub struct Entry {
 #[derive(Clone, Debug)]
 pub enum EntryKind {
     Folder(BTreeMap<Vec<u8>, Entry>),
-    File { size: u64, stamp: Stamp },
+    File {
+        size: u64,
+        stamp: Stamp,
+    },
     Link(Vec<u8>),
     Fifo,
     /// A device: can't be copied.
@@ -113,10 +118,11 @@ impl Context {
 
     /// The entry at the path of these names; links are not followed.
     pub fn entry(&self, path: &[Vec<u8>]) -> Option<&Entry> {
-        path.iter().try_fold(&self.root, |entry, name| match &entry.kind {
-            EntryKind::Folder(entries) => entries.get(name),
-            _ => None,
-        })
+        path.iter()
+            .try_fold(&self.root, |entry, name| match &entry.kind {
+                EntryKind::Folder(entries) => entries.get(name),
+                _ => None,
+            })
     }
 
     /// Where the entry lies on the host.
@@ -277,15 +283,26 @@ mod tests {
         }
         std::os::unix::fs::symlink("../../etc", folder.path().join("b/out")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("sock")).unwrap();
-        fs::write(folder.path().join(".dockerignore"), "a\n!a/deep\n*.log\n.dockerignore").unwrap();
+        fs::write(
+            folder.path().join(".dockerignore"),
+            "a\n!a/deep\n*.log\n.dockerignore",
+        )
+        .unwrap();
         let patterns = read_ignore(folder.path(), None).unwrap();
         let context = Context::scan(folder.path(), &patterns).unwrap();
         let mut found = Vec::new();
         paths(context.root(), "", &mut found);
-        assert_eq!(found, ["/a", "/a/deep", "/a/deep/keep", "/b", "/b/out", "/b/y"]);
+        assert_eq!(
+            found,
+            ["/a", "/a/deep", "/a/deep/keep", "/b", "/b/out", "/b/y"]
+        );
 
         let file = folder.path().join("web.Containerfile");
-        fs::write(folder.path().join("web.Containerfile.dockerignore"), "b\n*ignore\n").unwrap();
+        fs::write(
+            folder.path().join("web.Containerfile.dockerignore"),
+            "b\n*ignore\n",
+        )
+        .unwrap();
         let patterns = read_ignore(folder.path(), Some(&file)).unwrap();
         let context = Context::scan(folder.path(), &patterns).unwrap();
         let mut found = Vec::new();
