@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 
 use kiln_model::ImageConfig;
 use kiln_model::spec::{ExposedPort, HealthTest, Healthcheck, Protocol};
-use kiln_oci::manifest::History;
 
 use crate::containerfile::expand::{ExpandError, Lexer};
 use crate::containerfile::mount::{self, Mount};
@@ -22,8 +21,16 @@ pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 
 /// Build arguments that reach RUN without an ARG and never count for the cache.
 const PROXIES: [&str; 10] = [
-    "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
-    "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "FTP_PROXY",
+    "ftp_proxy",
+    "NO_PROXY",
+    "no_proxy",
+    "ALL_PROXY",
+    "all_proxy",
 ];
 
 /// Why a stage can't be evaluated.
@@ -69,7 +76,10 @@ pub enum Action {
     Copy(CopyAction),
     Run(Box<RunAction>),
     /// WORKDIR: made with this owner if it is missing.
-    Folder { path: String, user: String },
+    Folder {
+        path: String,
+        user: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,7 +144,9 @@ pub fn evaluate(
     }
     let mut variables: BTreeMap<String, String> = config.env.iter().cloned().collect();
     for (name, value) in &start.args {
-        variables.entry(name.clone()).or_insert_with(|| value.clone());
+        variables
+            .entry(name.clone())
+            .or_insert_with(|| value.clone());
     }
     let mut state = State {
         lexer: Lexer::new(file.escape),
@@ -393,11 +405,17 @@ impl State<'_> {
                     let text = self.expand(text)?;
                     let remote = ["http://", "https://", "ftp://", "git://", "git@", "ssh://"];
                     if remote.iter().any(|scheme| text.starts_with(scheme)) {
-                        return unsupported(&format!("of `{text}`: only files of the build context"));
+                        return unsupported(&format!(
+                            "of `{text}`: only files of the build context"
+                        ));
                     }
                     Source::Path(text)
                 }
-                Source::Inline { name, content, expand } => Source::Inline {
+                Source::Inline {
+                    name,
+                    content,
+                    expand,
+                } => Source::Inline {
                     name: name.clone(),
                     content: match expand {
                         true => self.expand_body(content)?,
@@ -409,9 +427,14 @@ impl State<'_> {
         }
         let chown = copy.chown.as_deref().map(|t| self.expand(t)).transpose()?;
         let chmod = copy.chmod.as_deref().map(|t| self.expand(t)).transpose()?;
-        let chmod = chmod.filter(|t| !t.is_empty()).map(|t| mode::parse(&t).map_err(EvaluateCause::Chmod));
+        let chmod = chmod
+            .filter(|t| !t.is_empty())
+            .map(|t| mode::parse(&t).map_err(EvaluateCause::Chmod));
         let written = self.expand(&copy.destination)?;
-        let folder = written.is_empty() || written.ends_with('/') || written.ends_with("/.") || written == ".";
+        let folder = written.is_empty()
+            || written.ends_with('/')
+            || written.ends_with("/.")
+            || written == ".";
         let mut destination = clean(&self.absolute(&written));
         if folder && !destination.ends_with('/') {
             destination.push('/');
@@ -513,7 +536,10 @@ fn with_heredocs(run: &Run) -> (CommandLine, Option<(String, String)>) {
         return (run.command.clone(), None);
     };
     let rest = text.trim_start_matches(|c: char| c.is_ascii_digit());
-    let rest = rest.strip_prefix("<<").unwrap_or(rest).trim_start_matches('-');
+    let rest = rest
+        .strip_prefix("<<")
+        .unwrap_or(rest)
+        .trim_start_matches('-');
     let word = rest.trim();
     let quoted = [
         first.name.clone(),
@@ -604,21 +630,23 @@ fn ports(text: &str) -> Option<impl Iterator<Item = ExposedPort>> {
 
 fn is_signal(text: &str) -> bool {
     const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV",
-        "USR2", "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN",
-        "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
+        "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
+        "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
     ];
     if let Ok(number) = text.parse::<u32>() {
         return (1..=64).contains(&number);
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    let real_time = |rest: &str| {
-        rest.is_empty() || rest[1..].parse::<u32>().is_ok_and(|n| n <= 30)
-    };
+    let real_time = |rest: &str| rest.is_empty() || rest[1..].parse::<u32>().is_ok_and(|n| n <= 30);
     NAMES.contains(&name)
-        || name.strip_prefix("RTMIN").is_some_and(|r| r.is_empty() || r.starts_with('+') && real_time(r))
-        || name.strip_prefix("RTMAX").is_some_and(|r| r.is_empty() || r.starts_with('-') && real_time(r))
+        || name
+            .strip_prefix("RTMIN")
+            .is_some_and(|r| r.is_empty() || r.starts_with('+') && real_time(r))
+        || name
+            .strip_prefix("RTMAX")
+            .is_some_and(|r| r.is_empty() || r.starts_with('-') && real_time(r))
 }
 
 #[cfg(test)]

@@ -46,13 +46,17 @@ pub enum GraphError {
     },
     #[error("{span}: FROM {text}: the image's name is empty once its variables are filled in")]
     NoBase { span: Span, text: String },
-    #[error("{span}: the platform `{wanted}` is not this machine's ({here}); building for others is not supported yet")]
+    #[error(
+        "{span}: the platform `{wanted}` is not this machine's ({here}); building for others is not supported yet"
+    )]
     Platform {
         span: Span,
         wanted: String,
         here: String,
     },
-    #[error("{span}: `{name}` is a stage that comes later in the file; only earlier ones can be used")]
+    #[error(
+        "{span}: `{name}` is a stage that comes later in the file; only earlier ones can be used"
+    )]
     Later { span: Span, name: String },
     #[error("{span}: --from can't hold a variable (`{text}`); name a stage FROM it instead")]
     VariableFrom { span: Span, text: String },
@@ -134,7 +138,12 @@ fn globals(file: &Containerfile, ask: &Ask<'_>) -> Result<BTreeMap<String, Strin
     let mut parts = ask.platform.splitn(3, '/');
     let [os, arch, variant] = [(); 3].map(|()| parts.next().unwrap_or_default());
     for side in ["TARGET", "BUILD"] {
-        for (name, value) in [("PLATFORM", ask.platform), ("OS", os), ("ARCH", arch), ("VARIANT", variant)] {
+        for (name, value) in [
+            ("PLATFORM", ask.platform),
+            ("OS", os),
+            ("ARCH", arch),
+            ("VARIANT", variant),
+        ] {
             globals.insert(format!("{side}{name}"), value.to_owned());
         }
     }
@@ -148,7 +157,9 @@ fn globals(file: &Containerfile, ask: &Ask<'_>) -> Result<BTreeMap<String, Strin
     }
     let lexer = Lexer::new(file.escape);
     for instruction in &file.global_args {
-        let Kind::Arg(args) = &instruction.kind else { continue };
+        let Kind::Arg(args) = &instruction.kind else {
+            continue;
+        };
         for Arg { name, default } in args {
             let value = match (ask.args.get(name), default) {
                 (Some(given), _) => given.clone(),
@@ -248,7 +259,10 @@ fn target(file: &Containerfile, ask: &Ask<'_>) -> Result<usize, GraphError> {
         return Ok(last);
     };
     let lower = name.to_ascii_lowercase();
-    let found = file.stages.iter().rposition(|s| s.name.as_deref() == Some(&lower));
+    let found = file
+        .stages
+        .iter()
+        .rposition(|s| s.name.as_deref() == Some(&lower));
     let number = name.parse().ok().filter(|n| *n <= last);
     found.or(number).ok_or_else(|| GraphError::NoTarget {
         name: name.to_owned(),
@@ -266,28 +280,28 @@ fn order(
 ) -> Result<Vec<usize>, GraphError> {
     let mut needed = vec![false; file.stages.len()];
     needed[target] = true;
-    for index in (0..=target).rev() {
-        if !needed[index] {
-            continue;
-        }
-        let mut mark = |origin: &Origin| {
-            if let Origin::Stage(earlier) = origin {
-                needed[*earlier] = true;
-            }
-        };
-        mark(&bases[index]);
-        if matches!(bases[index], Origin::Named(_)) && file.stages[index].name.as_deref().is_some_and(|n| ask.contexts.contains(&n)) {
+    // Also what isn't needed is looked at: its mistakes are told all the same.
+    for index in (0..file.stages.len()).rev() {
+        let stage = &file.stages[index];
+        let replaced = |name: &str| ask.contexts.contains(&name);
+        if stage.name.as_deref().is_some_and(replaced) {
             // The context stands for the whole stage.
             continue;
         }
-        for instruction in &file.stages[index].instructions {
+        let mut takes = vec![bases[index].clone()];
+        for instruction in &stage.instructions {
             let texts: Vec<String> = match &instruction.kind {
                 Kind::Copy(copy) => copy.from.iter().cloned().collect(),
                 Kind::Run(run) => run.mounts.iter().filter_map(|m| mount::from(m)).collect(),
                 _ => Vec::new(),
             };
             for text in texts {
-                mark(&from(file, ask, index, &text, instruction.span)?);
+                takes.push(from(file, ask, index, &text, instruction.span)?);
+            }
+        }
+        for origin in takes {
+            if let (true, Origin::Stage(earlier)) = (needed[index], origin) {
+                needed[earlier] = true;
             }
         }
     }
@@ -301,7 +315,10 @@ mod tests {
     use crate::containerfile::parse;
 
     fn graph(text: &str, args: &[(&str, &str)], target: Option<&str>) -> Result<Graph, GraphError> {
-        let args = args.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+        let args = args
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect();
         let ask = Ask {
             args: &args,
             target,
@@ -323,7 +340,10 @@ mod tests {
         assert_eq!(indexes(&graph(text, &[], Some("THREE")).unwrap()), [2]);
         assert_eq!(indexes(&graph(text, &[], Some("1")).unwrap()), [0, 1]);
         let told = graph(text, &[], Some("five")).unwrap_err().to_string();
-        assert_eq!(told, "there is no stage `five`; there are one, two, three, four");
+        assert_eq!(
+            told,
+            "there is no stage `five`; there are one, two, three, four"
+        );
     }
 
     #[test]
@@ -345,12 +365,27 @@ mod tests {
     #[test]
     fn what_cannot_be_is_told_with_its_line() {
         for (text, expected) in [
-            ("ARG E\nFROM $E", "line 2: FROM $E: the image's name is empty"),
-            ("FROM a\nCOPY --from=b x y\nFROM a AS b", "line 2: `b` is a stage that comes later"),
-            ("FROM a AS b\nCOPY --from=b x y", "line 2: `b` is a stage that comes later"),
-            ("FROM a\nCOPY --from=$x y z", "line 2: --from can't hold a variable"),
+            (
+                "ARG E\nFROM $E",
+                "line 2: FROM $E: the image's name is empty",
+            ),
+            (
+                "FROM a\nCOPY --from=b x y\nFROM a AS b",
+                "line 2: `b` is a stage that comes later",
+            ),
+            (
+                "FROM a AS b\nCOPY --from=b x y",
+                "line 2: `b` is a stage that comes later",
+            ),
+            (
+                "FROM a\nCOPY --from=$x y z",
+                "line 2: --from can't hold a variable",
+            ),
             ("FROM a\nCOPY --from=7 y z", "line 2: there is no stage 7"),
-            ("FROM --platform=linux/s390x a", "line 1: the platform `linux/s390x`"),
+            (
+                "FROM --platform=linux/s390x a",
+                "line 1: the platform `linux/s390x`",
+            ),
             ("FROM ${a", "line 1: in `${a`"),
         ] {
             let told = graph(text, &[], None).unwrap_err().to_string();

@@ -1,0 +1,20 @@
+//! Debian bases without a registry.
+mod aptconf;
+pub mod base;
+mod clean;
+mod database;
+mod deb;
+mod deb822;
+mod edit;
+pub mod fetch;
+pub mod index;
+pub mod lists;
+pub mod locking;
+pub mod relation;
+pub mod release;
+pub mod resolve;
+mod root;
+mod scripts;
+pub mod sources;
+pub mod verify;
+pub mod version;
