@@ -1,0 +1,101 @@
+//! Removing an instance entirely, however far its making or its end has come.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_model::InstanceId;
+use rustix::mount::UnmountFlags;
+
+use crate::cgroup::{Cgroup, Layout};
+use crate::lock::{self, Turn};
+use crate::netns;
+use crate::runtime::{Runtime, RuntimeError};
+use crate::shim_io::wait_readable;
+use crate::{shim, sys};
+
+/// After its container has been killed, a shim cleans up and ends; one that doesn't
+/// in this time is killed too.
+const SHIM_WAIT: Duration = Duration::from_secs(5);
+/// A folder whose mounts are being torn down by the kernel stays busy for a moment.
+const BUSY_ATTEMPTS: u32 = 100;
+const BUSY_STEP: Duration = Duration::from_millis(10);
+
+impl Runtime {
+    /// Ends the instance and removes processes, control groups, network namespace,
+    /// scratch and folder. Twice, after a reboot, or on a half-made one: no error.
+    pub fn remove(&self, id: &InstanceId) -> Result<(), RuntimeError> {
+        let paths = self.paths(id);
+        if !paths.dir().exists() {
+            return Ok(());
+        }
+        let fail = |source| RuntimeError::Remove {
+            id: id.clone(),
+            what: paths.turn().display().to_string(),
+            source,
+        };
+        let turn = match Turn::take(&paths.turn()) {
+            Ok(turn) => turn,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(fail(e)),
+        };
+        self.clean_up(id, true)?;
+        drop(turn);
+        Ok(())
+    }
+
+    /// The turn must be the caller's. `folder`: remove that too.
+    pub(crate) fn clean_up(&self, id: &InstanceId, folder: bool) -> Result<(), RuntimeError> {
+        let paths = self.paths(id);
+        let fail = |what: &Path| {
+            let (id, what) = (id.clone(), what.display().to_string());
+            move |source| RuntimeError::Remove { id, what, source }
+        };
+        // The first process, if the shim told; the rest by the control groups, which
+        // know every process since before its exec.
+        if let Ok((_, first)) = self.first_process(id) {
+            let _ = sys::signal_pidfd(first.as_fd(), libc::SIGKILL);
+        }
+        let cgroup = Cgroup::new(Layout::detect(), &shim::cgroup_path(&paths));
+        if let Some(shim) = lock::holder_fd(&paths.lock()) {
+            cgroup.kill();
+            if !wait_readable(shim.as_fd(), Some(SHIM_WAIT)) {
+                let _ = sys::signal_pidfd(shim.as_fd(), libc::SIGKILL);
+                wait_readable(shim.as_fd(), Some(SHIM_WAIT));
+            }
+        }
+        if !cgroup.kill() {
+            return Err(fail(paths.dir())(io::Error::other(
+                "processes that even SIGKILL does not end are left",
+            )));
+        }
+        cgroup.remove().map_err(fail(paths.dir()))?;
+        netns::delete(&paths.netns()).map_err(fail(&paths.netns()))?;
+        // Never there by our doing (mounts are the shim's own), but a mount below a
+        // folder about to be emptied would take the host's files with it.
+        let _ = rustix::mount::unmount(
+            &paths.stage(),
+            UnmountFlags::DETACH | UnmountFlags::NOFOLLOW,
+        );
+        for path in [paths.state(), paths.bundle()] {
+            remove_all(&path).map_err(fail(&path))?;
+        }
+        if folder {
+            remove_all(paths.dir()).map_err(fail(paths.dir()))?;
+        }
+        Ok(())
+    }
+}
+
+fn remove_all(path: &Path) -> io::Result<()> {
+    for _ in 1..BUSY_ATTEMPTS {
+        match fs::remove_dir_all(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_STEP),
+            other => return other,
+        }
+    }
+    fs::remove_dir_all(path)
+}
