@@ -114,7 +114,9 @@ impl Target for Rootfs {
             path: shown(path),
             cause: Box::new(cause),
         };
-        self.tree.insert(joined(path), node(meta, shape)).map_err(fail)
+        self.tree
+            .insert(joined(path), node(meta, shape))
+            .map_err(fail)
     }
 
     fn read(&self, path: &[Vec<u8>], limit: u64) -> Result<Option<Vec<u8>>, FilesError> {

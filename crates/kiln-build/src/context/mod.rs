@@ -9,6 +9,7 @@
 
 pub mod glob;
 pub mod ignore;
+pub mod source;
 pub mod stat_cache;
 
 use std::collections::BTreeMap;

@@ -32,6 +32,10 @@ pub struct Stamp {
 }
 
 impl Stamp {
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     pub fn of(meta: &fs::Metadata) -> Self {
         let nanos = |secs: i64, nanos: i64| i128::from(secs) * 1_000_000_000 + i128::from(nanos);
         Self {

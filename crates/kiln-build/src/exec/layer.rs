@@ -161,10 +161,12 @@ fn add<W: io::Write>(
     };
     let mut content: Box<dyn Read> = match (&entry.kind, &node.kind) {
         (EntryKind::File { .. }, Kind::File { digest, .. }) => {
-            let object = store.open_object(digest).map_err(|cause| LayerError::Content {
-                path: String::from_utf8_lossy(path).into_owned(),
-                cause: Box::new(cause),
-            })?;
+            let object = store
+                .open_object(digest)
+                .map_err(|cause| LayerError::Content {
+                    path: String::from_utf8_lossy(path).into_owned(),
+                    cause: Box::new(cause),
+                })?;
             Box::new(object)
         }
         _ => Box::new(io::empty()),

@@ -117,9 +117,9 @@ fn sweep(tree: &mut Tree, made: &[Vec<u8>]) -> Result<(), UpperError> {
     for path in made.iter().rev() {
         let empty = match tree.get(path) {
             None => false,
-            Some(node) if node.is_dir() => {
-                tree.children(path).is_ok_and(|mut children| children.next().is_none())
-            }
+            Some(node) if node.is_dir() => tree
+                .children(path)
+                .is_ok_and(|mut children| children.next().is_none()),
             Some(node) => matches!(node.kind, kiln_store::tree::Kind::File { size: 0, .. }),
         };
         if empty {
@@ -156,10 +156,12 @@ fn shape(
         }
     } else {
         let mut file = fs::File::open(full).map_err(read)?;
-        let (digest, size) = store.put_object(&mut file).map_err(|cause| UpperError::Keep {
-            path: path.to_owned(),
-            cause: Box::new(cause),
-        })?;
+        let (digest, size) = store
+            .put_object(&mut file)
+            .map_err(|cause| UpperError::Keep {
+                path: path.to_owned(),
+                cause: Box::new(cause),
+            })?;
         Shape::File { digest, size }
     })
 }
@@ -192,7 +194,12 @@ fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
 /// What the runtime puts into every sandbox.
 fn is_sandbox(path: &[u8]) -> bool {
     let within = [&b"dev/"[..], b"proc/", b"sys/"];
-    let files = [&b"etc/resolv.conf"[..], b"etc/hosts", b"etc/hostname", b".dockerenv"];
+    let files = [
+        &b"etc/resolv.conf"[..],
+        b"etc/hosts",
+        b"etc/hostname",
+        b".dockerenv",
+    ];
     within.iter().any(|folder| path.starts_with(folder)) || files.contains(&path)
 }
 
@@ -223,7 +230,12 @@ fn is_trace(path: &[u8]) -> bool {
         b"etc/.pwd.lock",
     ];
     const BACKUPS: [&[u8]; 6] = [
-        b"etc/passwd-", b"etc/group-", b"etc/shadow-", b"etc/gshadow-", b"etc/subuid-", b"etc/subgid-",
+        b"etc/passwd-",
+        b"etc/group-",
+        b"etc/shadow-",
+        b"etc/gshadow-",
+        b"etc/subuid-",
+        b"etc/subgid-",
     ];
     FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
 }
