@@ -133,9 +133,12 @@ impl Target for Rootfs {
             return Err(fail(format!("it has more than {limit} bytes").into()));
         }
         let mut bytes = Vec::new();
-        self.store
+        let object = self
+            .store
             .open_object(digest)
-            .map_err(|e| fail(Box::new(e)))?
+            .map_err(|e| fail(Box::new(e)))?;
+        object
+            .ok_or_else(|| fail("its content is not in the store".into()))?
             .take(limit)
             .read_to_end(&mut bytes)
             .map_err(|e| fail(Box::new(e)))?;

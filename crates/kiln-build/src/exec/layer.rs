@@ -161,12 +161,12 @@ fn add<W: io::Write>(
     };
     let mut content: Box<dyn Read> = match (&entry.kind, &node.kind) {
         (EntryKind::File { .. }, Kind::File { digest, .. }) => {
-            let object = store
-                .open_object(digest)
-                .map_err(|cause| LayerError::Content {
-                    path: String::from_utf8_lossy(path).into_owned(),
-                    cause: Box::new(cause),
-                })?;
+            let fail = |cause: Box<dyn std::error::Error + Send + Sync>| LayerError::Content {
+                path: String::from_utf8_lossy(path).into_owned(),
+                cause,
+            };
+            let object = store.open_object(digest).map_err(|e| fail(Box::new(e)))?;
+            let object = object.ok_or_else(|| fail(digest.to_string().into()))?;
             Box::new(object)
         }
         _ => Box::new(io::empty()),

@@ -78,6 +78,8 @@ pub enum ExecError {
     },
     #[error("the store failed")]
     Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the file content {0} is not in the store any more")]
+    Lost(Digest),
     #[error("there is no build context for this build")]
     NoContext,
     #[error("cancelled")]

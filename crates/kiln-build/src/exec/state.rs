@@ -80,7 +80,9 @@ impl Files {
             Recipe::Written(digest) => store.load_tree(digest).map_err(ExecError::store)?,
             Recipe::Layer { below, blob } => {
                 let below = below.tree(store)?;
-                store.layer_tree(&below, blob).map_err(ExecError::store)?
+                store
+                    .layer_tree(&below, blob, None)
+                    .map_err(ExecError::store)?
             }
         };
         Ok(self.tree.get_or_init(|| Arc::new(tree)).clone())

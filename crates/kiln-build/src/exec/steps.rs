@@ -169,6 +169,7 @@ impl Site<'_> {
             return Ok(false);
         };
         let content = self.store.open_object(digest).map_err(ExecError::store)?;
+        let content = content.ok_or(ExecError::Lost(*digest))?;
         let mut sink =
             |reader: &mut dyn io::Read| self.store.put_object(reader).map_err(io::Error::other);
         let entries = archive::read(content, &mut sink).map_err(|cause| ExecError::Archive {
