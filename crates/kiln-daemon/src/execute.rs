@@ -249,12 +249,12 @@ fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), 
     let missing = |what: String| {
         ApiError::invalid(format!("{what} is not in the store"), "run `kiln up` to build it anew")
     };
-    let store = |e: kiln_store::StoreError| ApiError::internal(e.to_string());
     let mut pins: BTreeMap<String, kiln_model::Digest> = BTreeMap::new();
     let prefix = format!("release/{}/{number}", release.environment);
     for (name, released) in &release.services {
         let image = released.image.digest;
-        if shared.store.image(&image).map_err(store)?.is_none() {
+        let found = shared.store.image(&image).map_err(|e| ApiError::internal(e.to_string()))?;
+        if found.is_none() {
             return Err(missing(format!("the image {image} of service `{name}`")));
         }
         pins.insert(format!("{prefix}/{name}/image"), image);
@@ -274,7 +274,10 @@ fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), 
         }
     }
     for (name, digest) in pins {
-        shared.store.set_ref(&name, &digest).map_err(store)?;
+        shared
+            .store
+            .set_ref(&name, &digest)
+            .map_err(|e| ApiError::internal(e.to_string()))?;
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ use kiln_model::spec::{
 use kiln_model::{
     Digest, EnvironmentName, Millis, Progress, ProgressEvent, Release, ServiceName,
 };
-use kiln_oci::registry;
+use kiln_oci::{BlobWrite, registry};
 use kiln_plan::process;
 use kiln_runtime::Runtime;
 use kiln_store::{Image, Store};
@@ -290,7 +290,9 @@ impl<'a> Assembler<'a> {
                 FileKind::Config => {
                     let source = self.spec().configs.get(&file.source);
                     let bytes = self.content(&file.source, "config", source)?;
-                    FileVersion::Config(self.store.put_blob(&bytes).map_err(machine)?)
+                    let (digest, _) =
+                        self.store.write(None, &mut bytes.as_slice()).map_err(machine)?;
+                    FileVersion::Config(digest)
                 }
                 FileKind::Secret => {
                     let value = self.secret_value(&file.source)?;
@@ -431,7 +433,7 @@ impl<'a> Assembler<'a> {
             volumes: image.config.volumes.clone(),
             security: process::security(service),
             limits: process::limits(&service.limits),
-            healthcheck: kiln_plan::merged_check(&service.health, &image.config),
+            healthcheck: kiln_plan::merged_check(&service.health, image.config.healthcheck.as_ref()),
             shell: image.config.shell.clone(),
             checks: service.kiln.test.clone(),
             completes,
