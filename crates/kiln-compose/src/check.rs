@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use crate::diag::{Code, Diagnostic, Diagnostics, did_you_mean};
 use crate::node::{Map, Node};
+use crate::short;
 use crate::span::Span;
 use crate::units;
 
@@ -166,6 +167,33 @@ impl Checker<'_> {
         self.limits(diagnostics);
         self.watch(diagnostics);
         self.mounts(diagnostics);
+        self.commands(diagnostics);
+    }
+
+    /// Compose drops what follows an operator; a reader may think that a shell runs it.
+    fn commands(&self, diagnostics: &mut Diagnostics) {
+        for key in ["command", "entrypoint"] {
+            let Some(node) = self.service.get(key) else {
+                continue;
+            };
+            let split = node.as_str().map(short::words);
+            if let Some(Ok(short::Words {
+                dropped: Some(dropped),
+                ..
+            })) = split
+            {
+                diagnostics.push(
+                    Diagnostic::warning(
+                        node.span,
+                        format!(
+                            "services.{}.{key}: `{dropped}` is left out: no shell runs this",
+                            self.name
+                        ),
+                    )
+                    .hint("write it as a list, or begin with `sh -c`"),
+                );
+            }
+        }
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -174,7 +202,13 @@ impl Checker<'_> {
 
     fn image(&self, diagnostics: &mut Diagnostics) {
         let image = self.text("image").is_some_and(|text| !text.is_empty());
-        if !image && self.service.get("build").is_none() && self.service.get("provider").is_none() {
+        // A misspelt `image` is told already.
+        let told = diagnostics.error_touches(self.service.span);
+        if !image
+            && !told
+            && self.service.get("build").is_none()
+            && self.service.get("provider").is_none()
+        {
             diagnostics.push(
                 Diagnostic::error(
                     Code::Schema,
@@ -314,7 +348,11 @@ impl Checker<'_> {
         span: Span,
         diagnostics: &mut Diagnostics,
     ) {
-        if self.root.at(&[section, name]).is_some() {
+        let broken = self
+            .root
+            .get(section)
+            .is_some_and(|node| node.as_map().is_none());
+        if broken || self.root.at(&[section, name]).is_some() {
             return;
         }
         let known = entries(self.root, section).map(|(name, _)| name);
@@ -588,12 +626,19 @@ impl Checker<'_> {
     }
 }
 
+/// Steps of a circle that are shown.
+const MAX_SHOWN: usize = 10;
+
 /// depends_on in a circle; also through services that are not active.
 fn cycles(root: &Node, diagnostics: &mut Diagnostics) {
     let mut done: BTreeMap<&str, bool> = BTreeMap::new();
     for (name, _) in entries(root, "services") {
         if let Some(circle) = find_cycle(root, name, &mut done) {
             let mut names: Vec<&str> = circle.iter().map(|(name, _)| *name).collect();
+            if names.len() > MAX_SHOWN {
+                names.truncate(MAX_SHOWN);
+                names.push("…");
+            }
             names.push(circle[0].0);
             let mut diagnostic = Diagnostic::error(
                 Code::Cycle,
@@ -603,7 +648,7 @@ fn cycles(root: &Node, diagnostics: &mut Diagnostics) {
                     names.join(" -> ")
                 ),
             );
-            for (name, span) in &circle[1..] {
+            for (name, span) in circle.iter().take(MAX_SHOWN).skip(1) {
                 diagnostic = diagnostic.also(*span, format!("`{name}` goes on here"));
             }
             diagnostics.push(diagnostic);

@@ -170,6 +170,36 @@ impl Diagnostics {
         self.push(Diagnostic::error(code, span, message));
     }
 
+    /// As `push`, but not where an error is reported already: one mistake is told once.
+    pub fn push_new(&mut self, diagnostic: Diagnostic) {
+        let told = diagnostic.severity == Severity::Error && self.error_touches(diagnostic.span);
+        if !told {
+            self.push(diagnostic);
+        }
+    }
+
+    /// Is an error reported inside of `span`, or around it?
+    pub fn error_touches(&self, span: Span) -> bool {
+        let inside = |a: Span, b: Span| a.file == b.file && a.start >= b.start && a.end <= b.end;
+        !span.is_none()
+            && self
+                .list
+                .iter()
+                .filter(|d| d.severity == Severity::Error && !d.span.is_none())
+                .any(|d| inside(d.span, span) || inside(span, d.span))
+    }
+
+    /// An error after which the rest of the project is guesswork: what was not read at all.
+    pub fn hopeless(&self) -> bool {
+        self.list.iter().any(|d| {
+            d.severity == Severity::Error
+                && matches!(
+                    d.code,
+                    Code::Syntax | Code::Limit | Code::File | Code::Cycle | Code::Unsupported
+                )
+        })
+    }
+
     pub fn has_errors(&self) -> bool {
         self.errors > 0
     }

@@ -42,6 +42,8 @@ enum Kind {
     MultiOptions,
     Hosts,
     FileMode,
+    /// Permission bits that must be a number, as for compose.
+    NumberMode,
     Ssh,
     DeviceCount,
     Ulimits,
@@ -54,8 +56,8 @@ enum Kind {
 
 use Kind::{
     Always, Bool, BoolPtr, Bytes, DeviceCount, Duration, DurationPtr, Environment, FileMode,
-    Float32, HealthTest, Hosts, Int, IntPtr, List, ListOf, MapOf, Mapping, MultiOptions, Options,
-    Shell, Ssh, Str, Struct, Ulimits,
+    Float32, HealthTest, Hosts, Int, IntPtr, List, ListOf, MapOf, Mapping, MultiOptions,
+    NumberMode, Options, Shell, Ssh, Str, Struct, Ulimits,
 };
 
 const fn f(key: &'static str, kind: Kind) -> Field {
@@ -230,7 +232,7 @@ static BIND: &[Field] = &[
     f("recursive", Str),
 ];
 static NAMED: &[Field] = &[f("labels", Mapping), f("nocopy", Bool), f("subpath", Str)];
-static TMPFS: &[Field] = &[f("size", Bytes), f("mode", Int)];
+static TMPFS: &[Field] = &[f("size", Bytes), f("mode", NumberMode)];
 static IMAGE_MOUNT: &[Field] = &[f("subpath", Str)];
 static VOLUME_MOUNT: &[Field] = &[
     f("type", Str),
@@ -501,6 +503,10 @@ fn scalar(kind: Kind, node: &Node) -> Bound {
             Ok((!list.is_empty()).then_some(Json::from(list)))
         }
         FileMode => Ok(Some(Json::String(format!("0{:o}", mode(node)?)))),
+        NumberMode => match node.as_int() {
+            Some(bits) => Ok((bits != 0).then(|| Json::from(bits))),
+            None => Err("must be a number; write for example `0o1777`".into()),
+        },
         Ssh => Ok(ssh(node)),
         DeviceCount => Ok(Some(device_count(node)?)
             .filter(|n| *n != 0)
@@ -578,7 +584,7 @@ pub fn texts(node: &Node) -> Option<Vec<String>> {
 /// A command: a list, or a text split as a shell does.
 pub fn command(node: &Node) -> Result<Vec<String>, String> {
     match &node.value {
-        Value::Str(text) => short::words(text),
+        Value::Str(text) => Ok(short::words(text)?.words),
         _ => Ok(texts(node).unwrap_or_default()),
     }
 }
@@ -707,7 +713,11 @@ fn ulimits(node: &Node) -> Bound {
     keys.sort_by_key(|(key, _)| *key);
     for (name, limit) in keys {
         let value = match limit.as_map() {
-            None => Json::from(integer(limit)?),
+            // Go prints a limit of nothing as an empty pair.
+            None => match integer(limit)? {
+                0 => Json::Object(JsonMap::new()),
+                number => Json::from(number),
+            },
             Some(map) => {
                 let mut pair = JsonMap::new();
                 for key in ["soft", "hard"] {

@@ -72,7 +72,8 @@ pub struct LoadError {
 
 impl LoadError {
     pub(crate) fn new(mut diagnostics: Vec<Diagnostic>, sources: Sources) -> Self {
-        diagnostics.sort_by_key(|d| std::cmp::Reverse(d.severity));
+        let order = |d: &Diagnostic| (std::cmp::Reverse(d.severity), d.span.file, d.span.start);
+        diagnostics.sort_by_key(order);
         Self {
             diagnostics,
             sources,
@@ -117,6 +118,13 @@ impl std::error::Error for LoadError {}
 pub fn resolve(options: &LoadOptions, reader: &dyn Reader) -> Result<Resolved, LoadError> {
     let mut session = Session::new(reader);
     let project = resolve_in(options, &mut session);
+    finish(project, session)
+}
+
+pub(crate) fn finish(
+    project: Option<Project>,
+    session: Session<'_>,
+) -> Result<Resolved, LoadError> {
     let diagnostics = session.diagnostics;
     match project {
         Some(project) if !diagnostics.has_errors() => Ok(Resolved {
@@ -129,7 +137,8 @@ pub fn resolve(options: &LoadOptions, reader: &dyn Reader) -> Result<Resolved, L
     }
 }
 
-fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Project> {
+/// `None`: nothing to go on with. A project that comes with errors is for finding more.
+pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Project> {
     let mut files = vec![];
     for path in &options.files {
         if let Some(documents) = session.documents(path, None) {
@@ -172,7 +181,9 @@ fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Projec
     project.prune();
     project.read_environments(options, session);
     let types = project.types();
-    types.into_iter().for_each(|d| session.diagnostics.push(d));
+    types
+        .into_iter()
+        .for_each(|d| session.diagnostics.push_new(d));
     Some(project)
 }
 
@@ -202,6 +213,7 @@ fn project_name(
         return None;
     }
     let mut name = String::new();
+    let mut said = false;
     for document in files.iter().flat_map(|(_, documents)| documents) {
         if let Some(node) = document
             .get("name")
@@ -215,9 +227,10 @@ fn project_name(
             }
             .run(&mut node);
             name = normalized_name(node.as_str().unwrap_or_default());
+            said = true;
         }
     }
-    if name.is_empty() {
+    if !said {
         let folder = options.folder.file_name().unwrap_or_default();
         name = normalized_name(&folder.to_string_lossy());
     }
@@ -226,10 +239,7 @@ fn project_name(
             Diagnostic::error(
                 Code::Usage,
                 Span::NONE,
-                format!(
-                    "the folder {} gives no project name",
-                    options.folder.display()
-                ),
+                "the project has no name of letters and digits".to_owned(),
             )
             .hint("say `name:` in the compose file, or --project-name"),
         );
@@ -553,11 +563,15 @@ fn service_labels(service: &mut Map, session: &mut Session<'_>) {
         let Some(bytes) = session.read(Path::new(&path), file.span, "the label file") else {
             continue;
         };
-        if let Err(error) = dotenv::parse(&bytes, &mut labels, &|_| None) {
+        // What an earlier file says comes before this one's own.
+        let lookup = |name: &str| labels.get(name).cloned();
+        let mut found = Variables::new();
+        if let Err(error) = dotenv::parse(&bytes, &mut found, &lookup) {
             session
                 .diagnostics
                 .error(Code::Syntax, file.span, format!("{path}: {error}"));
         }
+        labels.extend(found);
     }
     let own = service.get("labels").map(model::key_values);
     for (key, value) in own.into_iter().flatten().flatten() {

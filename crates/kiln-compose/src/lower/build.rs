@@ -22,6 +22,12 @@ impl Lowering<'_> {
                 "kiln builds from a folder; fetch the repository first",
             );
         }
+        if context.is_empty() {
+            self.wrong(
+                node.span,
+                "build: the context is empty; write `.` for the project's folder",
+            );
+        }
         let context = PathBuf::from(context);
         Build {
             containerfile: containerfile(node, &context),
