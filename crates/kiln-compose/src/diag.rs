@@ -70,12 +70,12 @@ pub struct Diagnostic {
     /// [`Span::NONE`]: no place in a file.
     pub span: Span,
     /// Said at the place itself.
-    pub label: Option<String>,
+    pub label: Option<&'static str>,
     pub hint: Option<String>,
     /// Other places that matter, and why.
     pub related: Vec<(Span, String)>,
     /// The schema's key pattern (`services.*.gpus`), for what one may choose to ignore.
-    pub key: Option<String>,
+    pub key: Option<Box<str>>,
 }
 
 impl Diagnostic {
@@ -122,8 +122,8 @@ impl Diagnostic {
     }
 
     #[must_use]
-    pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = Some(label.into());
+    pub fn label(mut self, label: &'static str) -> Self {
+        self.label = Some(label);
         self
     }
 
@@ -136,7 +136,7 @@ impl Diagnostic {
     }
 
     #[must_use]
-    pub fn key(mut self, key: impl Into<String>) -> Self {
+    pub fn key(mut self, key: impl Into<Box<str>>) -> Self {
         self.key = Some(key.into());
         self
     }
@@ -293,7 +293,7 @@ impl Report {
         let mut labels = vec![];
         if !diagnostic.span.is_none() {
             labels.push(LabeledSpan::new_primary_with_span(
-                diagnostic.label.clone(),
+                diagnostic.label.map(str::to_owned),
                 source_span(diagnostic.span),
             ));
         }

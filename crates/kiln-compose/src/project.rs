@@ -16,6 +16,7 @@ use crate::node::{Map, Node, Value};
 use crate::output;
 use crate::session::{Reader, Session};
 use crate::span::{Sources, Span};
+use crate::values;
 
 /// What to load, and with what.
 #[derive(Clone, Debug, Default)]
@@ -432,7 +433,7 @@ impl Project {
 fn profiles(service: &Node) -> Vec<String> {
     service
         .get("profiles")
-        .and_then(model::texts)
+        .and_then(values::texts)
         .unwrap_or_default()
 }
 
@@ -478,7 +479,7 @@ fn source(node: &Node) -> Option<String> {
 fn service_environment(service: &mut Map, outer: &Environment, session: &mut Session<'_>) {
     let own_node = service.get("environment").cloned();
     let span = own_node.as_ref().map_or(Span::NONE, |node| node.span);
-    let own = match own_node.as_ref().map(model::key_values) {
+    let own = match own_node.as_ref().map(values::key_values) {
         Some(Ok(pairs)) => pairs,
         // Reported when the types are checked.
         Some(Err(_)) => return,
@@ -522,7 +523,7 @@ fn read_env_file(
     let text = path.text().unwrap_or_default();
     let required = file
         .get("required")
-        .is_none_or(|node| model::boolean(node).unwrap_or(true));
+        .is_none_or(|node| values::boolean(node).unwrap_or(true));
     let bytes = if required {
         session.read(Path::new(&text), path.span, "the env file")
     } else {
@@ -573,7 +574,7 @@ fn service_labels(service: &mut Map, session: &mut Session<'_>) {
         }
         labels.extend(found);
     }
-    let own = service.get("labels").map(model::key_values);
+    let own = service.get("labels").map(values::key_values);
     for (key, value) in own.into_iter().flatten().flatten() {
         labels.insert(key, value.unwrap_or_default());
     }

@@ -385,7 +385,7 @@ fn unsupported_keys_are_refused_with_their_place_and_may_be_allowed() {
         .errors()
         .map(|d| {
             (
-                d.key.clone().unwrap(),
+                d.key.clone().unwrap().into_string(),
                 error.sources.place(d.span).unwrap().line,
             )
         })

@@ -8,10 +8,10 @@ use kiln_model::spec::{FileKind, FileMount, Mount, MountSource};
 
 use super::{Lowering, flag, integer, items, text, unsigned_bytes};
 use crate::canonical::clean_path;
-use crate::model;
 use crate::node::Node;
 use crate::project::Project;
 use crate::units;
+use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn mounts(&mut self, node: &Node) -> Vec<Mount> {
@@ -212,7 +212,7 @@ impl Lowering<'_> {
                 } else {
                     format!("{folder}{target}")
                 };
-                let mode = item.get("mode").filter(|n| !n.is_null()).map(model::mode);
+                let mode = item.get("mode").filter(|n| !n.is_null()).map(values::mode);
                 let mode = mode
                     .and_then(Result::ok)
                     .and_then(|mode| u32::try_from(mode).ok());
