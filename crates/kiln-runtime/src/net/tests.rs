@@ -686,7 +686,7 @@ fn a_dropping_policy_of_another_firewall_is_told_until_it_excepts_us() {
             let _ = program(variant, &["-A", "FORWARD", "-i", "eth9", "-j", "ACCEPT"]);
             assert_eq!(forward_policy_conflict(), None);
             let _ = program(variant, &["-P", "FORWARD", "DROP"]);
-            let told = forward_policy_conflict().unwrap();
+            let told = forward_policy_conflict().expect(variant);
             assert!(
                 told.contains("FORWARD") && told.contains("filter"),
                 "{told}"
