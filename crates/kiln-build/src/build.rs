@@ -435,7 +435,7 @@ struct Run<'a> {
     prepared: &'a Prepared,
     images: &'a BTreeMap<String, Digest>,
     site: Site<'a>,
-    folders: BTreeMap<String, Arc<ContextSource>>,
+    folders: BTreeMap<String, std::rc::Rc<ContextSource>>,
 }
 
 /// A stage that is done.
@@ -459,7 +459,7 @@ impl<'a> Run<'a> {
                 let folder = PathBuf::from(value);
                 let patterns = context::read_ignore(&folder, None)?;
                 let source = builder.source(&folder, &patterns)?;
-                folders.insert(name.clone(), Arc::new(source));
+                folders.insert(name.clone(), std::rc::Rc::new(source));
             }
         }
         let site = Site {
@@ -613,7 +613,7 @@ impl<'a> Run<'a> {
                 number += 1;
                 let find = |text: &str, span: Span| self.find(needed.index, text, span, built);
                 let done = self.site.step(&mut building, step, (number, total), &find);
-                let done = done.map_err(|cause| BuildError::Step(Box::new(cause)))?;
+                let done = done.map_err(BuildError::Step)?;
                 layer = done.layer;
             }
             document.history.push(History {

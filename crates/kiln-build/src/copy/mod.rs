@@ -49,7 +49,7 @@ pub struct Picked {
 }
 
 impl Picked {
-    pub fn hash(&self, hasher: &mut Hasher) {
+    pub fn hash_into(&self, hasher: &mut Hasher) {
         hasher.update(&[u8::from(self.parents)]);
         hasher.update(&(self.items.len() as u64).to_le_bytes());
         hasher.update(&(self.name.len() as u64).to_le_bytes());

@@ -279,7 +279,7 @@ fn owner_mode_and_time_change_on_the_way() {
     );
     let hash = |picked: &[Picked]| {
         let mut hasher = Hasher::new();
-        picked.iter().for_each(|p| p.hash(&mut hasher));
+        picked.iter().for_each(|p| p.hash_into(&mut hasher));
         hasher.finish()
     };
     let first = pick(&source, "d", &Patterns::default(), false).unwrap();

@@ -142,7 +142,7 @@ pub type Find<'a> = dyn Fn(&str, Span) -> Result<Taken, ExecError> + 'a;
 pub enum Taken {
     Files(Arc<Files>),
     /// A named context that is a folder.
-    Folder(Arc<ContextSource>),
+    Folder(std::rc::Rc<ContextSource>),
 }
 
 /// A stage while it is built.
@@ -165,7 +165,7 @@ impl Site<'_> {
         step: &Step,
         place: (usize, usize),
         find: &Find<'_>,
-    ) -> Result<Done, StepError> {
+    ) -> Result<Done, Box<StepError>> {
         let task = format!("{}: {}/{}", self.task, place.0, place.1);
         self.progress.event(ProgressEvent::Started {
             task: task.clone(),
@@ -185,11 +185,13 @@ impl Site<'_> {
             how,
             took: Millis::from(begun.elapsed()),
         });
-        result.map_err(|cause| StepError {
-            file: self.file.clone(),
-            span: step.span,
-            text: step.text.clone(),
-            cause,
+        result.map_err(|cause| {
+            Box::new(StepError {
+                file: self.file.clone(),
+                span: step.span,
+                text: step.text.clone(),
+                cause,
+            })
         })
     }
 

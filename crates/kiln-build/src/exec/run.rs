@@ -114,7 +114,7 @@ impl Site<'_> {
             made: self.epoch,
         };
         for picked in &picked {
-            picked.hash(key.hasher());
+            picked.hash_into(key.hasher());
             copy::place(&mut target, picked, "/bound", &changes)?;
         }
         let made = Shown::Made {

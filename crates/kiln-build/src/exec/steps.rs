@@ -104,7 +104,7 @@ impl Site<'_> {
                 picked.len(),
             ));
         for picked in picked {
-            picked.hash(key.hasher());
+            picked.hash_into(key.hasher());
         }
         key.finish()
     }
