@@ -12,7 +12,7 @@ use kiln_oci::archive::{ArchiveError, Import, import};
 use kiln_oci::reference::{Reference, ReferenceError};
 use kiln_oci::registry::{self, RegistryError};
 use kiln_oci::{BlobWrite, Platform};
-use kiln_store::{Store, StoreError};
+use kiln_store::{AddImageError, RefError, Store};
 
 use crate::debian::{self, Asked, DebianContext, DebianError};
 use crate::lock::Lock;
@@ -27,7 +27,9 @@ pub enum ResolveError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Image(#[from] AddImageError),
+    #[error(transparent)]
+    Ref(#[from] RefError),
     #[error("`{reference}` is neither a base of this project nor an image reference: {source}")]
     Reference { reference: String, source: ReferenceError },
     #[error("`{reference}` is not in the store, and its pull_policy is `never`")]

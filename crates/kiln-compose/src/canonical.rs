@@ -30,7 +30,7 @@ fn canonical_service(service: &mut Map, diagnostics: &mut Diagnostics) {
     if let Some(build) = service.get_mut("build") {
         canonical_build(build, diagnostics);
     }
-    each(service, "depends_on", |node| depends_on(node));
+    each(service, "depends_on", depends_on);
     each(service, "env_file", env_file);
     each(service, "label_file", list);
     each(service, "dns", |node| {

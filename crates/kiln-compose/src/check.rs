@@ -4,8 +4,10 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use crate::cycles;
 use crate::diag::{Code, Diagnostic, Diagnostics, did_you_mean};
 use crate::node::{Map, Node};
+use crate::short;
 use crate::span::Span;
 use crate::units;
 
@@ -143,7 +145,7 @@ pub fn project(root: &Node, disabled: &Map, diagnostics: &mut Diagnostics) {
             );
         }
     }
-    cycles(root, diagnostics);
+    cycles::find(root, diagnostics);
     container_names(root, diagnostics);
 }
 
@@ -166,6 +168,33 @@ impl Checker<'_> {
         self.limits(diagnostics);
         self.watch(diagnostics);
         self.mounts(diagnostics);
+        self.commands(diagnostics);
+    }
+
+    /// Compose drops what follows an operator; a reader may think that a shell runs it.
+    fn commands(&self, diagnostics: &mut Diagnostics) {
+        for key in ["command", "entrypoint"] {
+            let Some(node) = self.service.get(key) else {
+                continue;
+            };
+            let split = node.as_str().map(short::words);
+            if let Some(Ok(short::Words {
+                dropped: Some(dropped),
+                ..
+            })) = split
+            {
+                diagnostics.push(
+                    Diagnostic::warning(
+                        node.span,
+                        format!(
+                            "services.{}.{key}: `{dropped}` is left out: no shell runs this",
+                            self.name
+                        ),
+                    )
+                    .hint("write it as a list, or begin with `sh -c`"),
+                );
+            }
+        }
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -174,7 +203,13 @@ impl Checker<'_> {
 
     fn image(&self, diagnostics: &mut Diagnostics) {
         let image = self.text("image").is_some_and(|text| !text.is_empty());
-        if !image && self.service.get("build").is_none() && self.service.get("provider").is_none() {
+        // A misspelt `image` is told already.
+        let told = diagnostics.error_touches(self.service.span);
+        if !image
+            && !told
+            && self.service.get("build").is_none()
+            && self.service.get("provider").is_none()
+        {
             diagnostics.push(
                 Diagnostic::error(
                     Code::Schema,
@@ -314,7 +349,11 @@ impl Checker<'_> {
         span: Span,
         diagnostics: &mut Diagnostics,
     ) {
-        if self.root.at(&[section, name]).is_some() {
+        let broken = self
+            .root
+            .get(section)
+            .is_some_and(|node| node.as_map().is_none());
+        if broken || self.root.at(&[section, name]).is_some() {
             return;
         }
         let known = entries(self.root, section).map(|(name, _)| name);
@@ -586,83 +625,6 @@ impl Checker<'_> {
             seen.insert(target, span);
         }
     }
-}
-
-/// depends_on in a circle; also through services that are not active.
-fn cycles(root: &Node, diagnostics: &mut Diagnostics) {
-    let mut done: BTreeMap<&str, bool> = BTreeMap::new();
-    for (name, _) in entries(root, "services") {
-        if let Some(circle) = find_cycle(root, name, &mut done) {
-            let mut names: Vec<&str> = circle.iter().map(|(name, _)| *name).collect();
-            names.push(circle[0].0);
-            let mut diagnostic = Diagnostic::error(
-                Code::Cycle,
-                circle[0].1,
-                format!(
-                    "services depend on each other in a circle: {}",
-                    names.join(" -> ")
-                ),
-            );
-            for (name, span) in &circle[1..] {
-                diagnostic = diagnostic.also(*span, format!("`{name}` goes on here"));
-            }
-            diagnostics.push(diagnostic);
-        }
-    }
-}
-
-/// Depth first with an own stack: a chain may be as long as the file.
-/// `done`: false while on the way, true when nothing circular follows.
-fn find_cycle<'a>(
-    root: &'a Node,
-    start: &'a str,
-    done: &mut BTreeMap<&'a str, bool>,
-) -> Option<Vec<(&'a str, Span)>> {
-    let next_of = |name: &str| -> Vec<(&'a str, Span)> {
-        root.at(&["services", name, "depends_on"])
-            .and_then(Node::as_map)
-            .into_iter()
-            .flatten()
-            .map(|(key, node)| (key.as_str(), node.key))
-            .collect()
-    };
-    if done.contains_key(start) {
-        return None;
-    }
-    done.insert(start, false);
-    let mut stack: Vec<(&str, Span, Vec<(&str, Span)>)> = vec![(start, Span::NONE, next_of(start))];
-    while let Some((name, _, todo)) = stack.last_mut() {
-        let name = *name;
-        let Some((next, span)) = todo.pop() else {
-            done.insert(name, true);
-            stack.pop();
-            continue;
-        };
-        match done.get(next) {
-            Some(true) => {}
-            Some(false) => {
-                let from = stack.iter().position(|(n, ..)| *n == next).unwrap_or(0);
-                let mut circle: Vec<(&str, Span)> =
-                    stack[from..].iter().map(|(n, s, _)| (*n, *s)).collect();
-                // Each step shows where its own depends_on points; the last closes the circle.
-                let mut spans: Vec<Span> = circle.iter().skip(1).map(|(_, s)| *s).collect();
-                spans.push(span);
-                for (step, span) in circle.iter_mut().zip(spans) {
-                    step.1 = span;
-                }
-                for (name, ..) in &stack {
-                    done.insert(name, true);
-                }
-                return Some(circle);
-            }
-            None => {
-                done.insert(next, false);
-                let todo = next_of(next);
-                stack.push((next, span, todo));
-            }
-        }
-    }
-    None
 }
 
 fn container_names(root: &Node, diagnostics: &mut Diagnostics) {

@@ -26,12 +26,6 @@ pub fn set(root: &mut Node) {
                     .or_insert_with(|| Node::str(value, Span::NONE));
             }
         }
-        for volume in maps_at(service, "volumes") {
-            if let Some(bind) = map_at(volume, "bind") {
-                bind.entry("create_host_path".into())
-                    .or_insert_with(|| Node::bool(true, Span::NONE));
-            }
-        }
         for request in maps_at(service, "gpus") {
             device_count(request);
         }

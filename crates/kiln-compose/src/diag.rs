@@ -70,12 +70,12 @@ pub struct Diagnostic {
     /// [`Span::NONE`]: no place in a file.
     pub span: Span,
     /// Said at the place itself.
-    pub label: Option<String>,
+    pub label: Option<&'static str>,
     pub hint: Option<String>,
     /// Other places that matter, and why.
     pub related: Vec<(Span, String)>,
     /// The schema's key pattern (`services.*.gpus`), for what one may choose to ignore.
-    pub key: Option<String>,
+    pub key: Option<Box<str>>,
 }
 
 impl Diagnostic {
@@ -122,8 +122,8 @@ impl Diagnostic {
     }
 
     #[must_use]
-    pub fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = Some(label.into());
+    pub fn label(mut self, label: &'static str) -> Self {
+        self.label = Some(label);
         self
     }
 
@@ -136,7 +136,7 @@ impl Diagnostic {
     }
 
     #[must_use]
-    pub fn key(mut self, key: impl Into<String>) -> Self {
+    pub fn key(mut self, key: impl Into<Box<str>>) -> Self {
         self.key = Some(key.into());
         self
     }
@@ -168,6 +168,36 @@ impl Diagnostics {
 
     pub fn error(&mut self, code: Code, span: Span, message: impl Into<String>) {
         self.push(Diagnostic::error(code, span, message));
+    }
+
+    /// As `push`, but not where an error is reported already: one mistake is told once.
+    pub fn push_new(&mut self, diagnostic: Diagnostic) {
+        let told = diagnostic.severity == Severity::Error && self.error_touches(diagnostic.span);
+        if !told {
+            self.push(diagnostic);
+        }
+    }
+
+    /// Is an error reported inside of `span`, or around it?
+    pub fn error_touches(&self, span: Span) -> bool {
+        let inside = |a: Span, b: Span| a.file == b.file && a.start >= b.start && a.end <= b.end;
+        !span.is_none()
+            && self
+                .list
+                .iter()
+                .filter(|d| d.severity == Severity::Error && !d.span.is_none())
+                .any(|d| inside(d.span, span) || inside(span, d.span))
+    }
+
+    /// An error after which the rest of the project is guesswork: what was not read at all.
+    pub fn hopeless(&self) -> bool {
+        self.list.iter().any(|d| {
+            d.severity == Severity::Error
+                && matches!(
+                    d.code,
+                    Code::Syntax | Code::Limit | Code::File | Code::Cycle | Code::Unsupported
+                )
+        })
     }
 
     pub fn has_errors(&self) -> bool {
@@ -263,7 +293,7 @@ impl Report {
         let mut labels = vec![];
         if !diagnostic.span.is_none() {
             labels.push(LabeledSpan::new_primary_with_span(
-                diagnostic.label.clone(),
+                diagnostic.label.map(str::to_owned),
                 source_span(diagnostic.span),
             ));
         }

@@ -14,6 +14,9 @@ use crate::paths;
 use crate::session::{Session, size};
 use crate::span::{Span, Via};
 
+/// Services between one and the last that it builds on.
+pub const MAX_CHAIN: usize = 64;
+
 /// What extending needs to know of the model it happens in.
 pub(crate) struct Extender<'s, 'a> {
     pub session: &'s mut Session<'a>,
@@ -40,6 +43,9 @@ impl Extender<'_, '_> {
         };
         let names: Vec<String> = services.keys().cloned().collect();
         for name in names {
+            if self.session.exhausted || self.session.diagnostics.full() {
+                return;
+            }
             if let Some(merged) = self.service(&name, services, file, &mut vec![]) {
                 crate::node::insert(services, &name, merged);
             }
@@ -59,6 +65,13 @@ impl Extender<'_, '_> {
         let (base_name, base_file) = self.reference(name, extends)?;
         if let Some(at) = chain.iter().position(|(f, n, _)| f == file && n == name) {
             self.cycle(&chain[at..], name);
+            return None;
+        }
+        if chain.len() >= MAX_CHAIN {
+            self.session.exhaust(
+                extends.span,
+                format!("services extend each other over more than {MAX_CHAIN} steps"),
+            );
             return None;
         }
         chain.push((file.to_owned(), name.to_owned(), extends.key));

@@ -7,9 +7,9 @@ use crate::diag::{Code, Diagnostic};
 use crate::dotenv::{self, Variables};
 use crate::extends::is_remote;
 use crate::interpolate::Environment;
-use crate::merge;
 use crate::model_files::{Model, load_model};
 use crate::node::{Map, Node, Value};
+use crate::output;
 use crate::paths;
 use crate::session::Session;
 use crate::span::{Span, Via};
@@ -17,6 +17,9 @@ use crate::span::{Span, Via};
 const SECTIONS: [&str; 6] = [
     "services", "volumes", "networks", "secrets", "configs", "models",
 ];
+
+/// Included files between the project's own and the innermost.
+pub const MAX_DEPTH: usize = 16;
 
 /// One entry of `include`, in long form.
 struct Entry {
@@ -44,6 +47,9 @@ pub(crate) fn apply(root: &mut Node, model: &Model<'_>, session: &mut Session<'_
         return;
     };
     for item in list {
+        if session.exhausted || session.diagnostics.full() {
+            return;
+        }
         let Some(entry) = read_entry(item, model, session) else {
             continue;
         };
@@ -147,6 +153,13 @@ fn texts(node: &Node, what: &str, session: &mut Session<'_>) -> Option<Vec<(Stri
 
 fn load_entry(entry: &Entry, model: &Model<'_>, session: &mut Session<'_>) -> Option<Node> {
     let (main, _) = entry.files.first()?;
+    if model.chain.len() > MAX_DEPTH {
+        session.exhaust(
+            entry.span,
+            format!("compose files include each other over more than {MAX_DEPTH} steps"),
+        );
+        return None;
+    }
     if model.chain.contains(main) {
         let mut names: Vec<String> = model
             .chain
@@ -230,7 +243,8 @@ pub(crate) fn read_env(
     }
 }
 
-/// What the including file says itself lies over what it includes.
+/// Puts what was included beside what the including file says itself; the same name on both
+/// sides is an error, unless it says the same.
 fn import(mut imported: Node, root: &mut Node, session: &mut Session<'_>) {
     for section in SECTIONS {
         let Some(from) = imported
@@ -243,26 +257,33 @@ fn import(mut imported: Node, root: &mut Node, session: &mut Session<'_>) {
             continue;
         };
         let Some(map) = root.as_map_mut() else { return };
-        let span = Span::NONE;
         let target = map
             .entry(section.to_owned())
-            .or_insert_with(|| Node::map(Map::new(), span));
+            .or_insert_with(|| Node::map(Map::new(), Span::NONE));
         if target.is_null() {
             target.value = Value::Map(Map::new());
         }
         let Value::Map(target) = &mut target.value else {
             continue;
         };
-        for (name, mut resource) in from {
-            let Some(mut own) = target.get(&name).cloned() else {
-                target.insert(name, resource);
-                continue;
-            };
-            merge::apply_tags(&mut resource, &own);
-            merge::strip_tags(&mut own);
-            let mut path = vec![section.to_owned(), name.clone()];
-            merge::merge(&mut resource, own, &mut path, &mut session.diagnostics);
-            target.insert(name, resource);
+        for (name, resource) in from {
+            match target.get(&name) {
+                Some(own) if output::to_json(own) != output::to_json(&resource) => {
+                    session.diagnostics.push(
+                        Diagnostic::error(
+                            Code::Conflict,
+                            own.key,
+                            format!("{section}.{name} is defined here and in an included file"),
+                        )
+                        .also(resource.key, "included")
+                        .hint("to change it, include a second file over the first: `path: [file, changes]`"),
+                    );
+                }
+                Some(_) => {}
+                None => {
+                    target.insert(name, resource);
+                }
+            }
         }
     }
 }

@@ -18,59 +18,48 @@ enum Cast {
     Bool,
 }
 
-/// Keys whose text becomes a number or a boolean. `*`: any key, `[]`: any item.
-const CASTS: &[(&str, Cast)] = &[
-    ("services.*.cpu_count", Cast::Int),
-    ("services.*.cpu_percent", Cast::Float),
-    ("services.*.cpu_period", Cast::Int),
-    ("services.*.cpu_quota", Cast::Int),
-    ("services.*.cpu_rt_period", Cast::Int),
-    ("services.*.cpu_rt_runtime", Cast::Int),
-    ("services.*.cpus", Cast::Float),
-    ("services.*.cpu_shares", Cast::Int),
-    ("services.*.init", Cast::Bool),
-    ("services.*.depends_on.*.required", Cast::Bool),
-    ("services.*.depends_on.*.restart", Cast::Bool),
-    ("services.*.deploy.replicas", Cast::Int),
-    ("services.*.deploy.update_config.parallelism", Cast::Int),
+/// Keys of a service whose text becomes a number or a boolean. `*`: any key, `[]`: any item.
+const SERVICE_CASTS: &[(&[&str], Cast)] = &[
+    (&["cpu_count"], Cast::Int),
+    (&["cpu_percent"], Cast::Float),
+    (&["cpu_period"], Cast::Int),
+    (&["cpu_quota"], Cast::Int),
+    (&["cpu_rt_period"], Cast::Int),
+    (&["cpu_rt_runtime"], Cast::Int),
+    (&["cpus"], Cast::Float),
+    (&["cpu_shares"], Cast::Int),
+    (&["init"], Cast::Bool),
+    (&["depends_on", "*", "required"], Cast::Bool),
+    (&["depends_on", "*", "restart"], Cast::Bool),
+    (&["deploy", "replicas"], Cast::Int),
+    (&["deploy", "update_config", "parallelism"], Cast::Int),
     (
-        "services.*.deploy.update_config.max_failure_ratio",
+        &["deploy", "update_config", "max_failure_ratio"],
         Cast::Float,
     ),
-    ("services.*.deploy.rollback_config.parallelism", Cast::Int),
+    (&["deploy", "rollback_config", "parallelism"], Cast::Int),
     (
-        "services.*.deploy.rollback_config.max_failure_ratio",
+        &["deploy", "rollback_config", "max_failure_ratio"],
         Cast::Float,
     ),
-    ("services.*.deploy.restart_policy.max_attempts", Cast::Int),
-    (
-        "services.*.deploy.placement.max_replicas_per_node",
-        Cast::Int,
-    ),
-    ("services.*.healthcheck.retries", Cast::Int),
-    ("services.*.healthcheck.disable", Cast::Bool),
-    ("services.*.oom_kill_disable", Cast::Bool),
-    ("services.*.oom_score_adj", Cast::Int),
-    ("services.*.pids_limit", Cast::Int),
-    ("services.*.ports.[].target", Cast::Int),
-    ("services.*.privileged", Cast::Bool),
-    ("services.*.read_only", Cast::Bool),
-    ("services.*.scale", Cast::Int),
-    ("services.*.stdin_open", Cast::Bool),
-    ("services.*.tty", Cast::Bool),
-    ("services.*.ulimits.*", Cast::Int),
-    ("services.*.ulimits.*.hard", Cast::Int),
-    ("services.*.ulimits.*.soft", Cast::Int),
-    ("services.*.volumes.[].read_only", Cast::Bool),
-    ("services.*.volumes.[].volume.nocopy", Cast::Bool),
-    ("networks.*.external", Cast::Bool),
-    ("networks.*.internal", Cast::Bool),
-    ("networks.*.attachable", Cast::Bool),
-    ("networks.*.enable_ipv4", Cast::Bool),
-    ("networks.*.enable_ipv6", Cast::Bool),
-    ("volumes.*.external", Cast::Bool),
-    ("secrets.*.external", Cast::Bool),
-    ("configs.*.external", Cast::Bool),
+    (&["deploy", "restart_policy", "max_attempts"], Cast::Int),
+    (&["deploy", "placement", "max_replicas_per_node"], Cast::Int),
+    (&["healthcheck", "retries"], Cast::Int),
+    (&["healthcheck", "disable"], Cast::Bool),
+    (&["oom_kill_disable"], Cast::Bool),
+    (&["oom_score_adj"], Cast::Int),
+    (&["pids_limit"], Cast::Int),
+    (&["ports", "[]", "target"], Cast::Int),
+    (&["privileged"], Cast::Bool),
+    (&["read_only"], Cast::Bool),
+    (&["scale"], Cast::Int),
+    (&["stdin_open"], Cast::Bool),
+    (&["tty"], Cast::Bool),
+    (&["ulimits", "*"], Cast::Int),
+    (&["ulimits", "*", "hard"], Cast::Int),
+    (&["ulimits", "*", "soft"], Cast::Int),
+    (&["volumes", "[]", "read_only"], Cast::Bool),
+    (&["volumes", "[]", "volume", "nocopy"], Cast::Bool),
 ];
 
 /// What interpolation needs beside the tree.
@@ -170,13 +159,30 @@ fn explain(error: &TemplateError, span: Span, path: &[String]) -> Diagnostic {
 }
 
 fn cast_for(path: &[String]) -> Option<Cast> {
-    if path.len() < 3 {
+    let [section, _, rest @ ..] = path else {
         return None;
+    };
+    match (section.as_str(), rest) {
+        ("services", rest) => SERVICE_CASTS
+            .iter()
+            .find(|(pattern, _)| fits(pattern, rest))
+            .map(|(_, cast)| *cast),
+        ("networks" | "volumes" | "secrets" | "configs", [key]) if key == "external" => {
+            Some(Cast::Bool)
+        }
+        ("networks", [key]) => ["internal", "attachable", "enable_ipv4", "enable_ipv6"]
+            .contains(&key.as_str())
+            .then_some(Cast::Bool),
+        _ => None,
     }
-    CASTS
-        .iter()
-        .find(|(pattern, _)| matches(pattern, path))
-        .map(|(_, cast)| *cast)
+}
+
+fn fits(pattern: &[&str], path: &[String]) -> bool {
+    pattern.len() == path.len()
+        && pattern
+            .iter()
+            .zip(path)
+            .all(|(part, key)| *part == "*" || part == key)
 }
 
 fn cast_text(text: &str, cast: Cast) -> Result<Value, &'static str> {
@@ -187,18 +193,6 @@ fn cast_text(text: &str, cast: Cast) -> Result<Value, &'static str> {
             .map(Value::Bool)
             .ok_or("a boolean; write `true` or `false`"),
     }
-}
-
-/// Does a dotted pattern fit the path? `*` fits any key.
-pub fn matches(pattern: &str, path: &[String]) -> bool {
-    let mut parts = pattern.split('.');
-    for key in path {
-        match parts.next() {
-            Some(part) if part == "*" || part == key => {}
-            _ => return false,
-        }
-    }
-    parts.next().is_none()
 }
 
 /// A path for messages: `services.web.ports[]`.

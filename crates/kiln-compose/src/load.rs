@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use kiln_model::Spec;
 
 use crate::config::ConfigFormat;
-use crate::diag::{Diagnostic, RenderOptions, Severity, render};
+use crate::diag::{Diagnostic, RenderOptions, render};
 use crate::lower::lower;
-use crate::project::{LoadError, LoadOptions, Project, resolve};
-use crate::session::Reader;
+use crate::project::{LoadError, LoadOptions, Project, finish, resolve_in};
+use crate::session::{Reader, Session};
 use crate::span::Sources;
 
 /// A project that kiln can run.
@@ -38,36 +38,37 @@ impl Loaded {
     }
 }
 
-/// Resolves and lowers.
+/// Resolves and lowers. What lowering refuses is told together with what is wrong.
 pub fn load(options: &LoadOptions, reader: &dyn Reader) -> Result<Loaded, LoadError> {
-    let resolved = resolve(options, reader)?;
-    let mut notes = resolved.notes;
-    let lowered = match lower(&resolved.project, reader, &options.allow_ignored) {
-        Ok(lowered) => lowered,
-        Err(diagnostic) => {
-            notes.push(diagnostic);
-            return Err(LoadError::new(notes, resolved.sources));
+    let mut session = Session::new(reader);
+    let project = resolve_in(options, &mut session);
+    let lowered = project
+        .as_ref()
+        .map(|project| lower(project, reader, &options.allow_ignored));
+    let mut spec = None;
+    match lowered {
+        Some(Ok(lowered)) => {
+            for diagnostic in lowered.diagnostics {
+                session.diagnostics.push_new(diagnostic);
+            }
+            for file in lowered.files_read {
+                session.note_read(&file);
+            }
+            spec = Some(lowered.spec);
         }
-    };
-    for diagnostic in lowered.diagnostics {
-        if !notes.contains(&diagnostic) {
-            notes.push(diagnostic);
-        }
+        Some(Err(diagnostic)) => session.diagnostics.push(diagnostic),
+        None => {}
     }
-    if notes.iter().any(|note| note.severity == Severity::Error) {
-        return Err(LoadError::new(notes, resolved.sources));
+    let resolved = finish(project, session)?;
+    match spec {
+        Some(spec) => Ok(Loaded {
+            project: resolved.project,
+            spec,
+            notes: resolved.notes,
+            files_read: resolved.files_read,
+            sources: resolved.sources,
+        }),
+        // Without a Spec there was an error, and `finish` has returned it.
+        None => Err(LoadError::new(resolved.notes, resolved.sources)),
     }
-    let mut files_read = resolved.files_read;
-    for file in lowered.files_read {
-        if !files_read.contains(&file) {
-            files_read.push(file);
-        }
-    }
-    Ok(Loaded {
-        project: resolved.project,
-        spec: lowered.spec,
-        notes,
-        files_read,
-        sources: resolved.sources,
-    })
 }

@@ -33,18 +33,18 @@ impl Model<'_> {
     }
 }
 
-/// Reads parsed files into one tree. `None`: errors are reported and the tree is of no use.
+/// Reads parsed files into one tree. `None`: something could not be read at all; other errors
+/// are reported, and the tree is good enough to find more of them.
 pub(crate) fn load_model(
     files: Vec<(PathBuf, Vec<Node>)>,
     model: &Model<'_>,
     session: &mut Session<'_>,
 ) -> Option<Node> {
-    let before = session.diagnostics.errors();
     let mut root = Node::map(Map::new(), Span::NONE);
     for (path, documents) in files {
         for document in documents {
             add_document(&mut root, document, &path, model, session);
-            if session.diagnostics.errors() > before {
+            if session.diagnostics.hopeless() {
                 return None;
             }
         }
@@ -57,7 +57,7 @@ pub(crate) fn load_model(
     };
     paths::resolve(&mut root, base);
     defaults::list_environment(&mut root, model.environment);
-    (session.diagnostics.errors() == before).then_some(root)
+    Some(root)
 }
 
 fn add_document(
@@ -107,13 +107,10 @@ fn add_document(
     }
     merge::merge(root, document, &mut vec![], &mut session.diagnostics);
     merge::unique(root, &mut vec![]);
-    let before = session.diagnostics.errors();
     schema::validate(root, &mut session.diagnostics);
     drop_version(root, session);
-    if session.diagnostics.errors() == before {
-        canonical(root, &mut session.diagnostics);
-        merge::unique(root, &mut vec![]);
-    }
+    canonical(root, &mut session.diagnostics);
+    merge::unique(root, &mut vec![]);
 }
 
 fn drop_version(root: &mut Node, session: &mut Session<'_>) {

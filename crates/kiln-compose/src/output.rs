@@ -24,11 +24,7 @@ pub fn to_json(node: &Node) -> Json {
 /// Doubles every dollar sign, so that what is printed can be read as a compose file again.
 pub fn escape_dollars(json: &mut Json) {
     match json {
-        Json::String(text) => {
-            if text.contains('$') {
-                *text = text.replace('$', "$$");
-            }
-        }
+        Json::String(text) => *text = text.replace('$', "$$"),
         Json::Array(list) => list.iter_mut().for_each(escape_dollars),
         Json::Object(map) => {
             let old = std::mem::take(map);

@@ -55,6 +55,7 @@ impl Base<'_> {
 
     fn context(&self, node: &mut Node) {
         if let Value::Str(text) = &mut node.value
+            && !text.is_empty()
             && !is_remote_context(text)
         {
             *text = self.absolute(text);

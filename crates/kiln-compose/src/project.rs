@@ -16,6 +16,7 @@ use crate::node::{Map, Node, Value};
 use crate::output;
 use crate::session::{Reader, Session};
 use crate::span::{Sources, Span};
+use crate::values;
 
 /// What to load, and with what.
 #[derive(Clone, Debug, Default)]
@@ -72,7 +73,8 @@ pub struct LoadError {
 
 impl LoadError {
     pub(crate) fn new(mut diagnostics: Vec<Diagnostic>, sources: Sources) -> Self {
-        diagnostics.sort_by_key(|d| std::cmp::Reverse(d.severity));
+        let order = |d: &Diagnostic| (std::cmp::Reverse(d.severity), d.span.file, d.span.start);
+        diagnostics.sort_by_key(order);
         Self {
             diagnostics,
             sources,
@@ -117,6 +119,13 @@ impl std::error::Error for LoadError {}
 pub fn resolve(options: &LoadOptions, reader: &dyn Reader) -> Result<Resolved, LoadError> {
     let mut session = Session::new(reader);
     let project = resolve_in(options, &mut session);
+    finish(project, session)
+}
+
+pub(crate) fn finish(
+    project: Option<Project>,
+    session: Session<'_>,
+) -> Result<Resolved, LoadError> {
     let diagnostics = session.diagnostics;
     match project {
         Some(project) if !diagnostics.has_errors() => Ok(Resolved {
@@ -129,7 +138,8 @@ pub fn resolve(options: &LoadOptions, reader: &dyn Reader) -> Result<Resolved, L
     }
 }
 
-fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Project> {
+/// `None`: nothing to go on with. A project that comes with errors is for finding more.
+pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Project> {
     let mut files = vec![];
     for path in &options.files {
         if let Some(documents) = session.documents(path, None) {
@@ -172,7 +182,9 @@ fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Projec
     project.prune();
     project.read_environments(options, session);
     let types = project.types();
-    types.into_iter().for_each(|d| session.diagnostics.push(d));
+    types
+        .into_iter()
+        .for_each(|d| session.diagnostics.push_new(d));
     Some(project)
 }
 
@@ -202,6 +214,7 @@ fn project_name(
         return None;
     }
     let mut name = String::new();
+    let mut said = false;
     for document in files.iter().flat_map(|(_, documents)| documents) {
         if let Some(node) = document
             .get("name")
@@ -215,9 +228,10 @@ fn project_name(
             }
             .run(&mut node);
             name = normalized_name(node.as_str().unwrap_or_default());
+            said = true;
         }
     }
-    if name.is_empty() {
+    if !said {
         let folder = options.folder.file_name().unwrap_or_default();
         name = normalized_name(&folder.to_string_lossy());
     }
@@ -226,10 +240,7 @@ fn project_name(
             Diagnostic::error(
                 Code::Usage,
                 Span::NONE,
-                format!(
-                    "the folder {} gives no project name",
-                    options.folder.display()
-                ),
+                "the project has no name of letters and digits".to_owned(),
             )
             .hint("say `name:` in the compose file, or --project-name"),
         );
@@ -422,7 +433,7 @@ impl Project {
 fn profiles(service: &Node) -> Vec<String> {
     service
         .get("profiles")
-        .and_then(model::texts)
+        .and_then(values::texts)
         .unwrap_or_default()
 }
 
@@ -468,7 +479,7 @@ fn source(node: &Node) -> Option<String> {
 fn service_environment(service: &mut Map, outer: &Environment, session: &mut Session<'_>) {
     let own_node = service.get("environment").cloned();
     let span = own_node.as_ref().map_or(Span::NONE, |node| node.span);
-    let own = match own_node.as_ref().map(model::key_values) {
+    let own = match own_node.as_ref().map(values::key_values) {
         Some(Ok(pairs)) => pairs,
         // Reported when the types are checked.
         Some(Err(_)) => return,
@@ -512,7 +523,7 @@ fn read_env_file(
     let text = path.text().unwrap_or_default();
     let required = file
         .get("required")
-        .is_none_or(|node| model::boolean(node).unwrap_or(true));
+        .is_none_or(|node| values::boolean(node).unwrap_or(true));
     let bytes = if required {
         session.read(Path::new(&text), path.span, "the env file")
     } else {
@@ -553,13 +564,17 @@ fn service_labels(service: &mut Map, session: &mut Session<'_>) {
         let Some(bytes) = session.read(Path::new(&path), file.span, "the label file") else {
             continue;
         };
-        if let Err(error) = dotenv::parse(&bytes, &mut labels, &|_| None) {
+        // What an earlier file says comes before this one's own.
+        let lookup = |name: &str| labels.get(name).cloned();
+        let mut found = Variables::new();
+        if let Err(error) = dotenv::parse(&bytes, &mut found, &lookup) {
             session
                 .diagnostics
                 .error(Code::Syntax, file.span, format!("{path}: {error}"));
         }
+        labels.extend(found);
     }
-    let own = service.get("labels").map(model::key_values);
+    let own = service.get("labels").map(values::key_values);
     for (key, value) in own.into_iter().flatten().flatten() {
         labels.insert(key, value.unwrap_or_default());
     }

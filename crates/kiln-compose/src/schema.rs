@@ -170,6 +170,19 @@ impl ComposeSchema {
         }
     }
 
+    /// Is the value of a type that the schema accepts?
+    fn accepts(&self, schema: &Schema, node: &Node) -> bool {
+        let schema = self.follow(schema);
+        if schema.types.is_empty() && schema.one_of.is_empty() {
+            return true;
+        }
+        schema.types.iter().any(|t| t.fits(node))
+            || schema
+                .one_of
+                .iter()
+                .any(|option| self.accepts(option, node))
+    }
+
     /// The types that a schema accepts; empty: all.
     fn types(&self, schema: &Schema) -> Vec<Type> {
         let schema = self.follow(schema);
@@ -191,15 +204,14 @@ impl ComposeSchema {
             return;
         }
         let schema = self.follow(schema);
-        let types = self.types(schema);
-        if !types.is_empty() && !types.iter().any(|t| t.fits(node)) {
-            diagnostics.push(wrong_type(node, path, &types));
+        if !self.accepts(schema, node) {
+            diagnostics.push(wrong_type(node, path, &self.types(schema)));
             return;
         }
-        let chosen = schema.one_of.iter().find(|option| {
-            let types = self.types(option);
-            types.is_empty() || types.iter().any(|t| t.fits(node))
-        });
+        let chosen = schema
+            .one_of
+            .iter()
+            .find(|option| self.accepts(option, node));
         if let Some(option) = chosen {
             self.check(option, node, path, diagnostics);
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::diag::{Code, Diagnostic, Diagnostics};
+use crate::diag::{Code, Diagnostics};
 use crate::node::Node;
 use crate::span::{Source, Sources, Span, Via};
 use crate::yaml;
@@ -12,7 +12,7 @@ use crate::yaml;
 /// Compose files of one project, included and extended ones counted each time.
 pub const MAX_FILES: usize = 500;
 /// Values of one project: files, and what `extends` and `include` copy.
-pub const MAX_TOTAL_NODES: usize = 2_000_000;
+pub const MAX_TOTAL_NODES: usize = 500_000;
 
 /// Reads a file; the only way this crate's core learns what is on a disk.
 pub trait Reader {
@@ -38,6 +38,8 @@ pub(crate) struct Session<'a> {
     pub files_read: Vec<PathBuf>,
     opened: usize,
     nodes: usize,
+    /// A bound was reached and told; what follows is not worth doing.
+    pub exhausted: bool,
 }
 
 impl<'a> Session<'a> {
@@ -50,6 +52,7 @@ impl<'a> Session<'a> {
             files_read: vec![],
             opened: 0,
             nodes: 0,
+            exhausted: false,
         }
     }
 
@@ -97,7 +100,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn note_read(&mut self, path: &Path) {
+    pub fn note_read(&mut self, path: &Path) {
         if !self.files_read.iter().any(|known| known == path) {
             self.files_read.push(path.to_owned());
         }
@@ -108,11 +111,10 @@ impl<'a> Session<'a> {
         let place = from.map_or(Span::NONE, |(_, span)| span);
         self.opened += 1;
         if self.opened > MAX_FILES {
-            self.diagnostics.error(
-                Code::Limit,
-                place,
-                format!("the project reads more than {MAX_FILES} compose files"),
-            );
+            let message = format!("the project reads more than {MAX_FILES} compose files");
+            self.exhaust(place, message);
+        }
+        if self.exhausted {
             return None;
         }
         let bytes = self.read(path, place, "the compose file")?;
@@ -138,15 +140,22 @@ impl<'a> Session<'a> {
     /// Counts values that are made or copied; false when there are too many.
     pub fn spend(&mut self, nodes: usize, place: Span) -> bool {
         self.nodes = self.nodes.saturating_add(nodes);
-        if self.nodes <= MAX_TOTAL_NODES {
-            return true;
+        if self.nodes > MAX_TOTAL_NODES {
+            self.exhaust(
+                place,
+                format!(
+                    "the project has more than {MAX_TOTAL_NODES} values once all is put together"
+                ),
+            );
         }
-        self.diagnostics.push(Diagnostic::error(
-            Code::Limit,
-            place,
-            format!("the project has more than {MAX_TOTAL_NODES} values once all is put together"),
-        ));
-        false
+        !self.exhausted
+    }
+
+    /// Says once that a bound is reached; nothing more is read or copied then.
+    pub fn exhaust(&mut self, place: Span, message: String) {
+        if !std::mem::replace(&mut self.exhausted, true) {
+            self.diagnostics.error(Code::Limit, place, message);
+        }
     }
 }
 

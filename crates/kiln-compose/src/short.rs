@@ -156,6 +156,9 @@ pub fn ports(text: &str) -> Result<Vec<ShortPort>, String> {
         return Err(format!("`{text}` has no port"));
     }
     let (start, end) = port_range(text, container)?;
+    if start == 0 {
+        return Err(format!("`{text}`: 0 is not a port of a service"));
+    }
     let published = match host {
         "" => None,
         host => Some(port_range(text, host)?),
@@ -241,58 +244,114 @@ pub fn device(text: &str) -> Result<(String, String, String), String> {
     Ok((source.into(), target.into(), permissions.into()))
 }
 
-/// Splits a command line as a shell does, without any expansion: quotes and backslashes.
-pub fn words(text: &str) -> Result<Vec<String>, String> {
-    let mut words = vec![];
-    let mut word = String::new();
-    let mut open = false;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            ' ' | '\t' | '\r' | '\n' => {
-                if open {
-                    words.push(std::mem::take(&mut word));
-                    open = false;
-                }
-            }
-            '\\' => {
-                open = true;
-                word.extend(chars.next());
-            }
-            '\'' => {
-                open = true;
-                until(&mut chars, '\'', false, &mut word)
-                    .ok_or_else(|| format!("a single quote is never closed in `{text}`"))?;
-            }
-            '"' => {
-                open = true;
-                until(&mut chars, '"', true, &mut word)
-                    .ok_or_else(|| format!("a double quote is never closed in `{text}`"))?;
-            }
-            other => {
-                open = true;
-                word.push(other);
-            }
-        }
-    }
-    if open {
-        words.push(word);
-    }
-    Ok(words)
+/// A command line, split.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Words {
+    pub words: Vec<String>,
+    /// What compose leaves out: everything from an unquoted `;`, `&`, `|`, `<` or `>` on.
+    pub dropped: Option<String>,
 }
 
-fn until(
-    chars: &mut std::str::Chars<'_>,
-    end: char,
-    escapes: bool,
-    word: &mut String,
-) -> Option<()> {
-    loop {
-        match chars.next()? {
-            c if c == end => return Some(()),
-            '\\' if escapes => word.push(chars.next()?),
-            c => word.push(c),
+/// Splits a command line as compose does: quotes and backslashes of a shell, no expansion,
+/// and an end at the first operator.
+pub fn words(text: &str) -> Result<Words, String> {
+    let mut splitter = Splitter::default();
+    for (at, c) in text.char_indices() {
+        if splitter.step(c)? == Step::End {
+            return splitter.finish(Some(text[at..].to_owned()));
         }
+    }
+    splitter.finish(None)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Step {
+    On,
+    End,
+}
+
+#[derive(Debug, Default)]
+struct Splitter {
+    words: Vec<String>,
+    word: String,
+    /// Something of a word was seen, be it an empty pair of quotes.
+    open: bool,
+    escaped: bool,
+    single: bool,
+    double: bool,
+    /// Inside of backticks.
+    back: bool,
+    /// Inside of `$(…)`.
+    dollar: bool,
+}
+
+impl Splitter {
+    fn step(&mut self, c: char) -> Result<Step, String> {
+        if self.escaped {
+            self.escaped = false;
+            self.keep(c);
+            return Ok(Step::On);
+        }
+        let quoted = self.single || self.double || self.back || self.dollar;
+        match c {
+            '\\' if !self.single => self.escaped = true,
+            ' ' | '\t' | '\r' | '\n' if !quoted => self.end_word(),
+            '"' if !self.single && !self.dollar && !self.back => {
+                self.double = !self.double;
+                self.open = true;
+            }
+            '\'' if !self.double && !self.dollar && !self.back => {
+                self.single = !self.single;
+                self.open = true;
+            }
+            ';' | '&' | '|' | '<' | '>' if !quoted => {
+                // `2>` goes as a whole.
+                if c == '>' && self.word.starts_with(|c: char| c.is_ascii_digit()) {
+                    self.open = false;
+                }
+                return Ok(Step::End);
+            }
+            '(' if !quoted => {
+                if !self.word.ends_with('$') {
+                    return Err("an unquoted `(` means nothing here; put it in quotes".into());
+                }
+                self.dollar = true;
+                self.keep(c);
+            }
+            ')' if !(self.single || self.double || self.back) => {
+                self.dollar = !self.dollar;
+                self.keep(c);
+            }
+            '`' if !(self.single || self.double || self.dollar) => {
+                self.back = !self.back;
+                self.keep(c);
+            }
+            other => self.keep(other),
+        }
+        Ok(Step::On)
+    }
+
+    fn keep(&mut self, c: char) {
+        self.word.push(c);
+        self.open = true;
+    }
+
+    fn end_word(&mut self) {
+        if self.open {
+            self.words.push(std::mem::take(&mut self.word));
+            self.open = false;
+        }
+    }
+
+    fn finish(mut self, dropped: Option<String>) -> Result<Words, String> {
+        if self.escaped || self.single || self.double || self.back || self.dollar {
+            return Err("a quote or bracket of the command is never closed".into());
+        }
+        self.end_word();
+        Ok(Words {
+            words: self.words,
+            dropped,
+        })
     }
 }
 
@@ -367,11 +426,21 @@ mod tests {
 
     #[test]
     fn command_lines() {
+        let split = |text: &str| words(text).unwrap().words;
         assert_eq!(
-            words(r#"a 'b c' "d \" e" f\ g ''"#).unwrap(),
-            ["a", "b c", "d \" e", "f g", ""]
+            split(r#"a 'b c' "d \" e" f\ g '' x"y"z"#),
+            ["a", "b c", "d \" e", "f g", "", "xyz"]
         );
-        assert_eq!(words("  ").unwrap(), Vec::<String>::new());
-        assert!(words("a 'b").is_err());
+        assert_eq!(split("  "), Vec::<String>::new());
+        assert_eq!(
+            split("echo `a b` $(c d) '\\n' \\n"),
+            ["echo", "`a b`", "$(c d)", "\\n", "n"]
+        );
+        for bad in ["a 'b", "a \"b", "a (b)", "a )", "`a", "$(a", "a\\"] {
+            assert!(words(bad).is_err(), "{bad}");
+        }
+        let cut = words("run 2>&1 | tee").unwrap();
+        assert_eq!(cut.words, ["run"]);
+        assert_eq!(cut.dropped.as_deref(), Some(">&1 | tee"));
     }
 }

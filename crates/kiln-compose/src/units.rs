@@ -1,6 +1,6 @@
 //! Numbers, sizes and durations in the forms compose reads and prints. Pure.
 
-/// Prints a float as Go's `%v` does: shortest form, an exponent below 1e-4 and from 1e21.
+/// Prints a float as Go's `%v` does: shortest form, an exponent below 1e-4 and from 1e6.
 pub fn go_float(value: f64) -> String {
     exponent_form(format!("{value:e}"), value)
 }
@@ -21,7 +21,7 @@ fn exponent_form(shortest: String, value: f64) -> String {
         return shortest;
     };
     let exponent: i32 = exponent.parse().unwrap_or(0);
-    if !(-4..21).contains(&exponent) {
+    if !(-4..6).contains(&exponent) {
         let sign = if exponent < 0 { '-' } else { '+' };
         return format!("{mantissa}e{sign}{:02}", exponent.abs());
     }
@@ -189,7 +189,9 @@ mod tests {
             (3.0, "3"),
             (0.25, "0.25"),
             (1e21, "1e+21"),
-            (1e20, "100000000000000000000"),
+            (123456.7, "123456.7"),
+            (1234567.8, "1.2345678e+06"),
+            (1e6, "1e+06"),
             (0.00001, "1e-05"),
             (0.0001, "0.0001"),
             (-12.5, "-12.5"),

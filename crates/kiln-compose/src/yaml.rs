@@ -319,6 +319,10 @@ fn scalar(
     span: Span,
 ) -> Result<Value, Diagnostic> {
     let Some(suffix) = tag.and_then(YamlTag::core_suffix) else {
+        if let Some(tag) = tag.filter(|tag| tag.handle() == "tag:yaml.org,2002:") {
+            let message = format!("values of the type !!{} are not supported", tag.suffix());
+            return Err(Diagnostic::error(Code::Syntax, span, message));
+        }
         let own = matches!(compose_tag(tag), Tag::Reset | Tag::Override);
         let typed = tag.is_none() || own;
         return Ok(match style {
@@ -365,7 +369,8 @@ fn plain(text: &str) -> Value {
     }
     let number = text.replace('_', "");
     if let Some(value) = integer(&number) {
-        return Value::Int(value);
+        // What is too big for compose's integers is kept as its digits.
+        return i64::try_from(value).map_or_else(|_| Value::Str(value.to_string()), Value::Int);
     }
     if is_float(&number)
         && let Ok(value) = number.parse()
@@ -375,7 +380,7 @@ fn plain(text: &str) -> Value {
     Value::Str(text.to_owned())
 }
 
-fn integer(text: &str) -> Option<i64> {
+fn integer(text: &str) -> Option<i128> {
     let (sign, digits) = match text.as_bytes().first()? {
         b'-' => (-1, &text[1..]),
         b'+' => (1, &text[1..]),
@@ -394,9 +399,9 @@ fn integer(text: &str) -> Option<i64> {
     if digits.starts_with(['+', '-']) {
         return None;
     }
-    i128::from_str_radix(digits, radix)
-        .ok()
-        .and_then(|value| i64::try_from(value * sign).ok())
+    let value = i128::from_str_radix(digits, radix).ok()? * sign;
+    let known = i128::from(i64::MIN)..=i128::from(u64::MAX);
+    known.contains(&value).then_some(value)
 }
 
 /// `[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?`

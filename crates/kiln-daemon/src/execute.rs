@@ -15,13 +15,12 @@ use kiln_plan::{
     Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, assign_service_addresses,
     host_port_key,
 };
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::api::error::ApiError;
 use crate::engine::Message;
-use crate::shared::{Shared, blocking};
+use crate::shared::{Shared, blocking, ended};
 use crate::{instance_spec, probe, volumes};
 
 /// Pause before an effect that could not be carried out is planned again.
@@ -149,10 +148,9 @@ impl Executor {
     pub fn watch_exit(&self, id: InstanceId) {
         let this = self.clone();
         tokio::spawn(async move {
-            let fd = this.shared.runtime.exit_fd(&id).ok().and_then(|fd| AsyncFd::new(fd).ok());
-            if let Some(fd) = fd {
-                // Readable once the shim has ended; an error means it is long gone.
-                let _ = fd.readable().await;
+            if let Ok(shim) = this.shared.runtime.exit_fd(&id) {
+                // If it can't be waited for here, the call below waits.
+                let _ = ended(shim).await;
             }
             let shared = this.shared.clone();
             let ended = id.clone();
@@ -251,12 +249,12 @@ fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), 
     let missing = |what: String| {
         ApiError::invalid(format!("{what} is not in the store"), "run `kiln up` to build it anew")
     };
-    let store = |e: kiln_store::StoreError| ApiError::internal(e.to_string());
     let mut pins: BTreeMap<String, kiln_model::Digest> = BTreeMap::new();
     let prefix = format!("release/{}/{number}", release.environment);
     for (name, released) in &release.services {
         let image = released.image.digest;
-        if shared.store.image(&image).map_err(store)?.is_none() {
+        let found = shared.store.image(&image).map_err(|e| ApiError::internal(e.to_string()))?;
+        if found.is_none() {
             return Err(missing(format!("the image {image} of service `{name}`")));
         }
         pins.insert(format!("{prefix}/{name}/image"), image);
@@ -276,7 +274,10 @@ fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), 
         }
     }
     for (name, digest) in pins {
-        shared.store.set_ref(&name, &digest).map_err(store)?;
+        shared
+            .store
+            .set_ref(&name, &digest)
+            .map_err(|e| ApiError::internal(e.to_string()))?;
     }
     Ok(())
 }

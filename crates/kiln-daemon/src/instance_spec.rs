@@ -1,26 +1,22 @@
 //! From a released service and a planned instance to what the runtime starts: every
 //! path, address and digest filled in.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use kiln_model::instance::{
-    InstanceLimits, InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSecurity,
-    InstanceSpec, Interface, Membership, Purpose, Resolver, Root, SharedNamespace,
+    InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSpec, Interface, Membership, Purpose, Resolver, Root, SharedNamespace,
     SharedNamespaces,
 };
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
-    FileKind, FileVersion, Limits, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+    FileKind, FileVersion, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
 };
-use kiln_model::{ImageConfig, InstanceId, Millis};
-use kiln_plan::{Instance, Layout, Releases, World};
+use kiln_model::{InstanceId, Millis};
+use kiln_plan::{Instance, Layout, Releases, World, process};
 
 use crate::shared::Shared;
 
-/// What Docker gives programs whose image names no PATH.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_GRACE: Millis = Millis(10_000);
 
 /// An instance's spec, and the volumes that must be there before it starts.
@@ -54,7 +50,7 @@ pub fn build(
         .ok_or("its service is not in its release")?;
     let service = &released.service;
     let image = &released.image.config;
-    let argv = command(service, image);
+    let argv = process::command(service, image);
     if argv.is_empty() {
         return Err("neither the image nor the compose file says what to run (command)".into());
     }
@@ -69,7 +65,7 @@ pub fn build(
         id: id.clone(),
         purpose: purpose(world, instance, released),
         argv,
-        env: environment(service, image, &hostname),
+        env: process::environment(service, image, &hostname),
         cwd: service
             .process
             .working_dir
@@ -86,8 +82,8 @@ pub fn build(
         network,
         resolver,
         namespaces: namespaces(service)?,
-        security: security(service),
-        limits: limits(&service.limits),
+        security: process::security(service),
+        limits: process::limits(&service.limits),
         stop_signal: service
             .process
             .stop_signal
@@ -116,30 +112,6 @@ fn purpose(world: &World, instance: &Instance, released: &ReleasedService) -> Pu
         true => Purpose::Job(membership),
         false => Purpose::Service(membership),
     }
-}
-
-/// A stated entrypoint takes the image's command with it, as in Docker.
-pub fn command(service: &Service, image: &ImageConfig) -> Vec<String> {
-    let process = &service.process;
-    let (entrypoint, default) = match &process.entrypoint {
-        Some(stated) => (stated.clone(), Vec::new()),
-        None => (image.entrypoint.clone(), image.cmd.clone()),
-    };
-    let arguments = process.command.clone().unwrap_or(default);
-    entrypoint.into_iter().chain(arguments).collect()
-}
-
-/// The image's variables under the compose file's.
-pub fn environment(
-    service: &Service,
-    image: &ImageConfig,
-    hostname: &str,
-) -> BTreeMap<String, String> {
-    let mut env = BTreeMap::from([("PATH".to_owned(), DEFAULT_PATH.to_owned())]);
-    env.extend(image.env.iter().cloned());
-    env.insert("HOSTNAME".into(), hostname.to_owned());
-    env.extend(service.process.environment.clone());
-    env
 }
 
 fn non_empty(text: &str) -> Option<String> {
@@ -373,39 +345,4 @@ fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
         uts: one(&service.namespaces.uts, "uts")?,
         cgroup: one(&service.namespaces.cgroup, "cgroup")?,
     })
-}
-
-fn security(service: &Service) -> InstanceSecurity {
-    let s = &service.security;
-    InstanceSecurity {
-        cap_add: s.cap_add.clone(),
-        cap_drop: s.cap_drop.clone(),
-        no_new_privileges: s.no_new_privileges.unwrap_or(!s.privileged),
-        seccomp: s.seccomp.clone(),
-        apparmor: s.apparmor.clone(),
-        privileged: s.privileged,
-        devices: s.devices.clone(),
-        device_cgroup_rules: s.device_cgroup_rules.clone(),
-        sysctls: s.sysctls.clone(),
-    }
-}
-
-fn limits(l: &Limits) -> InstanceLimits {
-    InstanceLimits {
-        memory: l.memory,
-        memory_reservation: l.memory_reservation,
-        memory_swap: l.memory_swap,
-        memory_swappiness: l.memory_swappiness,
-        nano_cpus: l.nano_cpus,
-        cpu_shares: l.cpu_shares,
-        cpu_period: l.cpu_period,
-        cpu_quota: l.cpu_quota,
-        cpuset: l.cpuset.clone(),
-        pids: l.pids,
-        shm_size: l.shm_size,
-        ulimits: l.ulimits.clone(),
-        oom_score_adj: l.oom_score_adj,
-        oom_kill_disable: l.oom_kill_disable,
-        blkio: l.blkio.clone(),
-    }
 }

@@ -62,15 +62,12 @@ impl Prober {
         let began = Instant::now();
         let deadline = began + self.plan.deadline.into();
         let mut remaining: Vec<&Probe> = self.plan.ready.iter().collect();
-        let mut last = String::from("it has not answered");
         while let Some(probe) = remaining.first() {
-            match self.ask(probe, FIRST_ATTEMPTS.min(self.plan.timeout.into())).await {
-                Ok(()) => {
-                    remaining.remove(0);
-                    continue;
-                }
-                Err(cause) => last = cause,
-            }
+            let attempt = self.ask(probe, FIRST_ATTEMPTS.min(self.plan.timeout.into())).await;
+            let Err(last) = attempt else {
+                remaining.remove(0);
+                continue;
+            };
             if Instant::now() >= deadline {
                 let reason = format!("not ready after {}: {last}", self.plan.deadline);
                 self.tell(Event::Unhealthy { id: self.target.id.clone(), reason }).await;

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use kiln_model::{InstanceId, Millis, RoutingTable};
 use kiln_proxy::Client;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
+
+use crate::shared::ended;
 
 /// How long a new proxy may take to answer.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -90,8 +91,7 @@ impl ProxyLink {
             Err(rustix::io::Errno::SRCH) => return Ok(()),
             Err(error) => return Err(format!("the proxy can't be watched: {error}")),
         };
-        let fd = AsyncFd::new(fd).map_err(|e| e.to_string())?;
-        fd.readable().await.map(drop).map_err(|e| e.to_string())
+        ended(fd).await.map_err(|e| e.to_string())
     }
 
     /// The process behind the control socket.

@@ -1,6 +1,7 @@
 //! What every engine and API call uses, in one place.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,6 +10,7 @@ use kiln_model::{EnvironmentName, Millis};
 use kiln_runtime::Runtime;
 use kiln_store::Store;
 use kiln_trust::{AuditLog, AuditSink, Fact, SecretStore};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::broadcast;
 
 use crate::api::types::EventRecord;
@@ -90,4 +92,11 @@ pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(work).await.map_err(|e| format!("an inner task broke: {e}"))
+}
+
+/// Waits for the end of the process behind a pidfd.
+// `new` is deprecated for descriptors that might be closed meanwhile; this one is owned.
+#[allow(deprecated)]
+pub async fn ended(pidfd: OwnedFd) -> std::io::Result<()> {
+    AsyncFd::new(pidfd)?.readable().await.map(drop)
 }

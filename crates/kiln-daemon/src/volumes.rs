@@ -9,7 +9,8 @@ use std::os::unix::fs::{OpenOptionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use kiln_model::VolumeName;
-use kiln_store::{Kind, Node, Store};
+use kiln_store::Store;
+use kiln_store::tree::{Kind, Node};
 use rustix::fs::{AtFlags, CWD, Mode, Timespec, Timestamps, chmod, utimensat};
 
 use crate::instance_spec::VolumeUse;
@@ -88,7 +89,10 @@ fn copy(store: &Store, path: &Path, node: &Node) -> io::Result<()> {
             let mut file =
                 fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
             if *size > 0 {
-                let mut source = store.open_object(digest).map_err(io::Error::other)?;
+                let mut source = store
+                    .open_object(digest)
+                    .map_err(io::Error::other)?
+                    .ok_or_else(|| io::Error::other(format!("{digest} is not in the store")))?;
                 io::copy(&mut source, &mut file)?;
             }
         }

@@ -110,8 +110,16 @@ pub fn probe_plan(service: &ReleasedService) -> ProbePlan {
 
 /// The compose file's health check over the image's, key by key.
 pub fn effective_check(service: &ReleasedService) -> Option<Healthcheck> {
-    let image = service.image.config.healthcheck.clone();
-    match &service.service.health {
+    merged_check(&service.service.health, service.image.config.healthcheck.as_ref())
+}
+
+/// As [`effective_check`], before there is a release.
+pub fn merged_check(
+    setting: &HealthcheckSetting,
+    image: Option<&Healthcheck>,
+) -> Option<Healthcheck> {
+    let image = image.cloned();
+    match setting {
         HealthcheckSetting::Disabled => None,
         HealthcheckSetting::Inherit => image,
         HealthcheckSetting::Set(set) => {

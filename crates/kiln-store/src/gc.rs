@@ -1,317 +1,286 @@
-//! Removing what nothing needs, and finding what is damaged.
+//! Garbage collection: what no root needs is removed.
+//!
+//! Roots are the refs, the caller's extra roots, and whatever the journal says was
+//! written or found again since the earliest living lease began. `gc` holds a lease of
+//! its own, so that what is written while it runs is a root as well.
+//!
+//! Marking goes on while others write. Removing is done under the removing lock, in
+//! batches, and each batch first marks what has become a root since; so at the moment
+//! something is removed, nothing protects it. Records and what they name directly go in
+//! the first batch, objects after: a ref can't be set to something half removed, because
+//! setting it looks for its target under the same lock.
 
-use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::PathBuf;
 
-use kiln_model::{Digest, Hasher};
-use rustix::fs::{FlockOperation, flock};
+use kiln_model::Digest;
+use kiln_oci::manifest::{Document, MAX_MANIFEST_BYTES, parse};
 use serde::Serialize;
 
+use crate::image::ImageError;
+use crate::journal;
+use crate::layout::{PathError, Shelf, at, entries, open_lock, read_file, remove_file, try_lock};
+use crate::lease::living;
+use crate::refs::RefError;
+use crate::store::{Store, file_size};
 use crate::tree::Kind;
-use crate::{Store, StoreError};
+use crate::trees::LoadTreeError;
 
-/// As long as it lives, nothing is collected. Whoever writes holds one until what it
-/// wrote is referenced. It ends with its process, however that ends.
-pub struct Lease {
-    _lock: File,
-}
+/// Objects removed while the lock is held once; keeps others' waits to milliseconds.
+const BATCH: usize = 512;
 
-/// What [`Store::gc`] removed (or would have).
+/// What `gc` removed, or would have.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GcReport {
-    pub images: usize,
-    pub trees: usize,
-    pub blobs: usize,
-    pub objects: usize,
-    pub bytes: u64,
-}
-
-/// What [`Store::fsck`] found.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct FsckReport {
-    /// Files whose content was read and hashed.
-    pub checked: usize,
-    pub bad: Vec<Damage>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-pub struct Damage {
-    pub path: PathBuf,
-    /// What it should be, and what it is.
-    pub cause: String,
-    /// It was moved to `quarantine/`.
-    pub moved: bool,
-}
-
-/// Bytes on disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Usage {
-    pub blobs: u64,
+    pub dry_run: bool,
     pub objects: u64,
+    pub blobs: u64,
     pub trees: u64,
+    pub images: u64,
+    /// Bytes of all these, and of unfinished files of dead processes.
+    pub bytes: u64,
+    /// Refs and extra roots that point at nothing.
+    pub dangling: Vec<String>,
 }
 
-/// What is needed.
+/// Why `gc` stopped. What it had removed by then was garbage.
+#[derive(Debug, thiserror::Error)]
+pub enum GcError {
+    #[error(transparent)]
+    Path(#[from] PathError),
+    #[error("another garbage collection, or repair, is running; try again when it has ended")]
+    Busy,
+    #[error(transparent)]
+    Ref(#[from] RefError),
+    /// What it needs is unknown, so nothing may be removed.
+    #[error("what must be kept can't be told, so nothing was removed: {0}")]
+    Image(#[from] ImageError),
+    #[error("what must be kept can't be told, so nothing was removed: {0}")]
+    Tree(#[from] LoadTreeError),
+}
+
+/// What must stay.
 #[derive(Default)]
-struct Marked {
-    images: BTreeSet<Digest>,
-    trees: BTreeSet<Digest>,
-    blobs: BTreeSet<Digest>,
-    objects: BTreeSet<Digest>,
+struct Marks {
+    objects: HashSet<Digest>,
+    blobs: HashSet<Digest>,
+    trees: HashSet<Digest>,
+    images: HashSet<Digest>,
+    /// Blobs whose children are marked. Not the same as being marked: an image may name
+    /// another's manifest as its layer.
+    looked_into: HashSet<Digest>,
+    /// How far the journal has been read.
+    journal: u64,
+    refs: HashSet<(String, Digest)>,
+    dangling: Vec<String>,
+}
+
+impl Marks {
+    fn on(&mut self, shelf: Shelf) -> &mut HashSet<Digest> {
+        match shelf {
+            Shelf::Objects => &mut self.objects,
+            Shelf::Blobs => &mut self.blobs,
+            Shelf::Trees => &mut self.trees,
+            Shelf::Images => &mut self.images,
+        }
+    }
 }
 
 impl Store {
-    /// See [`Lease`]. Waits while a collection runs.
-    pub fn lease(&self) -> Result<Lease, StoreError> {
-        let lock = self.use_lock()?;
-        flock(&lock, FlockOperation::LockShared)
-            .map_err(|e| StoreError::io(&self.folder)(e.into()))?;
-        Ok(Lease { _lock: lock })
-    }
-
-    fn use_lock(&self) -> Result<File, StoreError> {
-        let path = self.folder.join("use.lock");
-        OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(StoreError::io(&path))
-    }
-
-    /// Removes whatever neither a reference nor one of `roots` needs.
-    ///
-    /// # Errors
-    /// [`StoreError::InUse`] while a lease lives; any reference or needed record that
-    /// can't be read stops it before anything is removed.
-    pub fn gc(&self, roots: &[Digest], dry_run: bool) -> Result<GcReport, StoreError> {
-        let lock = self.use_lock()?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(StoreError::InUse);
-        }
-        let mut marked = Marked::default();
-        for (_, digest) in self.refs("")? {
-            self.mark(&mut marked, &digest)?;
-        }
-        for digest in roots {
-            self.mark(&mut marked, digest)?;
-        }
-        let mut report = GcReport::default();
-        let mut sweep = |folder: &str, needed: &BTreeSet<Digest>| -> Result<usize, StoreError> {
-            let mut count = 0;
-            for (path, digest) in self.files(folder)? {
-                if digest.is_none_or(|d| needed.contains(&d)) {
-                    continue;
-                }
-                let size = fs::metadata(&path).map_err(StoreError::io(&path))?.len();
-                if !dry_run {
-                    fs::remove_file(&path).map_err(StoreError::io(&path))?;
-                }
-                report.bytes += size;
-                count += 1;
-            }
-            Ok(count)
+    /// Removes everything that neither a ref, nor an extra root (digests of manifests,
+    /// trees, blobs: those of running instances), nor a living lease protects. With
+    /// `dry_run`, only counts.
+    pub fn gc(&self, extra_roots: &[Digest], dry_run: bool) -> Result<GcReport, GcError> {
+        let _only = self.collecting()?.ok_or(GcError::Busy)?;
+        let _lease = self.lease()?;
+        let mut marks = Marks {
+            journal: {
+                let _lock = self.layout.removing()?;
+                living(&self.layout)?.since
+            },
+            ..Marks::default()
         };
-        let images = sweep("images", &marked.images)?;
-        let trees = sweep("trees", &marked.trees)?;
-        let blobs = sweep("blobs", &marked.blobs)?;
-        let objects = sweep("objects", &marked.objects)?;
-        if !dry_run {
-            self.forget_chains()?;
-            self.clear_temporaries()?;
-        }
-        Ok(GcReport {
-            images,
-            trees,
-            blobs,
-            objects,
-            ..report
-        })
-    }
-
-    /// A reference may mean a manifest, a tree or a blob.
-    fn mark(&self, marked: &mut Marked, digest: &Digest) -> Result<(), StoreError> {
-        marked.blobs.insert(*digest);
-        if let Some(image) = self.image(digest)? {
-            if !marked.images.insert(*digest) {
-                return Ok(());
-            }
-            marked.blobs.insert(image.config_digest);
-            marked.blobs.extend(image.layers.iter().map(|l| l.digest));
-            self.mark_tree(marked, &image.tree)?;
-        }
-        if self.tree_path(digest).exists() {
-            self.mark_tree(marked, digest)?;
-        }
-        Ok(())
-    }
-
-    fn mark_tree(&self, marked: &mut Marked, tree: &Digest) -> Result<(), StoreError> {
-        if !marked.trees.insert(*tree) {
-            return Ok(());
-        }
-        for step in self.load_tree(tree)?.walk() {
-            if let Kind::File { digest, .. } = &step.node.kind {
-                marked.objects.insert(*digest);
+        for root in extra_roots {
+            if !self.mark(root, &mut marks)? {
+                marks.dangling.push(root.to_string());
             }
         }
-        Ok(())
-    }
-
-    /// Lines that lead to trees which are gone.
-    fn forget_chains(&self) -> Result<(), StoreError> {
-        let folder = self.folder.join("layers");
-        for entry in fs::read_dir(&folder).map_err(StoreError::io(&folder))? {
-            let path = entry.map_err(StoreError::io(&folder))?.path();
-            let text = fs::read_to_string(&path).map_err(StoreError::io(&path))?;
-            let alive = text
-                .trim()
-                .parse()
-                .is_ok_and(|d: Digest| self.tree_path(&d).exists());
-            if !alive {
-                fs::remove_file(&path).map_err(StoreError::io(&path))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Nobody holds a lease, so nobody is writing these any more.
-    fn clear_temporaries(&self) -> Result<(), StoreError> {
-        let folder = self.folder.join("tmp");
-        for entry in fs::read_dir(&folder).map_err(StoreError::io(&folder))? {
-            let path = entry.map_err(StoreError::io(&folder))?.path();
-            if path.is_file() {
-                fs::remove_file(&path).map_err(StoreError::io(&path))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Files of one kind with the digest their name says; `None`: no such name.
-    fn files(&self, kind: &str) -> Result<Vec<(PathBuf, Option<Digest>)>, StoreError> {
-        let top = self.folder.join(kind);
-        let mut files = Vec::new();
-        for entry in fs::read_dir(&top).map_err(StoreError::io(&top))? {
-            let path = entry.map_err(StoreError::io(&top))?.path();
-            if !path.is_dir() {
-                let digest = path
-                    .file_stem()
-                    .and_then(|s| Digest::from_hex(&s.to_string_lossy()).ok());
-                files.push((path, digest));
-                continue;
-            }
-            for inner in fs::read_dir(&path).map_err(StoreError::io(&path))? {
-                let inner = inner.map_err(StoreError::io(&path))?.path();
-                files.push((inner.clone(), digest_of_path(&inner)));
-            }
-        }
-        files.sort();
-        Ok(files)
-    }
-
-    /// Reads and hashes everything. With `repair` what is damaged is moved aside, so
-    /// that it is fetched or built anew.
-    pub fn fsck(&self, repair: bool) -> Result<FsckReport, StoreError> {
-        let mut report = FsckReport::default();
-        for kind in ["blobs", "objects", "trees"] {
-            for (path, expected) in self.files(kind)? {
-                report.checked += 1;
-                let found = hash_file(&path).map_err(StoreError::io(&path))?;
-                let cause = match expected {
-                    Some(expected) if expected == found => continue,
-                    Some(expected) => format!("its content should be {expected}, is {found}"),
-                    None => "its name is no digest".to_owned(),
-                };
-                self.damaged(&mut report, path, cause, repair)?;
-            }
-        }
-        for image in self.images()? {
-            self.fsck_image(&mut report, &image, repair)?;
-        }
+        self.mark_new(&mut marks)?;
+        let mut report = GcReport {
+            dry_run,
+            ..GcReport::default()
+        };
+        self.remove_named(&mut marks, &mut report)?;
+        self.remove_objects(&mut marks, &mut report)?;
+        report.dangling = marks.dangling;
         Ok(report)
     }
 
-    /// Everything the image is made of must be there.
-    fn fsck_image(
-        &self,
-        report: &mut FsckReport,
-        image: &crate::Image,
-        repair: bool,
-    ) -> Result<(), StoreError> {
-        let cause = match self.load_tree(&image.tree) {
-            Err(error) => Some(error.to_string()),
-            Ok(tree) => tree.walk().find_map(|step| match &step.node.kind {
-                Kind::File { digest, size } if *size > 0 && !self.has_object(digest) => Some(
-                    format!("the content of {} is missing", step.path.escape_ascii()),
-                ),
-                _ => None,
-            }),
-        };
-        let Some(cause) = cause else { return Ok(()) };
-        let path = self
-            .folder
-            .join("images")
-            .join(format!("{}.json", image.manifest.hex()));
-        self.damaged(report, path, cause, repair)
+    /// `None`: another process collects, or repairs.
+    pub(crate) fn collecting(&self) -> Result<Option<File>, PathError> {
+        let path = self.layout.sub("gc.lock");
+        let file = open_lock(&path)?;
+        Ok(try_lock(&file).map_err(at("lock", &path))?.then_some(file))
     }
 
-    fn damaged(
-        &self,
-        report: &mut FsckReport,
-        path: PathBuf,
-        cause: String,
-        repair: bool,
-    ) -> Result<(), StoreError> {
-        if repair {
-            let name = path.strip_prefix(&self.folder).unwrap_or(&path);
-            let name = name.to_string_lossy().replace('/', "-");
-            let aside = self.folder.join("quarantine").join(name);
-            fs::rename(&path, &aside).map_err(StoreError::io(&path))?;
+    /// Marks refs and journal records that were not marked before.
+    fn mark_new(&self, marks: &mut Marks) -> Result<(), GcError> {
+        for (name, digest) in self.refs("")? {
+            let entry = (name, digest);
+            if marks.refs.contains(&entry) {
+                continue;
+            }
+            if !self.mark(&digest, marks)? {
+                marks.dangling.push(entry.0.clone());
+            }
+            marks.refs.insert(entry);
         }
-        report.bad.push(Damage {
-            path,
-            cause,
-            moved: repair,
-        });
+        let (records, end) = journal::since(&self.layout, marks.journal)?;
+        marks.journal = end;
+        for (shelf, digest) in records {
+            match shelf {
+                Shelf::Objects => drop(marks.objects.insert(digest)),
+                Shelf::Trees => drop(self.mark_tree(&digest, marks)?),
+                Shelf::Blobs | Shelf::Images => drop(self.mark(&digest, marks)?),
+            }
+        }
         Ok(())
     }
 
-    pub fn usage(&self) -> Result<Usage, StoreError> {
-        let sum = |kind: &str| -> Result<u64, StoreError> {
-            let mut bytes = 0;
-            for (path, _) in self.files(kind)? {
-                bytes += fs::metadata(&path).map_err(StoreError::io(&path))?.len();
+    /// Marks what `digest` names and all it needs; `false`: there is nothing.
+    fn mark(&self, digest: &Digest, marks: &mut Marks) -> Result<bool, GcError> {
+        let tree = self.mark_tree(digest, marks)?;
+        let mut todo = vec![*digest];
+        let mut found = false;
+        while let Some(digest) = todo.pop() {
+            if let Some(image) = self.image(&digest)? {
+                found = true;
+                marks.images.insert(digest);
+                self.mark_tree(&image.tree, marks)?;
+                marks.blobs.extend(image.blobs());
             }
-            Ok(bytes)
+            let path = self.layout.path(Shelf::Blobs, &digest);
+            let Some(size) = file_size(&path)? else {
+                continue;
+            };
+            found = true;
+            marks.blobs.insert(digest);
+            if !marks.looked_into.insert(digest) || size > MAX_MANIFEST_BYTES {
+                continue;
+            }
+            let bytes = read_file(&path)?.unwrap_or_default();
+            match parse(&bytes, None) {
+                Ok(Document::Manifest(manifest)) => {
+                    marks.blobs.insert(manifest.config.digest);
+                    marks.blobs.extend(manifest.layers.iter().map(|l| l.digest));
+                }
+                Ok(Document::Index(index)) => {
+                    todo.extend(index.manifests.iter().map(|entry| entry.digest));
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(tree || found)
+    }
+
+    fn mark_tree(&self, digest: &Digest, marks: &mut Marks) -> Result<bool, GcError> {
+        if marks.trees.contains(digest) {
+            return Ok(true);
+        }
+        let tree = match self.load_tree(digest) {
+            Ok(tree) => tree,
+            Err(LoadTreeError::NotFound { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
         };
-        Ok(Usage {
-            blobs: sum("blobs")?,
-            objects: sum("objects")?,
-            trees: sum("trees")?,
-        })
+        marks.trees.insert(*digest);
+        for item in tree.walk() {
+            if let Kind::File { digest, .. } = item.node.kind {
+                marks.objects.insert(digest);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The first batch: records, trees and blobs.
+    fn remove_named(&self, marks: &mut Marks, report: &mut GcReport) -> Result<(), GcError> {
+        let _lock = self.layout.removing()?;
+        self.mark_new(marks)?;
+        for shelf in [Shelf::Images, Shelf::Trees, Shelf::Blobs] {
+            let garbage = self.garbage(shelf, marks)?;
+            remove(shelf, garbage, report)?;
+        }
+        if report.dry_run {
+            return Ok(());
+        }
+        for (_, path) in entries(&self.layout.sub("chains"))? {
+            let text = read_file(&path)?.unwrap_or_default();
+            let tree = std::str::from_utf8(&text).ok();
+            let tree = tree.and_then(|text| text.trim().parse::<Digest>().ok());
+            if tree.is_none_or(|tree| !marks.trees.contains(&tree)) {
+                remove_file(&path)?;
+            }
+        }
+        report.bytes += self.clean_sessions()?;
+        Ok(())
+    }
+
+    fn remove_objects(&self, marks: &mut Marks, report: &mut GcReport) -> Result<(), GcError> {
+        let mut garbage = self.garbage(Shelf::Objects, marks)?;
+        loop {
+            let _lock = self.layout.removing()?;
+            self.mark_new(marks)?;
+            let rest = garbage.split_off(garbage.len().min(BATCH));
+            garbage.retain(|(digest, _)| !marks.objects.contains(digest));
+            remove(Shelf::Objects, garbage, report)?;
+            if rest.is_empty() {
+                return self.shorten_journal(report);
+            }
+            garbage = rest;
+        }
+    }
+
+    fn garbage(
+        &self,
+        shelf: Shelf,
+        marks: &mut Marks,
+    ) -> Result<Vec<(Digest, PathBuf)>, PathError> {
+        let mut all = self.layout.list(shelf)?;
+        let keep = marks.on(shelf);
+        all.retain(|(digest, _)| !keep.contains(digest));
+        Ok(all)
+    }
+
+    /// Empties the journal if the only living lease is `gc`'s own.
+    fn shorten_journal(&self, report: &GcReport) -> Result<(), GcError> {
+        if !report.dry_run && living(&self.layout)?.count <= 1 {
+            journal::clear(&self.layout)?;
+        }
+        Ok(())
     }
 }
 
-/// `…/ab/cdef…` → the digest `abcdef…`.
-fn digest_of_path(path: &Path) -> Option<Digest> {
-    let folder = path.parent()?.file_name()?.to_string_lossy().into_owned();
-    Digest::from_hex(&format!("{folder}{}", path.file_name()?.to_string_lossy())).ok()
-}
-
-fn hash_file(path: &Path) -> io::Result<Digest> {
-    struct Sink(Hasher);
-    impl io::Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.update(bytes);
-            Ok(bytes.len())
+/// Removes the files unless it is a dry run, and counts them.
+fn remove(
+    shelf: Shelf,
+    garbage: Vec<(Digest, PathBuf)>,
+    report: &mut GcReport,
+) -> Result<(), PathError> {
+    for (_, path) in garbage {
+        let Some(size) = file_size(&path)? else {
+            continue;
+        };
+        if !report.dry_run && !remove_file(&path)? {
+            continue;
         }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
+        report.bytes += size;
+        let count = match shelf {
+            Shelf::Objects => &mut report.objects,
+            Shelf::Blobs => &mut report.blobs,
+            Shelf::Trees => &mut report.trees,
+            Shelf::Images => &mut report.images,
+        };
+        *count += 1;
     }
-    let mut sink = Sink(Hasher::new());
-    io::copy(&mut File::open(path)?, &mut sink)?;
-    Ok(sink.0.finish())
+    Ok(())
 }

@@ -242,9 +242,10 @@ fn file_differences(
     new: &ReleasedService,
 ) -> Result<Vec<String>, Failure> {
     let store = context.store()?;
-    let damage = |e: kiln_store::StoreError| Failure::new(Kind::Damage, e.to_string());
-    let a = store.load_tree(&old.image.tree).map_err(damage)?;
-    let b = store.load_tree(&new.image.tree).map_err(damage)?;
+    let load = |tree| {
+        store.load_tree(tree).map_err(|e| Failure::new(Kind::Damage, e.to_string()))
+    };
+    let (a, b) = (load(&old.image.tree)?, load(&new.image.tree)?);
     let changes = kiln_store::tree::diff(&a, &b);
     let mut lines: Vec<String> =
         changes.iter().take(SHOWN_FILES).map(|change| format!("file {change}")).collect();
@@ -252,7 +253,8 @@ fn file_differences(
         lines.push(format!("… and {} more files", changes.len() - SHOWN_FILES));
     }
     let layers = |image| -> Result<Vec<kiln_model::Digest>, Failure> {
-        let image = store.image(image).map_err(damage)?;
+        let image =
+            store.image(image).map_err(|e| Failure::new(Kind::Damage, e.to_string()))?;
         Ok(image.map(|i| i.layers.iter().map(|l| l.digest).collect()).unwrap_or_default())
     };
     let (before, after) = (layers(&old.image.digest)?, layers(&new.image.digest)?);

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use kiln_model::spec::Build;
 
 use super::{Lowering, flag, items, text, texts, unsigned_bytes};
-use crate::model;
 use crate::node::Node;
 use crate::paths;
+use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn build(&mut self, node: &Node) -> Build {
@@ -20,6 +20,12 @@ impl Lowering<'_> {
                 "services.*.build.context",
                 said,
                 "kiln builds from a folder; fetch the repository first",
+            );
+        }
+        if context.is_empty() {
+            self.wrong(
+                node.span,
+                "build: the context is empty; write `.` for the project's folder",
             );
         }
         let context = PathBuf::from(context);
@@ -35,7 +41,7 @@ impl Lowering<'_> {
             pull: flag(node, "pull"),
             extra_hosts: node
                 .get("extra_hosts")
-                .and_then(|node| model::hosts(node).ok())
+                .and_then(|node| values::hosts(node).ok())
                 .unwrap_or_default(),
             shm_size: unsigned_bytes(node, "shm_size"),
             secrets: build_secrets(node),
@@ -66,7 +72,7 @@ impl Lowering<'_> {
     /// Arguments that have a value; the others are the Containerfile's own.
     fn build_args(&mut self, node: &Node) -> BTreeMap<String, String> {
         node.get("args")
-            .and_then(|node| model::key_values(node).ok())
+            .and_then(|node| values::key_values(node).ok())
             .unwrap_or_default()
             .into_iter()
             .filter_map(|(key, value)| Some((key, value?)))

@@ -8,9 +8,9 @@ use kiln_model::{Millis, ServiceName};
 use super::Lowering;
 use super::service::to_millis;
 use crate::diag::{Code, Diagnostic, did_you_mean};
-use crate::model;
 use crate::node::{Node, Value};
 use crate::units;
+use crate::values;
 
 /// The project's `x-kiln`.
 #[derive(Debug, Default)]
@@ -130,7 +130,7 @@ impl Lowering<'_> {
     }
 
     fn strings(&mut self, node: &Node, path: &str) -> Vec<String> {
-        match model::texts(node) {
+        match values::texts(node) {
             Some(texts) => texts,
             None => {
                 self.wrong(
@@ -144,7 +144,7 @@ impl Lowering<'_> {
 
     fn boolean(&mut self, node: &Node, path: &str) -> Option<bool> {
         self.take(
-            model::boolean(node).map_err(|what| format!("{path}: {what}")),
+            values::boolean(node).map_err(|what| format!("{path}: {what}")),
             node.span,
         )
     }
@@ -164,7 +164,7 @@ impl Lowering<'_> {
     }
 
     fn number<T: TryFrom<i64>>(&mut self, node: &Node, path: &str) -> Option<T> {
-        let number = model::integer(node)
+        let number = values::integer(node)
             .and_then(|n| T::try_from(n).map_err(|_| format!("{n} is out of range")));
         self.take(number.map_err(|what| format!("{path}: {what}")), node.span)
     }
@@ -254,7 +254,7 @@ impl Lowering<'_> {
                 match key {
                     "path" => dir.path = self.absolute(value, &here).unwrap_or_default(),
                     "size" => {
-                        let size = model::bytes(value).and_then(|n| {
+                        let size = values::bytes(value).and_then(|n| {
                             u64::try_from(n).map_err(|_| "a size must not be negative".to_owned())
                         });
                         dir.size = self.take(size.map_err(|w| format!("{here}: {w}")), value.span);
@@ -400,7 +400,7 @@ impl Lowering<'_> {
         for (key, value) in self.known(node, path, &["command", "exit", "output"]) {
             let here = format!("{path}.{key}");
             match key {
-                "command" => command = self.take(model::command(value), value.span)?,
+                "command" => command = self.take(values::command(value), value.span)?,
                 "exit" => exit = self.number(value, &here)?,
                 _ => output = self.string(value, &here),
             }
@@ -425,7 +425,7 @@ impl Lowering<'_> {
                 "exists" => exists = self.boolean(value, &here)?,
                 "contains" => contains = self.string(value, &here),
                 _ => {
-                    let bits = model::mode(value).and_then(|n| {
+                    let bits = values::mode(value).and_then(|n| {
                         u32::try_from(n).map_err(|_| "a mode is not negative".into())
                     });
                     mode = self.take(bits, value.span);

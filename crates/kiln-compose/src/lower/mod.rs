@@ -16,11 +16,11 @@ use kiln_model::{Millis, ServiceName, Spec, VolumeName};
 
 use crate::diag::{Code, Diagnostic, Diagnostics, Severity};
 use crate::keys::{self, Support};
-use crate::model;
 use crate::node::{Node, Value};
 use crate::project::Project;
 use crate::session::Reader;
 use crate::span::Span;
+use crate::values;
 
 /// [`lower`]'s result. The Spec is only of use when no diagnostic is an error.
 #[derive(Clone, Debug)]
@@ -91,7 +91,7 @@ fn allow(diagnostic: &mut Diagnostic, allow_ignored: &[String]) {
         return;
     }
     let chosen = allow_ignored.iter().any(|allowed| {
-        key == allowed
+        **key == **allowed
             || key
                 .strip_suffix(allowed.as_str())
                 .is_some_and(|before| before.ends_with('.'))
@@ -268,7 +268,7 @@ impl Lowering<'_> {
 
     /// `KEY=value` lists and mappings; names without a value are empty.
     fn pairs(&mut self, node: Option<&Node>) -> std::collections::BTreeMap<String, String> {
-        node.map(model::key_values)
+        node.map(values::key_values)
             .and_then(Result::ok)
             .unwrap_or_default()
             .into_iter()
@@ -312,12 +312,12 @@ fn text(node: &Node, key: &str) -> Option<String> {
 }
 
 fn texts(node: &Node, key: &str) -> Vec<String> {
-    node.get(key).and_then(model::texts).unwrap_or_default()
+    node.get(key).and_then(values::texts).unwrap_or_default()
 }
 
 fn flag(node: &Node, key: &str) -> bool {
     node.get(key)
-        .is_some_and(|node| model::boolean(node).unwrap_or(false))
+        .is_some_and(|node| values::boolean(node).unwrap_or(false))
 }
 
 fn items<'n>(node: &'n Node, key: &str) -> &'n [Node] {
@@ -326,12 +326,12 @@ fn items<'n>(node: &'n Node, key: &str) -> &'n [Node] {
 
 /// A key's duration. The types are checked before, so errors are reported there.
 fn millis(node: &Node, key: &str) -> Option<Millis> {
-    let nanos = model::duration(node.get(key).filter(|n| !n.is_null())?).ok()?;
+    let nanos = values::duration(node.get(key).filter(|n| !n.is_null())?).ok()?;
     Some(Millis(u64::try_from(nanos / 1_000_000).unwrap_or(0)))
 }
 
 fn bytes(node: &Node, key: &str) -> Option<i64> {
-    model::bytes(node.get(key).filter(|n| !n.is_null())?)
+    values::bytes(node.get(key).filter(|n| !n.is_null())?)
         .ok()
         .filter(|n| *n != 0)
 }
@@ -341,5 +341,5 @@ fn unsigned_bytes(node: &Node, key: &str) -> Option<u64> {
 }
 
 fn integer(node: &Node, key: &str) -> Option<i64> {
-    model::integer(node.get(key).filter(|n| !n.is_null())?).ok()
+    values::integer(node.get(key).filter(|n| !n.is_null())?).ok()
 }

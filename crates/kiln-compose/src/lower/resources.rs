@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use kiln_model::spec::{Blkio, Limits};
 
 use super::{Lowering, bytes, flag, integer, items, text, unsigned_bytes};
-use crate::model;
 use crate::node::Node;
+use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn limits(&mut self, node: &Node) -> Limits {
@@ -48,7 +48,7 @@ impl Lowering<'_> {
         let map = node.get("ulimits").and_then(Node::as_map);
         for (name, said) in map.into_iter().flatten() {
             let pair = match said.as_map() {
-                None => model::integer(said).map(|n| (n, n)),
+                None => values::integer(said).map(|n| (n, n)),
                 Some(_) => Ok((
                     integer(said, "soft").unwrap_or(0),
                     integer(said, "hard").unwrap_or(0),
@@ -92,7 +92,7 @@ impl Lowering<'_> {
 }
 
 fn nano_cpus(node: &Node) -> Option<u64> {
-    let cpus = model::number(node.get("cpus").filter(|n| !n.is_null())?).ok()?;
+    let cpus = values::number(node.get("cpus").filter(|n| !n.is_null())?).ok()?;
     let nanos = (cpus * 1e9).round();
     // In range, so the cast loses nothing.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]

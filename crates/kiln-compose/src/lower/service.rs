@@ -10,10 +10,10 @@ use kiln_model::spec::{
 use kiln_model::{Millis, ServiceName};
 
 use super::{Lowering, flag, integer, items, millis, text, texts};
-use crate::model;
 use crate::node::Node;
 use crate::span::Span;
 use crate::units;
+use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn service(&mut self, name: &ServiceName, node: &Node) -> Option<Service> {
@@ -90,7 +90,7 @@ impl Lowering<'_> {
     fn process(&mut self, node: &Node) -> Process {
         let command = |key: &str| {
             let node = node.get(key).filter(|node| !node.is_null())?;
-            model::command(node).ok()
+            values::command(node).ok()
         };
         Process {
             entrypoint: command("entrypoint"),
@@ -124,7 +124,7 @@ impl Lowering<'_> {
                 links.push((service, alias.to_owned()));
             }
         }
-        let hosts = node.get("extra_hosts").map(model::hosts);
+        let hosts = node.get("extra_hosts").map(values::hosts);
         Names {
             container_name: text(node, "container_name"),
             hostname: text(node, "hostname"),
@@ -155,7 +155,7 @@ impl Lowering<'_> {
             };
             let required = said
                 .get("required")
-                .is_none_or(|n| model::boolean(n).unwrap_or(true));
+                .is_none_or(|n| values::boolean(n).unwrap_or(true));
             let dependency = Dependency {
                 condition,
                 restart: flag(said, "restart"),
@@ -177,7 +177,7 @@ impl Lowering<'_> {
             None => None,
             Some(test) if test.as_seq().is_none() => test.text().map(HealthTest::Shell),
             Some(test) => {
-                let words = model::texts(test).unwrap_or_default();
+                let words = values::texts(test).unwrap_or_default();
                 match words.split_first() {
                     Some((first, _)) if first == "NONE" => return HealthcheckSetting::Disabled,
                     Some((first, [])) => {
@@ -285,14 +285,14 @@ impl Lowering<'_> {
     fn log_option(&mut self, logging: &mut Logging, key: &str, value: &Node) {
         match key {
             "max-size" => {
-                let size = model::bytes(value)
+                let size = values::bytes(value)
                     .and_then(|n| u64::try_from(n).map_err(|_| "max-size must be positive".into()));
                 if let Some(size) = self.take(size, value.span).filter(|n| *n > 0) {
                     logging.max_size = size;
                 }
             }
             "max-file" => {
-                let count = model::integer(value)
+                let count = values::integer(value)
                     .and_then(|n| u32::try_from(n).map_err(|_| "max-file must be positive".into()));
                 if let Some(count) = self.take(count, value.span) {
                     logging.max_files = count.max(1);
@@ -367,7 +367,7 @@ impl Lowering<'_> {
         };
         let ratio = node
             .get("max_failure_ratio")
-            .and_then(|n| model::number(n).ok());
+            .and_then(|n| values::number(n).ok());
         Some(UpdateConfig {
             parallelism: integer(node, "parallelism").and_then(|n| u32::try_from(n).ok()),
             delay: millis(node, "delay"),
@@ -386,7 +386,7 @@ impl Lowering<'_> {
             .map(|hook| Hook {
                 command: hook
                     .get("command")
-                    .and_then(|node| model::command(node).ok())
+                    .and_then(|node| values::command(node).ok())
                     .unwrap_or_default(),
                 user: text(hook, "user"),
                 privileged: flag(hook, "privileged"),
@@ -400,7 +400,7 @@ impl Lowering<'_> {
 /// The variables that have a value; the others are not set in the instance.
 fn variables(node: &Node) -> BTreeMap<String, String> {
     node.get("environment")
-        .and_then(|node| model::key_values(node).ok())
+        .and_then(|node| values::key_values(node).ok())
         .unwrap_or_default()
         .into_iter()
         .filter_map(|(key, value)| Some((key, value?)))

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use kiln_model::Spec;
 use kiln_model::spec::{FileKind, FileMount, Mount, MountSource};
 
-use super::{Lowering, flag, items, text, unsigned_bytes};
+use super::{Lowering, flag, integer, items, text, unsigned_bytes};
 use crate::canonical::clean_path;
-use crate::model;
 use crate::node::Node;
 use crate::project::Project;
 use crate::units;
+use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn mounts(&mut self, node: &Node) -> Vec<Mount> {
@@ -106,7 +106,10 @@ impl Lowering<'_> {
                 }
                 Some(MountSource::Bind {
                     path: PathBuf::from(source),
-                    create: bind.is_some_and(|bind| flag(bind, "create_host_path")),
+                    // The specification's default, where `bind` is said at all.
+                    create: bind.is_some_and(|bind| {
+                        bind.get("create_host_path").is_none() || flag(bind, "create_host_path")
+                    }),
                     propagation: bind.and_then(|bind| text(bind, "propagation")),
                 })
             }
@@ -124,8 +127,7 @@ impl Lowering<'_> {
             Some("tmpfs") => {
                 let options = node.get("tmpfs");
                 let mode = options
-                    .and_then(|options| options.get("mode"))
-                    .and_then(|mode| model::mode(mode).ok())
+                    .and_then(|options| integer(options, "mode"))
                     .and_then(|mode| u32::try_from(mode).ok());
                 Some(MountSource::Tmpfs {
                     size: options.and_then(|options| unsigned_bytes(options, "size")),
@@ -210,7 +212,7 @@ impl Lowering<'_> {
                 } else {
                     format!("{folder}{target}")
                 };
-                let mode = item.get("mode").filter(|n| !n.is_null()).map(model::mode);
+                let mode = item.get("mode").filter(|n| !n.is_null()).map(values::mode);
                 let mode = mode
                     .and_then(Result::ok)
                     .and_then(|mode| u32::try_from(mode).ok());

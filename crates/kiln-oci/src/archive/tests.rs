@@ -191,13 +191,9 @@ fn images_are_chosen_by_name_and_platform() {
     members.push((blob_name(&entry.digest), inner));
     members.push(("index.json".into(), Index::new(vec![entry]).to_bytes()));
     assert_eq!(
-        try_import(folder_of(&members).path(), None).unwrap().0,
+        try_import(folder(&members).path(), None).unwrap().0,
         one.digest()
     );
-}
-
-fn folder_of(members: &Members) -> tempfile::TempDir {
-    folder(members)
 }
 
 #[test]

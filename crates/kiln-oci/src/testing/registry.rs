@@ -54,6 +54,8 @@ pub enum Failure {
     TokenExpired,
     /// Redirected to this address.
     Redirect(String),
+    /// The upload is to go to this address.
+    UploadAt(String),
     /// Ranges are not known: the whole body is sent.
     NoRanges,
 }
@@ -231,6 +233,10 @@ impl Shared {
                     Response::builder().status(307).header("location", address),
                     "",
                 );
+            }
+            Some(Failure::UploadAt(address)) => {
+                let builder = Response::builder().status(202).header("location", address);
+                return plain(builder, "");
             }
             Some(Failure::TokenExpired) => return self.demand(),
             _ => {}

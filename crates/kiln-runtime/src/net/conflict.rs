@@ -140,7 +140,7 @@ fn legacy_option(option: libc::c_int, argument: &[u8], size: usize) -> io::Resul
     const NAME_BYTES: usize = 32;
     let socket = socket(
         AddressFamily::Inet,
-        SockType::Raw,
+        SockType::Datagram,
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;

@@ -94,6 +94,9 @@ impl<'a> Image<'a> {
     }
 }
 
+/// Values by full name.
+type Xattrs = HashMap<Vec<u8>, Vec<u8>>;
+
 /// One inode's fields.
 struct RawInode {
     offset: usize,
@@ -104,7 +107,7 @@ struct RawInode {
     mtime: Mtime,
     size: u64,
     union: u32,
-    xattrs: HashMap<Vec<u8>, Vec<u8>>,
+    xattrs: Xattrs,
     /// Where its tail is.
     tail: usize,
 }
@@ -193,11 +196,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The attributes at `offset`, and how many bytes they take.
-    fn xattrs(
-        &self,
-        offset: usize,
-        count: u16,
-    ) -> Result<(HashMap<Vec<u8>, Vec<u8>>, usize), ErofsReadError> {
+    fn xattrs(&self, offset: usize, count: u16) -> Result<(Xattrs, usize), ErofsReadError> {
         let mut found = HashMap::new();
         if count == 0 {
             return Ok((found, 0));

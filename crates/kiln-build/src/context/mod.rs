@@ -1,0 +1,313 @@
+//! The build context: a folder of the host seen through its ignore file, read with as
+//! few file reads as possible.
+//!
+//! Invariants: nothing outside the folder is ever read (links are followed within it
+//! only, by [`crate::copy`]); a file's content is read once and hashed only if its size,
+//! times or inode changed since the last build ([`stat_cache`]).
+//!
+//! What must not enter: knowledge of instructions.
+
+pub mod glob;
+pub mod ignore;
+pub mod source;
+pub mod stat_cache;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use ignore::{MAX_IGNORE_FILE, Patterns, Seen};
+use stat_cache::Stamp;
+
+/// A context's greatest number of entries.
+pub const MAX_ENTRIES: usize = 2_000_000;
+
+/// A context's greatest depth: it bounds the stack.
+pub const MAX_DEPTH: usize = 256;
+
+/// Why a context can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ContextError {
+    #[error("can't read {path} of the build context")]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the build context {0} is not a folder")]
+    NotAFolder(PathBuf),
+    #[error("{path}: {cause}")]
+    Ignore {
+        path: PathBuf,
+        cause: glob::BadPattern,
+    },
+    #[error("{0} has more than {MAX_IGNORE_FILE} bytes")]
+    IgnoreTooLong(PathBuf),
+    #[error(
+        "the build context {0} has more than {MAX_ENTRIES} entries; ignore what is not needed in .dockerignore"
+    )]
+    TooMany(PathBuf),
+    #[error("{0}: more than {MAX_DEPTH} folders within each other")]
+    TooDeep(PathBuf),
+}
+
+/// One entry of a context folder.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Permission bits with setuid, setgid and sticky.
+    pub mode: u32,
+    pub kind: EntryKind,
+}
+
+#[derive(Clone, Debug)]
+pub enum EntryKind {
+    Folder(BTreeMap<Vec<u8>, Entry>),
+    File {
+        size: u64,
+        stamp: Stamp,
+    },
+    Link(Vec<u8>),
+    Fifo,
+    /// A device: can't be copied.
+    Device,
+}
+
+/// A scanned folder: metadata only, no content read yet.
+#[derive(Clone, Debug)]
+pub struct Context {
+    folder: PathBuf,
+    root: Entry,
+}
+
+impl Context {
+    /// Scans `folder` without what `patterns` leave out.
+    pub fn scan(folder: &Path, patterns: &Patterns) -> Result<Self, ContextError> {
+        let read = |cause| ContextError::Read {
+            path: folder.to_owned(),
+            cause,
+        };
+        let meta = fs::metadata(folder).map_err(read)?;
+        if !meta.is_dir() {
+            return Err(ContextError::NotAFolder(folder.to_owned()));
+        }
+        let mut scan = Scan {
+            folder,
+            patterns,
+            entries: 0,
+        };
+        let entries = scan.folder(folder, "", &Seen::default(), 0)?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            root: Entry {
+                mode: meta.mode() & 0o7777,
+                kind: EntryKind::Folder(entries),
+            },
+        })
+    }
+
+    pub fn root(&self) -> &Entry {
+        &self.root
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The entry at the path of these names; links are not followed.
+    pub fn entry(&self, path: &[Vec<u8>]) -> Option<&Entry> {
+        path.iter()
+            .try_fold(&self.root, |entry, name| match &entry.kind {
+                EntryKind::Folder(entries) => entries.get(name),
+                _ => None,
+            })
+    }
+
+    /// Where the entry lies on the host.
+    pub fn host_path(&self, path: &[Vec<u8>]) -> PathBuf {
+        let mut host = self.folder.clone();
+        host.extend(path.iter().map(|name| OsStr::from_bytes(name)));
+        host
+    }
+}
+
+struct Scan<'a> {
+    folder: &'a Path,
+    patterns: &'a Patterns,
+    entries: usize,
+}
+
+impl Scan<'_> {
+    fn folder(
+        &mut self,
+        host: &Path,
+        path: &str,
+        seen: &Seen,
+        depth: usize,
+    ) -> Result<BTreeMap<Vec<u8>, Entry>, ContextError> {
+        if depth > MAX_DEPTH {
+            return Err(ContextError::TooDeep(host.to_owned()));
+        }
+        let fail = |path: &Path, cause| ContextError::Read {
+            path: path.to_owned(),
+            cause,
+        };
+        let mut entries = BTreeMap::new();
+        for item in fs::read_dir(host).map_err(|e| fail(host, e))? {
+            let item = item.map_err(|e| fail(host, e))?;
+            let name = item.file_name();
+            let shown = name.to_string_lossy();
+            let path = if path.is_empty() {
+                shown.into_owned()
+            } else {
+                format!("{path}/{shown}")
+            };
+            let (out, seen) = self.patterns.leave_out(&path, seen);
+            if out && !self.patterns.takes_back() {
+                continue;
+            }
+            let host = item.path();
+            let meta = match item.metadata() {
+                Ok(meta) => meta,
+                // It went away since the folder was listed.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(fail(&host, e)),
+            };
+            let entry = self.entry(&host, &path, &meta, &seen, depth)?;
+            let Some(entry) = entry else { continue };
+            if out && !matches!(&entry.kind, EntryKind::Folder(kept) if !kept.is_empty()) {
+                continue;
+            }
+            self.entries += 1;
+            if self.entries > MAX_ENTRIES {
+                return Err(ContextError::TooMany(self.folder.to_owned()));
+            }
+            entries.insert(name.as_bytes().to_vec(), entry);
+        }
+        Ok(entries)
+    }
+
+    fn entry(
+        &mut self,
+        host: &Path,
+        path: &str,
+        meta: &fs::Metadata,
+        seen: &Seen,
+        depth: usize,
+    ) -> Result<Option<Entry>, ContextError> {
+        let kind = meta.file_type();
+        let kind = if kind.is_dir() {
+            EntryKind::Folder(self.folder(host, path, seen, depth + 1)?)
+        } else if kind.is_file() {
+            EntryKind::File {
+                size: meta.len(),
+                stamp: Stamp::of(meta),
+            }
+        } else if kind.is_symlink() {
+            let target = fs::read_link(host).map_err(|cause| ContextError::Read {
+                path: host.to_owned(),
+                cause,
+            })?;
+            EntryKind::Link(target.as_os_str().as_bytes().to_vec())
+        } else if kind.is_fifo() {
+            EntryKind::Fifo
+        } else if kind.is_socket() {
+            // As docker does: a socket means nothing without its process.
+            return Ok(None);
+        } else {
+            EntryKind::Device
+        };
+        Ok(Some(Entry {
+            mode: meta.mode() & 0o7777,
+            kind,
+        }))
+    }
+}
+
+/// Reads the ignore file that goes with a Containerfile: `<file>.dockerignore` beside it
+/// wins over `.dockerignore` in the context; the podman names are known too.
+pub fn read_ignore(folder: &Path, containerfile: Option<&Path>) -> Result<Patterns, ContextError> {
+    let beside = containerfile.into_iter().flat_map(|file| {
+        ["dockerignore", "containerignore"].map(|end| {
+            let mut name = file.as_os_str().to_owned();
+            name.push(".");
+            name.push(end);
+            PathBuf::from(name)
+        })
+    });
+    let within = [".dockerignore", ".containerignore"].map(|name| folder.join(name));
+    for path in beside.chain(within) {
+        let read = |cause| ContextError::Read {
+            path: path.clone(),
+            cause,
+        };
+        match fs::metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(read(e)),
+            Ok(meta) if meta.len() > MAX_IGNORE_FILE => {
+                return Err(ContextError::IgnoreTooLong(path));
+            }
+            Ok(_) => {}
+        }
+        let text = fs::read(&path).map_err(read)?;
+        return Patterns::parse_file(&String::from_utf8_lossy(&text))
+            .map_err(|cause| ContextError::Ignore { path, cause });
+    }
+    Ok(Patterns::default())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn paths(entry: &Entry, at: &str, out: &mut Vec<String>) {
+        if let EntryKind::Folder(entries) = &entry.kind {
+            for (name, entry) in entries {
+                let path = format!("{at}/{}", String::from_utf8_lossy(name));
+                out.push(path.clone());
+                paths(entry, &path, out);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_ignored_is_not_seen_except_when_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in ["a/x", "a/deep/keep", "b/y", "c.log"] {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        }
+        std::os::unix::fs::symlink("../../etc", folder.path().join("b/out")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("sock")).unwrap();
+        fs::write(
+            folder.path().join(".dockerignore"),
+            "a\n!a/deep\n*.log\n.dockerignore",
+        )
+        .unwrap();
+        let patterns = read_ignore(folder.path(), None).unwrap();
+        let context = Context::scan(folder.path(), &patterns).unwrap();
+        let mut found = Vec::new();
+        paths(context.root(), "", &mut found);
+        assert_eq!(
+            found,
+            ["/a", "/a/deep", "/a/deep/keep", "/b", "/b/out", "/b/y"]
+        );
+
+        let file = folder.path().join("web.Containerfile");
+        fs::write(
+            folder.path().join("web.Containerfile.dockerignore"),
+            "b\n*ignore\n",
+        )
+        .unwrap();
+        let patterns = read_ignore(folder.path(), Some(&file)).unwrap();
+        let context = Context::scan(folder.path(), &patterns).unwrap();
+        let mut found = Vec::new();
+        paths(context.root(), "", &mut found);
+        assert!(found.contains(&"/c.log".to_owned()) && !found.contains(&"/b".to_owned()));
+    }
+}

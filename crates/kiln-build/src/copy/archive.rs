@@ -1,0 +1,252 @@
+//! ADD of local archives: tar, alone or within gzip, xz or zstd, is unpacked.
+//!
+//! Invariants: no entry leads out of the destination, whatever its name or its links
+//! say; memory holds names and metadata only, content streams into the sink.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, BufReader, Read};
+
+use kiln_model::Digest;
+
+use super::{Changes, CopyError, Item};
+use crate::files::{self, FilesError, Meta, Names, Shape, Target, shown};
+
+/// An archive's greatest number of entries.
+pub const MAX_ENTRIES: usize = 2_000_000;
+
+/// What an archive may hold when unpacked, in bytes.
+pub const MAX_UNPACKED: u64 = 64 << 30;
+
+/// The longest name or link target, in bytes.
+const MAX_PATH: usize = 4096;
+
+/// Why an archive can't be unpacked.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error("the archive can't be read")]
+    Read(#[source] io::Error),
+    #[error(
+        "bzip2 archives are not unpacked by ADD; use gzip, xz or zstd, or COPY the file and unpack it in a RUN"
+    )]
+    Bzip2,
+    #[error("the entry `{0}` leads out of the archive's folder")]
+    Escape(String),
+    #[error(
+        "the entry `{entry}` is a hard link to `{to}`, which is not a file before it in the archive"
+    )]
+    HardLink { entry: String, to: String },
+    #[error("the entry `{0}` is of a kind that can't be unpacked")]
+    Kind(String),
+    #[error("the entry `{0}` has a name or link longer than {MAX_PATH} bytes")]
+    LongName(String),
+    #[error("the archive has more than {MAX_ENTRIES} entries")]
+    TooMany,
+    #[error("the archive's content is larger than {MAX_UNPACKED} bytes")]
+    TooLarge,
+}
+
+/// Keeps a file's content.
+pub type Sink<'a> = dyn FnMut(&mut dyn Read) -> io::Result<(Digest, u64)> + 'a;
+
+/// Reads an archive's entries; `None`: it is no archive.
+pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>, ArchiveError> {
+    let mut content = BufReader::with_capacity(64 << 10, content);
+    let start = content.fill_buf().map_err(ArchiveError::Read)?;
+    match start {
+        [0x1f, 0x8b, ..] => entries(flate2::bufread::MultiGzDecoder::new(content), sink),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
+            entries(xz2::bufread::XzDecoder::new_multi_decoder(content), sink)
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let decoder = zstd::Decoder::with_buffer(content).map_err(ArchiveError::Read)?;
+            entries(decoder, sink)
+        }
+        [
+            b'B',
+            b'Z',
+            b'h',
+            b'1'..=b'9',
+            0x31,
+            0x41,
+            0x59,
+            0x26,
+            0x53,
+            0x59,
+            ..,
+        ] => Err(ArchiveError::Bzip2),
+        _ => entries(content, sink),
+    }
+}
+
+fn entries(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>, ArchiveError> {
+    let mut archive = tar::Archive::new(content.take(MAX_UNPACKED));
+    let mut reading = Reading::default();
+    let entries = archive.entries().map_err(ArchiveError::Read)?;
+    for entry in entries {
+        let mut entry = match entry {
+            Ok(entry) => entry,
+            // What doesn't begin like a tar is a file like any other.
+            Err(_) if reading.items.is_empty() && !reading.begun => return Ok(None),
+            Err(e) => return Err(ArchiveError::Read(e)),
+        };
+        reading.begun = true;
+        reading.entry(&mut entry, sink)?;
+    }
+    Ok(reading.begun.then_some(reading.items))
+}
+
+#[derive(Default)]
+struct Reading {
+    items: Vec<Item>,
+    begun: bool,
+    files: BTreeMap<Names, usize>,
+    total: u64,
+}
+
+impl Reading {
+    fn entry(
+        &mut self,
+        entry: &mut tar::Entry<'_, impl Read>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), ArchiveError> {
+        let name = entry.path_bytes().into_owned();
+        let path = inside(&name)?;
+        if self.items.len() >= MAX_ENTRIES {
+            return Err(ArchiveError::TooMany);
+        }
+        self.total = self.total.saturating_add(entry.size());
+        if self.total > MAX_UNPACKED {
+            return Err(ArchiveError::TooLarge);
+        }
+        let told = || String::from_utf8_lossy(&name).into_owned();
+        let link = entry
+            .link_name_bytes()
+            .map(|l| l.into_owned())
+            .unwrap_or_default();
+        if link.len() > MAX_PATH {
+            return Err(ArchiveError::LongName(told()));
+        }
+        let mut meta = meta(entry).map_err(ArchiveError::Read)?;
+        let kind = entry.header().entry_type();
+        let shape = if kind.is_dir() {
+            Shape::Folder
+        } else if kind.is_symlink() {
+            Shape::Link(link)
+        } else if kind.is_hard_link() {
+            let to = inside(&link)?;
+            let known = self.files.get(&to).and_then(|at| self.items.get(*at));
+            let Some(first) = known else {
+                return Err(ArchiveError::HardLink {
+                    entry: told(),
+                    to: String::from_utf8_lossy(&link).into_owned(),
+                });
+            };
+            meta = first.meta.clone();
+            first.shape.clone()
+        } else if kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse() {
+            let (digest, size) = sink(entry).map_err(ArchiveError::Read)?;
+            Shape::File { digest, size }
+        } else if kind.is_fifo() {
+            Shape::Fifo
+        } else if kind.is_character_special() || kind.is_block_special() {
+            let header = entry.header();
+            let number = |n: io::Result<Option<u32>>| n.map(Option::unwrap_or_default);
+            let major = number(header.device_major()).map_err(ArchiveError::Read)?;
+            let minor = number(header.device_minor()).map_err(ArchiveError::Read)?;
+            Shape::Device {
+                block: kind.is_block_special(),
+                rdev: rustix::fs::makedev(major, minor),
+            }
+        } else if kind.is_pax_global_extensions() {
+            return Ok(());
+        } else {
+            return Err(ArchiveError::Kind(told()));
+        };
+        if path.is_empty() {
+            // The archive's own root: the destination stays as it is.
+            return Ok(());
+        }
+        if matches!(shape, Shape::File { .. }) {
+            self.files.insert(path.clone(), self.items.len());
+        }
+        self.items.push(Item { path, meta, shape });
+        Ok(())
+    }
+}
+
+/// An entry's path; one that climbs above the archive's root is refused.
+fn inside(name: &[u8]) -> Result<Names, ArchiveError> {
+    let told = || String::from_utf8_lossy(name).into_owned();
+    if name.len() > MAX_PATH {
+        return Err(ArchiveError::LongName(told()));
+    }
+    let mut depth = 0_i64;
+    for part in name.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => {}
+            b".." => depth -= 1,
+            _ => depth += 1,
+        }
+        if depth < 0 {
+            return Err(ArchiveError::Escape(told()));
+        }
+    }
+    Ok(files::names(name))
+}
+
+fn meta(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Meta> {
+    let mut xattrs = BTreeMap::new();
+    let mut mtime = None;
+    if let Some(extensions) = entry.pax_extensions()? {
+        for extension in extensions {
+            let extension = extension?;
+            let key = extension.key_bytes();
+            if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                xattrs.insert(name.to_vec(), extension.value_bytes().to_vec());
+            } else if key == b"mtime" {
+                let text = extension.value().unwrap_or_default();
+                mtime = text.split('.').next().and_then(|secs| secs.parse().ok());
+            }
+        }
+    }
+    let header = entry.header();
+    let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    Ok(Meta {
+        mode: header.mode()? & 0o7777,
+        uid: number(header.uid())?,
+        gid: number(header.gid())?,
+        mtime: match mtime {
+            Some(mtime) => mtime,
+            None => i64::try_from(header.mtime()?).unwrap_or(i64::MAX),
+        },
+        xattrs,
+    })
+}
+
+/// Puts an archive's entries below `destination`, in place of what is there.
+pub fn place(
+    target: &mut (impl Target + ?Sized),
+    items: &[Item],
+    destination: &str,
+    changes: &Changes,
+) -> Result<(), CopyError> {
+    let named = files::names(destination.as_bytes());
+    super::make_folders(target, &named, &changes.made())?;
+    let base = files::resolve(target, &named, true)?;
+    for item in items {
+        let Some((name, parents)) = item.path.split_last() else {
+            continue;
+        };
+        let parents = [base.as_slice(), parents].concat();
+        // Links on the way are followed within the image's root only.
+        super::make_folders(target, &parents, &changes.made())?;
+        let mut path = files::resolve(target, &parents, true)?;
+        if target.kind(&path) != Some(files::Kind::Folder) {
+            return Err(FilesError::NotAFolder(shown(&path)).into());
+        }
+        path.push(name.clone());
+        let meta = changes.apply(item.meta.clone(), &item.shape);
+        target.put(&path, meta, item.shape.clone())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,299 @@
+//! Carrying out a stage's steps: copying, running in the sandbox, layers and their cache.
+//!
+//! Invariants: a step changes files only through the tree it ends with; the same inputs
+//! give the same layers, whatever the folder, the time and the machine; nothing of a
+//! failed step stays.
+
+pub mod layer;
+mod run;
+pub mod state;
+mod steps;
+mod upper;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use kiln_model::instance::{ExitStatus, InstanceNetwork, Resolver};
+use kiln_model::progress::Finish;
+use kiln_model::{Digest, Millis, Progress, ProgressEvent};
+use kiln_runtime::{Runtime, StartError};
+use kiln_store::Store;
+
+use crate::containerfile::Span;
+use crate::context::source::ContextSource;
+use crate::copy::CopyError;
+use crate::copy::archive::ArchiveError;
+use crate::copy::owner::OwnerError;
+use crate::evaluate::{Action, Step};
+use crate::files::FilesError;
+use layer::{LayerError, LayerRef};
+use state::{Files, Key, StepCache};
+
+/// How many of a failed command's last lines are told.
+pub const TOLD_LINES: usize = 30;
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error("{path}")]
+    Archive {
+        path: String,
+        #[source]
+        cause: ArchiveError,
+    },
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
+    #[error(transparent)]
+    Exclude(#[from] crate::context::glob::BadPattern),
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    #[error(transparent)]
+    Upper(#[from] upper::UpperError),
+    #[error("the command {status}{}", last_lines(.lines))]
+    Command {
+        status: ExitStatus,
+        lines: Vec<String>,
+    },
+    #[error("the sandbox can't be started")]
+    Sandbox(#[source] StartError),
+    #[error("the secret `{0}` is required but was not given to the build")]
+    Secret(String),
+    #[error("the secret `{0}` is not text, so it can't be given as a variable")]
+    SecretText(String),
+    #[error("{0} is not supported yet")]
+    Unsupported(String),
+    #[error("can't use {path}")]
+    Scratch {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("the store failed")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the file content {0} is not in the store any more")]
+    Lost(Digest),
+    #[error("there is no build context for this build")]
+    NoContext,
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl ExecError {
+    pub(crate) fn store(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Store(Box::new(cause))
+    }
+}
+
+fn last_lines(lines: &[String]) -> String {
+    if lines.is_empty() {
+        return "; it printed nothing".into();
+    }
+    format!("; its last output:\n  {}", lines.join("\n  "))
+}
+
+/// A failed step with its place.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {span}: {text}")]
+pub struct StepError {
+    pub file: String,
+    pub span: Span,
+    pub text: String,
+    #[source]
+    pub cause: ExecError,
+}
+
+/// What all steps of a build share.
+pub struct Site<'a> {
+    pub store: Arc<Store>,
+    pub runtime: Arc<Runtime>,
+    pub progress: Arc<dyn Progress>,
+    /// The builder's cache folder.
+    pub cache: PathBuf,
+    /// `build <name>`.
+    pub task: String,
+    /// The Containerfile's name, for people.
+    pub file: String,
+    /// SOURCE_DATE_EPOCH: seconds.
+    pub epoch: i64,
+    pub no_cache: bool,
+    pub network: InstanceNetwork,
+    pub resolver: Option<Resolver>,
+    pub hosts: Vec<(std::net::IpAddr, String)>,
+    pub shm_size: Option<u64>,
+    /// By id.
+    pub secrets: &'a BTreeMap<String, Vec<u8>>,
+    pub cancel: &'a AtomicBool,
+    pub context: Option<&'a ContextSource>,
+}
+
+/// Where an instruction's `--from` leads, found out beforehand.
+pub type Find<'a> = dyn Fn(&str, Span) -> Result<Taken, ExecError> + 'a;
+
+/// Files to take from.
+#[derive(Clone)]
+pub enum Taken {
+    Files(Arc<Files>),
+    /// A named context that is a folder.
+    Folder(std::rc::Rc<ContextSource>),
+}
+
+/// A stage while it is built.
+pub struct Building {
+    pub files: Arc<Files>,
+    pub layers: Vec<LayerRef>,
+}
+
+/// What one step came to.
+pub struct Done {
+    pub layer: Option<LayerRef>,
+    pub cached: bool,
+}
+
+impl Site<'_> {
+    /// Carries out one step, or finds that it was carried out before.
+    pub fn step(
+        &self,
+        building: &mut Building,
+        step: &Step,
+        place: (usize, usize),
+        find: &Find<'_>,
+    ) -> Result<Done, Box<StepError>> {
+        let task = format!("{}: {}/{}", self.task, place.0, place.1);
+        self.progress.event(ProgressEvent::Started {
+            task: task.clone(),
+            detail: step.text.clone(),
+        });
+        let begun = Instant::now();
+        let result = self.carry_out(building, step, &task, find);
+        let how = match &result {
+            Ok(done) if done.cached => Finish::Cached,
+            Ok(_) => Finish::Done,
+            Err(cause) => Finish::Failed {
+                cause: cause.to_string(),
+            },
+        };
+        self.progress.event(ProgressEvent::Finished {
+            task,
+            how,
+            took: Millis::from(begun.elapsed()),
+        });
+        result.map_err(|cause| {
+            Box::new(StepError {
+                file: self.file.clone(),
+                span: step.span,
+                text: step.text.clone(),
+                cause,
+            })
+        })
+    }
+
+    fn carry_out(
+        &self,
+        building: &mut Building,
+        step: &Step,
+        task: &str,
+        find: &Find<'_>,
+    ) -> Result<Done, ExecError> {
+        if self.cancel.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(ExecError::Cancelled);
+        }
+        match &step.action {
+            Action::None => Ok(Done {
+                layer: None,
+                cached: false,
+            }),
+            Action::Folder { path, user } => {
+                let mut key = Key::new("folder", &building.files.key);
+                key.field(path.as_bytes()).field(user.as_bytes());
+                key.field(&self.epoch.to_le_bytes());
+                self.cached(building, key.finish(), |site, files| {
+                    site.folder(files, path, user)
+                })
+            }
+            Action::Copy(copy) => {
+                let picked = self.pick(copy, step.span, find)?;
+                let key = self.copy_key(&building.files.key, copy, &picked);
+                self.cached(building, key, |site, files| {
+                    site.place(files, copy, &picked)
+                })
+            }
+            Action::Run(run) => {
+                let mounts = self.mounts(run, step.span, find)?;
+                let key = self.run_key(&building.files.key, run, &mounts);
+                self.cached(building, key, |site, files| {
+                    site.run(files, run, &mounts, task)
+                })
+            }
+        }
+    }
+
+    /// Uses the remembered result of a key, or makes and remembers it.
+    fn cached(
+        &self,
+        building: &mut Building,
+        key: Digest,
+        make: impl FnOnce(&Self, &Files) -> Result<kiln_store::tree::Tree, ExecError>,
+    ) -> Result<Done, ExecError> {
+        let steps = StepCache::new(&self.cache);
+        let known = match self.no_cache {
+            true => None,
+            false => steps.get(&key, &self.store),
+        };
+        if let Some(layer) = known {
+            building.advance(key, layer.clone(), None);
+            return Ok(Done {
+                layer,
+                cached: true,
+            });
+        }
+        let before = building.files.tree(&self.store)?;
+        let after = make(self, &building.files)?;
+        let scratch = self.scratch()?;
+        let layer = layer::write(&before, &after, &self.store, &scratch)?;
+        steps
+            .put(&key, layer.clone())
+            .map_err(|cause| ExecError::Scratch {
+                path: self.cache.join("steps"),
+                cause,
+            })?;
+        building.advance(key, layer.clone(), Some(after));
+        Ok(Done {
+            layer,
+            cached: false,
+        })
+    }
+
+    /// A folder for temporary files, on the store's disk.
+    pub(crate) fn scratch(&self) -> Result<PathBuf, ExecError> {
+        let path = self.cache.join("run");
+        match std::fs::create_dir_all(&path) {
+            Ok(()) => Ok(path),
+            Err(cause) => Err(ExecError::Scratch { path, cause }),
+        }
+    }
+}
+
+impl Building {
+    fn advance(
+        &mut self,
+        key: Digest,
+        layer: Option<LayerRef>,
+        tree: Option<kiln_store::tree::Tree>,
+    ) {
+        self.files = match (tree, &layer) {
+            (Some(tree), _) => Files::given(key, tree),
+            (None, Some(layer)) => Files::layer(key, self.files.clone(), layer.digest),
+            // Nothing changed, but what comes next may still depend on it.
+            (None, None) => self.files.clone(),
+        };
+        self.layers.extend(layer);
+    }
+}

@@ -1,0 +1,186 @@
+//! A stage's files between two steps: known by a key before they are known as a tree.
+//!
+//! A key says how the files came to be: base image, then each step with everything it
+//! read. Trees are loaded or made only where a step really has to be carried out, so
+//! that a build in which nothing changed touches no tree at all.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use kiln_model::instance::TreePaths;
+use kiln_model::{Digest, Hasher};
+use kiln_oci::blob::BlobWrite;
+use kiln_store::Store;
+use kiln_store::tree::Tree;
+use serde::{Deserialize, Serialize};
+
+use super::ExecError;
+use super::layer::LayerRef;
+
+const FORMAT: u32 = 1;
+
+/// Files known by their key.
+pub struct Files {
+    pub key: Digest,
+    recipe: Recipe,
+    tree: OnceLock<Arc<Tree>>,
+    written: OnceLock<Digest>,
+}
+
+enum Recipe {
+    Empty,
+    /// A tree of the store.
+    Written(Digest),
+    /// One layer more than these.
+    Layer {
+        below: Arc<Files>,
+        blob: Digest,
+    },
+    /// Given at birth.
+    Given,
+}
+
+impl Files {
+    fn new(key: Digest, recipe: Recipe) -> Arc<Self> {
+        Arc::new(Self {
+            key,
+            recipe,
+            tree: OnceLock::new(),
+            written: OnceLock::new(),
+        })
+    }
+
+    pub fn empty() -> Arc<Self> {
+        Self::new(Digest::of("kiln: no files"), Recipe::Empty)
+    }
+
+    /// An image's: `manifest` is the key.
+    pub fn image(manifest: Digest, tree: Digest) -> Arc<Self> {
+        Self::new(manifest, Recipe::Written(tree))
+    }
+
+    pub fn layer(key: Digest, below: Arc<Files>, blob: Digest) -> Arc<Self> {
+        Self::new(key, Recipe::Layer { below, blob })
+    }
+
+    pub fn given(key: Digest, tree: Tree) -> Arc<Self> {
+        let files = Self::new(key, Recipe::Given);
+        let _ = files.tree.set(Arc::new(tree));
+        files
+    }
+
+    pub fn tree(&self, store: &Store) -> Result<Arc<Tree>, ExecError> {
+        if let Some(tree) = self.tree.get() {
+            return Ok(tree.clone());
+        }
+        let tree = match &self.recipe {
+            Recipe::Empty | Recipe::Given => Tree::new(),
+            Recipe::Written(digest) => store.load_tree(digest).map_err(ExecError::store)?,
+            Recipe::Layer { below, blob } => {
+                let below = below.tree(store)?;
+                store
+                    .layer_tree(&below, blob, None)
+                    .map_err(ExecError::store)?
+            }
+        };
+        Ok(self.tree.get_or_init(|| Arc::new(tree)).clone())
+    }
+
+    /// The tree as something that can be mounted.
+    pub fn mountable(&self, store: &Store) -> Result<TreePaths, ExecError> {
+        let digest = match (&self.recipe, self.written.get()) {
+            (Recipe::Written(digest), _) => *digest,
+            (_, Some(digest)) => *digest,
+            _ => {
+                let digest = store
+                    .write_tree(&*self.tree(store)?)
+                    .map_err(ExecError::store)?;
+                *self.written.get_or_init(|| digest)
+            }
+        };
+        Ok(store.tree_paths(&digest))
+    }
+}
+
+/// Builds a step's key.
+pub struct Key(Hasher);
+
+impl Key {
+    /// `what` tells kinds of steps apart.
+    pub fn new(what: &str, before: &Digest) -> Self {
+        let mut key = Self(Hasher::new());
+        key.field(b"kiln step 1")
+            .field(what.as_bytes())
+            .field(before.as_bytes());
+        key
+    }
+
+    pub fn field(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.update(&(bytes.len() as u64).to_le_bytes());
+        self.0.update(bytes);
+        self
+    }
+
+    pub fn debug(&mut self, value: &impl std::fmt::Debug) -> &mut Self {
+        self.field(format!("{value:?}").as_bytes())
+    }
+
+    pub fn hasher(&mut self) -> &mut Hasher {
+        &mut self.0
+    }
+
+    pub fn finish(self) -> Digest {
+        self.0.finish()
+    }
+}
+
+/// What is remembered of a step.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    format: u32,
+    layer: Option<LayerRef>,
+}
+
+/// The steps' results: `cache/steps/<key>.json`. A result whose layer has left the store
+/// counts as unknown.
+pub struct StepCache {
+    folder: PathBuf,
+}
+
+impl StepCache {
+    pub fn new(cache: &Path) -> Self {
+        Self {
+            folder: cache.join("steps"),
+        }
+    }
+
+    fn path(&self, key: &Digest) -> PathBuf {
+        self.folder.join(format!("{}.json", key.hex()))
+    }
+
+    /// `None`: unknown; `Some(None)`: known to change nothing.
+    pub fn get(&self, key: &Digest, store: &Store) -> Option<Option<LayerRef>> {
+        let bytes = fs::read(self.path(key)).ok()?;
+        let record: Record = serde_json::from_slice(&bytes).ok()?;
+        let known = record.format == FORMAT
+            && match &record.layer {
+                Some(layer) => store.contains(&layer.digest).unwrap_or(false),
+                None => true,
+            };
+        known.then_some(record.layer)
+    }
+
+    pub fn put(&self, key: &Digest, layer: Option<LayerRef>) -> io::Result<()> {
+        fs::create_dir_all(&self.folder)?;
+        let record = Record {
+            format: FORMAT,
+            layer,
+        };
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
+        io::Write::write_all(&mut file, &serde_json::to_vec(&record)?)?;
+        file.persist(self.path(key)).map_err(|e| e.error)?;
+        Ok(())
+    }
+}

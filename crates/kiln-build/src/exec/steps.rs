@@ -1,0 +1,238 @@
+//! COPY, ADD and WORKDIR.
+
+use std::fs;
+use std::io;
+
+use kiln_model::Digest;
+use kiln_store::tree::Tree;
+
+use super::state::{Files, Key};
+use super::{ExecError, Find, Site, Taken};
+use crate::containerfile::{Source as Named, Span};
+use crate::context::ignore::Patterns;
+use crate::copy::archive;
+use crate::copy::owner::{self, MAX_ACCOUNTS, Owner};
+use crate::copy::{self, Changes, Item, Picked};
+use crate::evaluate::CopyAction;
+use crate::files::{self, Meta, Names, Shape, Source};
+use crate::rootfs::Rootfs;
+
+/// Mode of a heredoc's file, as docker has it.
+const INLINE_MODE: u32 = 0o644;
+
+impl Site<'_> {
+    /// Finds what a COPY or ADD names.
+    pub(super) fn pick(
+        &self,
+        action: &CopyAction,
+        span: Span,
+        find: &Find<'_>,
+    ) -> Result<Vec<Picked>, ExecError> {
+        let exclude = Patterns::new(action.exclude.iter().map(String::as_str))?;
+        let taken = match &action.from {
+            Some(from) => Some(find(from, span)?),
+            None => None,
+        };
+        let mut all = Vec::new();
+        for named in &action.sources {
+            match named {
+                Named::Inline { name, content, .. } => all.push(self.inline(name, content)?),
+                Named::Path(pattern) => {
+                    let parents = action.parents;
+                    all.extend(match &taken {
+                        None => {
+                            let context = self.context.ok_or(ExecError::NoContext)?;
+                            copy::pick(context, pattern, &exclude, parents)?
+                        }
+                        Some(Taken::Folder(context)) => {
+                            copy::pick(&**context, pattern, &exclude, parents)?
+                        }
+                        Some(Taken::Files(files)) => {
+                            let rootfs = self.rootfs(files)?;
+                            copy::pick(&rootfs, pattern, &exclude, parents)?
+                        }
+                    });
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    pub(super) fn rootfs(&self, files: &Files) -> Result<Rootfs, ExecError> {
+        Ok(Rootfs {
+            tree: (*files.tree(&self.store)?).clone(),
+            store: self.store.clone(),
+        })
+    }
+
+    fn inline(&self, name: &str, content: &str) -> Result<Picked, ExecError> {
+        let put = self.store.put_object(&mut content.as_bytes());
+        let (digest, size) = put.map_err(ExecError::store)?;
+        Ok(Picked {
+            name: name.as_bytes().to_vec(),
+            items: vec![Item {
+                path: Names::new(),
+                meta: Meta {
+                    mode: INLINE_MODE,
+                    ..Meta::default()
+                },
+                shape: Shape::File { digest, size },
+            }],
+            parents: false,
+        })
+    }
+
+    /// Says whether files come from another stage or image: their times are kept.
+    fn foreign(action: &CopyAction) -> bool {
+        action.from.is_some()
+    }
+
+    pub(super) fn copy_key(
+        &self,
+        before: &Digest,
+        action: &CopyAction,
+        picked: &[Picked],
+    ) -> Digest {
+        let mut key = Key::new("copy", before);
+        key.field(action.destination.as_bytes())
+            .debug(&action.chown)
+            .debug(&action.chmod)
+            .debug(&(
+                action.unpack,
+                Self::foreign(action),
+                self.epoch,
+                picked.len(),
+            ));
+        for picked in picked {
+            picked.hash_into(key.hasher());
+        }
+        key.finish()
+    }
+
+    pub(super) fn place(
+        &self,
+        files: &Files,
+        action: &CopyAction,
+        picked: &[Picked],
+    ) -> Result<Tree, ExecError> {
+        let mut target = self.rootfs(files)?;
+        let owner = match &action.chown {
+            Some(text) => Some(self.account(&target, text, true)?.owner),
+            None => None,
+        };
+        // What comes from the host belongs to root and has no time of its own; what comes
+        // from another stage or image keeps both.
+        let changes = Changes {
+            owner: match Self::foreign(action) {
+                true => owner,
+                false => owner.or(Some(Owner::default())),
+            },
+            mode: action.chmod.clone(),
+            mtime: (!Self::foreign(action)).then_some(self.epoch),
+            made: self.epoch,
+        };
+        for picked in picked {
+            if action.unpack && self.unpack(&mut target, action, picked, owner)? {
+                continue;
+            }
+            copy::place(&mut target, picked, &action.destination, &changes)?;
+        }
+        Ok(target.tree)
+    }
+
+    pub(super) fn account(
+        &self,
+        target: &Rootfs,
+        text: &str,
+        same_group: bool,
+    ) -> Result<owner::Account, ExecError> {
+        let passwd = target.text("/etc/passwd", MAX_ACCOUNTS)?;
+        let group = target.text("/etc/group", MAX_ACCOUNTS)?;
+        Ok(owner::lookup(text, &passwd, &group, same_group)?)
+    }
+
+    /// Unpacks a file that is an archive; false: it is none.
+    fn unpack(
+        &self,
+        target: &mut Rootfs,
+        action: &CopyAction,
+        picked: &Picked,
+        owner: Option<Owner>,
+    ) -> Result<bool, ExecError> {
+        let [
+            Item {
+                shape: Shape::File { digest, .. },
+                ..
+            },
+        ] = picked.items.as_slice()
+        else {
+            return Ok(false);
+        };
+        let content = self.store.open_object(digest).map_err(ExecError::store)?;
+        let content = content.ok_or(ExecError::Lost(*digest))?;
+        let mut sink =
+            |reader: &mut dyn io::Read| self.store.put_object(reader).map_err(io::Error::other);
+        let entries = archive::read(content, &mut sink).map_err(|cause| ExecError::Archive {
+            path: String::from_utf8_lossy(&picked.name).into_owned(),
+            cause,
+        })?;
+        let Some(mut entries) = entries else {
+            return Ok(false);
+        };
+        if self.epoch > 0 {
+            for entry in &mut entries {
+                entry.meta.mtime = entry.meta.mtime.min(self.epoch);
+            }
+        }
+        let changes = Changes {
+            owner,
+            mode: None,
+            mtime: None,
+            made: self.epoch,
+        };
+        archive::place(target, &entries, &action.destination, &changes)?;
+        Ok(true)
+    }
+
+    /// WORKDIR: the folder, made with its parents if it is missing.
+    pub(super) fn folder(&self, files: &Files, path: &str, user: &str) -> Result<Tree, ExecError> {
+        let mut target = self.rootfs(files)?;
+        let owner = match user {
+            "" => Owner::default(),
+            user => self.account(&target, user, false)?.owner,
+        };
+        let meta = Meta {
+            mode: 0o755,
+            uid: owner.uid,
+            gid: owner.gid,
+            mtime: self.epoch,
+            ..Meta::default()
+        };
+        copy::make_folders(&mut target, &files::names(path.as_bytes()), &meta)?;
+        Ok(target.tree)
+    }
+
+    /// The parts of a path that aren't in the files: mount points that must be made.
+    pub(super) fn missing(target: &Rootfs, path: &str) -> Result<Vec<Vec<u8>>, ExecError> {
+        let names = files::names(path.as_bytes());
+        let mut missing = Vec::new();
+        for depth in 1..=names.len() {
+            let real = files::resolve(target, &names[..depth], true)?;
+            if target.kind(&real).is_none() {
+                missing.push(real.join(&b'/'));
+            }
+        }
+        Ok(missing)
+    }
+
+    /// A folder of the cache, made if it is missing.
+    pub(super) fn cache_folder(&self, parts: &[&str]) -> Result<std::path::PathBuf, ExecError> {
+        let mut path = self.cache.clone();
+        path.extend(parts);
+        fs::create_dir_all(&path).map_err(|cause| ExecError::Scratch {
+            path: path.clone(),
+            cause,
+        })?;
+        Ok(path)
+    }
+}

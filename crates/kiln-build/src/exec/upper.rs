@@ -1,0 +1,266 @@
+//! What a RUN has written into its overlay's upper folder, taken into the stage's tree:
+//! without the traces of the sandbox, of this machine and of the time it ran at.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
+use kiln_store::Store;
+use kiln_store::tree::{Tree, TreeEditError};
+
+use crate::files::{Meta, Shape};
+use crate::rootfs::node;
+
+/// Longest list of extended attribute names, and longest value, in bytes (Linux).
+const XATTR_BYTES: usize = 64 << 10;
+
+/// Why a RUN's changes can't be taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum UpperError {
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    #[error("can't read {path}, which the command wrote")]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("can't keep {path}, which the command wrote")]
+    Keep {
+        path: PathBuf,
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error(transparent)]
+    Tree(#[from] TreeEditError),
+}
+
+/// When a step ran and what times become. Seconds since the epoch.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    pub begun: i64,
+    pub ended: i64,
+    /// SOURCE_DATE_EPOCH.
+    pub epoch: i64,
+}
+
+impl Times {
+    /// A time the step itself made becomes the epoch; one that was set on purpose (by tar,
+    /// dpkg, touch -d) is kept, but never later than an epoch that was asked for.
+    fn settle(&self, mtime: i64) -> i64 {
+        if (self.begun..=self.ended).contains(&mtime) {
+            return self.epoch;
+        }
+        match self.epoch {
+            0 => mtime,
+            epoch => mtime.min(epoch),
+        }
+    }
+}
+
+/// Takes the changes in `upper` into `tree`. `made`: paths that were not in the tree and
+/// are mount points of the sandbox.
+pub fn take(
+    tree: &mut Tree,
+    upper: &Path,
+    store: &Store,
+    times: Times,
+    made: &[Vec<u8>],
+) -> Result<(), UpperError> {
+    let mut links: BTreeMap<(u64, u64), Vec<u8>> = BTreeMap::new();
+    for Change { path, kind } in scan_upper(upper)? {
+        let name = path.as_os_str().as_bytes();
+        if is_sandbox(name) || (kind != ChangeKind::Deleted && is_trace(name)) {
+            continue;
+        }
+        match kind {
+            ChangeKind::Deleted => {
+                tree.remove(name)?;
+                continue;
+            }
+            ChangeKind::Dir { opaque: true } => tree.clear(name)?,
+            ChangeKind::Dir { opaque: false } | ChangeKind::File => {}
+        }
+        let full = upper.join(&path);
+        let read = |cause| UpperError::Read {
+            path: path.clone(),
+            cause,
+        };
+        let stat = fs::symlink_metadata(&full).map_err(read)?;
+        let inode = (stat.dev(), stat.ino());
+        if !stat.is_dir() && stat.nlink() > 1 {
+            if let Some(first) = links.get(&inode) {
+                tree.link(name, first)?;
+                continue;
+            }
+            links.insert(inode, name.to_vec());
+        }
+        let shape = shape(&full, &stat, store, &path)?;
+        let meta = Meta {
+            mode: stat.mode() & 0o7777,
+            uid: stat.uid(),
+            gid: stat.gid(),
+            mtime: times.settle(stat.mtime()),
+            xattrs: xattrs(&full).map_err(read)?,
+        };
+        tree.insert(name, node(meta, shape))?;
+    }
+    sweep(tree, made)
+}
+
+/// Removes mount points that are only there because something was mounted on them.
+fn sweep(tree: &mut Tree, made: &[Vec<u8>]) -> Result<(), UpperError> {
+    for path in made.iter().rev() {
+        let empty = match tree.get(path) {
+            None => false,
+            Some(node) if node.is_dir() => tree
+                .children(path)
+                .is_ok_and(|mut children| children.next().is_none()),
+            Some(node) => matches!(node.kind, kiln_store::tree::Kind::File { size: 0, .. }),
+        };
+        if empty {
+            tree.remove(path)?;
+        }
+    }
+    Ok(())
+}
+
+fn shape(
+    full: &Path,
+    stat: &fs::Metadata,
+    store: &Store,
+    path: &Path,
+) -> Result<Shape, UpperError> {
+    let read = |cause| UpperError::Read {
+        path: path.to_owned(),
+        cause,
+    };
+    let kind = stat.file_type();
+    Ok(if kind.is_dir() {
+        Shape::Folder
+    } else if kind.is_symlink() {
+        let target = fs::read_link(full).map_err(read)?;
+        Shape::Link(target.as_os_str().as_bytes().to_vec())
+    } else if kind.is_fifo() {
+        Shape::Fifo
+    } else if kind.is_socket() {
+        Shape::Socket
+    } else if kind.is_char_device() || kind.is_block_device() {
+        Shape::Device {
+            block: kind.is_block_device(),
+            rdev: stat.rdev(),
+        }
+    } else {
+        let mut file = fs::File::open(full).map_err(read)?;
+        let (digest, size) = store
+            .put_object(&mut file)
+            .map_err(|cause| UpperError::Keep {
+                path: path.to_owned(),
+                cause: Box::new(cause),
+            })?;
+        Shape::File { digest, size }
+    })
+}
+
+/// An entry's extended attributes; the overlay's own are no part of the image.
+fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    let mut names = vec![0_u8; XATTR_BYTES];
+    let length = match rustix::fs::llistxattr(path, names.as_mut_slice()) {
+        Ok(length) => length,
+        Err(rustix::io::Errno::OPNOTSUPP) => return Ok(found),
+        Err(e) => return Err(e.into()),
+    };
+    let mut value = vec![0_u8; XATTR_BYTES];
+    for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+        if name.starts_with(b"trusted.") || name == b"security.selinux" {
+            continue;
+        }
+        match rustix::fs::lgetxattr(path, name, value.as_mut_slice()) {
+            Ok(length) => {
+                found.insert(name.to_vec(), value[..length].to_vec());
+            }
+            Err(rustix::io::Errno::NODATA) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(found)
+}
+
+/// What the runtime puts into every sandbox.
+fn is_sandbox(path: &[u8]) -> bool {
+    let within = [&b"dev/"[..], b"proc/", b"sys/"];
+    let files = [
+        &b"etc/resolv.conf"[..],
+        b"etc/hosts",
+        b"etc/hostname",
+        b".dockerenv",
+    ];
+    within.iter().any(|folder| path.starts_with(folder)) || files.contains(&path)
+}
+
+/// What Debian's tools leave behind and differs each time: it stays as it was before.
+fn is_trace(path: &[u8]) -> bool {
+    const FILES: [&[u8]; 22] = [
+        b"var/log/dpkg.log",
+        b"var/log/alternatives.log",
+        b"var/log/bootstrap.log",
+        b"var/log/fontconfig.log",
+        b"var/log/lastlog",
+        b"var/log/faillog",
+        b"var/cache/ldconfig/aux-cache",
+        b"var/cache/apt/pkgcache.bin",
+        b"var/cache/apt/srcpkgcache.bin",
+        b"var/cache/debconf/config.dat-old",
+        b"var/cache/debconf/passwords.dat-old",
+        b"var/cache/debconf/templates.dat-old",
+        b"var/lib/dpkg/available-old",
+        b"var/lib/dpkg/diversions-old",
+        b"var/lib/dpkg/status-old",
+        b"var/lib/dpkg/statoverride-old",
+        b"var/lib/dpkg/lock",
+        b"var/lib/dpkg/lock-frontend",
+        b"var/lib/dbus/machine-id",
+        b"var/lib/systemd/random-seed",
+        b"etc/machine-id",
+        b"etc/.pwd.lock",
+    ];
+    const BACKUPS: [&[u8]; 6] = [
+        b"etc/passwd-",
+        b"etc/group-",
+        b"etc/shadow-",
+        b"etc/gshadow-",
+        b"etc/subuid-",
+        b"etc/subgid-",
+    ];
+    FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_the_step_become_the_epoch_and_others_stay() {
+        let times = |epoch| Times {
+            begun: 1000,
+            ended: 1010,
+            epoch,
+        };
+        for (epoch, mtime, expected) in [
+            (0, 1000, 0),
+            (0, 1010, 0),
+            (0, 999, 999),
+            (0, 5000, 5000),
+            (500, 1005, 500),
+            (500, 999, 500),
+            (500, 3, 3),
+        ] {
+            assert_eq!(times(epoch).settle(mtime), expected, "{epoch} {mtime}");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The checks of `x-kiln.test`, from within the instance's network and files.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use kiln_model::instance::ObservedState;
+use kiln_model::spec::Check;
+use kiln_model::{InstanceId, Millis};
+use kiln_runtime::{ExecIo, ExecSpec, Runtime};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+/// An answer or a file is read up to this many bytes.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// For people.
+pub fn shown(check: &Check) -> String {
+    match check {
+        Check::Http { port, path, .. } => format!("http :{port}{path}"),
+        Check::Tcp { port } => format!("tcp :{port}"),
+        Check::Exec { command, .. } => format!("exec {}", command.join(" ")),
+        Check::File { path, .. } => format!("file {path}"),
+    }
+}
+
+/// Tries a check once; the error says what was found instead.
+pub fn run(runtime: &Runtime, id: &InstanceId, check: &Check) -> Result<(), String> {
+    match check {
+        Check::Tcp { port } => dial(runtime, id, *port).map(|_| ()),
+        Check::Http {
+            port,
+            path,
+            status,
+            body,
+        } => http(runtime, id, *port, path, *status, body.as_deref()),
+        Check::Exec {
+            command: argv,
+            exit,
+            output,
+        } => command(
+            runtime,
+            id,
+            argv,
+            *exit,
+            output.as_deref(),
+            Millis::from(ATTEMPT),
+        ),
+        Check::File {
+            path,
+            exists,
+            contains,
+            mode,
+        } => file(runtime, id, path, *exists, contains.as_deref(), *mode),
+    }
+}
+
+fn dial(runtime: &Runtime, id: &InstanceId, port: u16) -> Result<std::net::TcpStream, String> {
+    let stream = runtime
+        .dial(id, port)
+        .map_err(|e| format!("can't connect to port {port}: {e}"))?;
+    let limited = stream
+        .set_read_timeout(Some(ATTEMPT))
+        .and_then(|()| stream.set_write_timeout(Some(ATTEMPT)));
+    limited.map_err(|e| e.to_string())?;
+    Ok(stream)
+}
+
+fn http(
+    runtime: &Runtime,
+    id: &InstanceId,
+    port: u16,
+    path: &str,
+    status: u16,
+    body: Option<&str>,
+) -> Result<(), String> {
+    let mut stream = dial(runtime, id, port)?;
+    // HTTP/1.0: the answer ends with the connection and is in one piece.
+    let request = format!(
+        "GET {path} HTTP/1.0\r\nHost: localhost\r\nUser-Agent: kiln\r\nAccept: */*\r\n\r\n"
+    );
+    stream
+        .write_all(request.as_bytes())
+        .map_err(|e| e.to_string())?;
+    let mut answer = Vec::new();
+    let read = stream.take(MAX_ANSWER).read_to_end(&mut answer);
+    let (found, content) = answered(&answer).ok_or_else(|| match read {
+        Err(e) => format!("no HTTP answer: {e}"),
+        Ok(_) => "no HTTP answer".to_owned(),
+    })?;
+    if found != status {
+        return Err(format!("status {found} instead of {status}"));
+    }
+    match body {
+        Some(wanted) if !String::from_utf8_lossy(content).contains(wanted) => {
+            Err(format!("the body doesn't contain `{wanted}`"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Status and body of an answer.
+fn answered(answer: &[u8]) -> Option<(u16, &[u8])> {
+    let head_end = answer.windows(4).position(|w| w == b"\r\n\r\n")?;
+    let head = std::str::from_utf8(&answer[..head_end]).ok()?;
+    let line = head.lines().next()?;
+    let status = line.strip_prefix("HTTP/1.")?.get(2..5)?.parse().ok()?;
+    Some((status, &answer[head_end + 4..]))
+}
+
+/// Runs a command in the instance.
+pub fn command(
+    runtime: &Runtime,
+    id: &InstanceId,
+    argv: &[String],
+    exit: i32,
+    output: Option<&str>,
+    timeout: Millis,
+) -> Result<(), String> {
+    let text = |e: std::io::Error| e.to_string();
+    let mut out = tempfile::tempfile().map_err(text)?;
+    let io = ExecIo {
+        stdin: OwnedFd::from(File::open("/dev/null").map_err(text)?),
+        stdout: OwnedFd::from(out.try_clone().map_err(text)?),
+        stderr: OwnedFd::from(out.try_clone().map_err(text)?),
+    };
+    let spec = ExecSpec {
+        argv: argv.to_vec(),
+        timeout: Some(timeout),
+        ..ExecSpec::default()
+    };
+    let status = runtime.exec(id, &spec, io).map_err(|e| e.to_string())?;
+    let mut said = Vec::new();
+    out.rewind().map_err(text)?;
+    out.take(MAX_ANSWER).read_to_end(&mut said).map_err(text)?;
+    let said = String::from_utf8_lossy(&said);
+    if status != kiln_model::instance::ExitStatus::Code(exit) {
+        return Err(format!("`{}` {status}: {}", argv.join(" "), said.trim()));
+    }
+    match output {
+        Some(wanted) if !said.contains(wanted) => Err(format!(
+            "the output doesn't contain `{wanted}`: {}",
+            said.trim()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Looks at a file as the instance sees it; links lead nowhere outside its root.
+fn file(
+    runtime: &Runtime,
+    id: &InstanceId,
+    path: &str,
+    exists: bool,
+    contains: Option<&str>,
+    mode: Option<u32>,
+) -> Result<(), String> {
+    let Some(ObservedState::Running { pid, .. }) = runtime.observe(id).map(|o| o.state) else {
+        return Err("the program doesn't run any more".into());
+    };
+    let root = rustix::fs::open(
+        format!("/proc/{pid}/root"),
+        OFlags::PATH | OFlags::DIRECTORY,
+        Mode::empty(),
+    );
+    let root = root.map_err(|e| e.to_string())?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+    let file = match (opened, exists) {
+        (Ok(_), false) => return Err("it exists".into()),
+        (Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR), false) => return Ok(()),
+        (Err(e), _) => return Err(e.to_string()),
+        (Ok(file), true) => File::from(file),
+    };
+    let meta = file.metadata().map_err(|e| e.to_string())?;
+    let found = meta.permissions().mode() & 0o7777;
+    if let Some(mode) = mode
+        && mode != found
+    {
+        return Err(format!("its mode is {found:04o}, not {mode:04o}"));
+    }
+    let Some(wanted) = contains else {
+        return Ok(());
+    };
+    let mut content = Vec::new();
+    file.take(MAX_ANSWER)
+        .read_to_end(&mut content)
+        .map_err(|e| e.to_string())?;
+    match String::from_utf8_lossy(&content).contains(wanted) {
+        true => Ok(()),
+        false => Err(format!("it doesn't contain `{wanted}`")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_read_or_refused() {
+        let answer = b"HTTP/1.1 404 Not Found\r\nX: y\r\n\r\nbody";
+        assert_eq!(answered(answer), Some((404, &b"body"[..])));
+        for bad in [
+            &b"HTTP/1.1 200 OK\r\n"[..],
+            b"SSH-2.0\r\n\r\n",
+            b"HTTP/1.1 xx\r\n\r\n",
+            b"",
+        ] {
+            assert_eq!(answered(bad), None);
+        }
+    }
+}

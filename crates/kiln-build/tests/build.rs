@@ -1,0 +1,481 @@
+//! Whole builds: real folders, a real store, and (as root) real sandboxes.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_build::test::{Outcome, TestRequest, Tester};
+use kiln_model::instance::{InstanceLimits, InstanceNetwork, InstanceSecurity};
+use kiln_model::progress::Finish;
+use kiln_model::spec::{Build, Check, HealthTest, Healthcheck};
+use kiln_model::{Digest, Millis, Progress, ProgressEvent};
+use kiln_runtime::{Runtime, RuntimeConfig};
+use kiln_store::Store;
+use kiln_store::tree::{Kind, Tree};
+
+/// Remembers every event.
+#[derive(Default)]
+struct Seen(Mutex<Vec<ProgressEvent>>);
+
+impl Progress for Seen {
+    fn event(&self, event: ProgressEvent) {
+        self.0.lock().unwrap().push(event);
+    }
+}
+
+impl Seen {
+    /// How many steps came from the cache, and how many were carried out.
+    fn counts(&self) -> (usize, usize) {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let count = |wanted: Finish| {
+            let is = |e: &&ProgressEvent| matches!(e, ProgressEvent::Finished { how, .. } if *how == wanted);
+            events.iter().filter(is).count()
+        };
+        (count(Finish::Cached), count(Finish::Done))
+    }
+}
+
+struct World {
+    root: tempfile::TempDir,
+    builder: Builder,
+    seen: Arc<Seen>,
+}
+
+fn shim() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("kiln-shim")
+}
+
+/// False, and a word about it, where sandboxes can't be made.
+fn sandboxes() -> bool {
+    let root = fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0);
+    let why = match (root, shim().exists()) {
+        (true, true) => return true,
+        (false, _) => "needs root",
+        (true, false) => "needs kiln-shim: cargo build -p kiln-runtime",
+    };
+    assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "{why}");
+    eprintln!("SKIPPED: {why}");
+    false
+}
+
+fn world() -> World {
+    let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let runtime = Runtime::open(RuntimeConfig {
+        root: root.path().to_owned(),
+        shim: vec![shim().into()],
+    });
+    let seen = Arc::new(Seen::default());
+    let builder = Builder {
+        store: Arc::new(Store::open(root.path()).unwrap()),
+        runtime: Arc::new(runtime.unwrap()),
+        progress: seen.clone(),
+        cache: root.path().join("cache"),
+    };
+    World {
+        root,
+        builder,
+        seen,
+    }
+}
+
+impl World {
+    fn build(&self, context: &Path, file: &str) -> Result<Digest, String> {
+        self.build_with(context, file, |_| {})
+    }
+
+    fn build_with(
+        &self,
+        context: &Path,
+        file: &str,
+        change: impl FnOnce(&mut BuildRequest),
+    ) -> Result<Digest, String> {
+        let mut request = BuildRequest {
+            build: Build {
+                context: context.to_owned(),
+                inline: Some(file.to_owned()),
+                ..Build::default()
+            },
+            name: "app".into(),
+            platform: kiln_oci::platform::host_platform(),
+            secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
+            network: InstanceNetwork::Isolated,
+            resolver: None,
+            epoch: 0,
+            cancel: Arc::new(AtomicBool::new(false)),
+        };
+        change(&mut request);
+        let prepared = prepare(request).map_err(|e| chain(&e))?;
+        self.builder
+            .carry_out(&prepared, &BTreeMap::new())
+            .map_err(|e| chain(&e))
+    }
+
+    fn tree(&self, manifest: &Digest) -> Tree {
+        let image = self.builder.store.image(manifest).unwrap().unwrap();
+        self.builder.store.load_tree(&image.tree).unwrap()
+    }
+
+    fn text(&self, manifest: &Digest, path: &str) -> String {
+        match &self
+            .tree(manifest)
+            .get(path)
+            .unwrap_or_else(|| panic!("{path}"))
+            .kind
+        {
+            Kind::File { digest, .. } => {
+                let path = self.builder.store.object_path(digest);
+                fs::read_to_string(path).unwrap()
+            }
+            other => panic!("{path}: {other:?}"),
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}
+
+fn context(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (path, text) in files {
+        let path = folder.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+const FILES: [(&str, &str); 4] = [("a", "1"), ("d/b", "2"), ("d/c/e", "3"), ("x.log", "no")];
+
+#[test]
+fn the_same_content_gives_the_same_image_wherever_and_whenever() {
+    let text = "FROM scratch AS one\nCOPY d /d/\nFROM one\nCOPY --chmod=0600 a /etc/a\n\
+                WORKDIR /srv/app\nENV A=b\nCMD [\"/x\"]\nADD --chown=5:6 d ./";
+    let first = context(&FILES);
+    let one = world();
+    let digest = one.build(first.path(), text).unwrap();
+    assert_eq!(one.text(&digest, "srv/app/c/e"), "3");
+    let tree = one.tree(&digest);
+    let meta = &tree.get("etc/a").unwrap().meta;
+    assert_eq!((meta.mode, meta.mtime.seconds), (0o600, 0));
+    assert_eq!(tree.get("srv/app/b").unwrap().meta.uid, 5);
+    assert_eq!(one.seen.counts(), (0, 4));
+    assert_eq!(one.build(first.path(), text).unwrap(), digest);
+    assert_eq!(
+        one.seen.counts(),
+        (4, 0),
+        "nothing changed, so nothing is done"
+    );
+
+    // Another folder, another order, other times, another root.
+    let mut files = FILES;
+    files.reverse();
+    let second = context(&files);
+    Command::new("touch")
+        .args(["-d", "2001-02-03"])
+        .arg(second.path().join("a"))
+        .status()
+        .unwrap();
+    assert_eq!(world().build(second.path(), text).unwrap(), digest);
+    assert_eq!(one.build(second.path(), text).unwrap(), digest);
+    assert_eq!(
+        one.seen.counts(),
+        (4, 0),
+        "by content, not by place and time"
+    );
+
+    fs::write(first.path().join("a"), "changed").unwrap();
+    assert_ne!(one.build(first.path(), text).unwrap(), digest);
+    assert_eq!(
+        one.seen.counts(),
+        (1, 3),
+        "what stands before the change is kept"
+    );
+    fs::write(first.path().join("a"), "1").unwrap();
+    assert_eq!(one.build(first.path(), text).unwrap(), digest);
+}
+
+#[test]
+fn only_what_is_needed_is_built_and_read() {
+    let folder = context(&FILES);
+    fs::write(folder.path().join(".dockerignore"), "*.log\n").unwrap();
+    let world = world();
+    let text = "FROM scratch AS unused\nCOPY missing /\nFROM scratch\nCOPY . /all/";
+    let digest = world.build(folder.path(), text).unwrap();
+    let tree = world.tree(&digest);
+    assert!(tree.get("all/a").is_some() && tree.get("all/x.log").is_none());
+    let target = |r: &mut BuildRequest| r.build.target = Some("unused".into());
+    let told = world.build_with(folder.path(), text, target).unwrap_err();
+    assert_eq!(
+        told,
+        "dockerfile_inline: line 2: COPY missing /: /missing: not found"
+    );
+    let told = world
+        .build(folder.path(), "FROM scratch\nCOPY x.log /")
+        .unwrap_err();
+    assert!(told.contains("/x.log: not found"), "{told}");
+    let told = world.build(folder.path(), "FROM nope\nRUN x").unwrap_err();
+    assert!(told.contains("image nope"), "{told}");
+}
+
+/// A context with Debian's static busybox, and a Containerfile's first lines with it.
+fn busybox() -> (tempfile::TempDir, String) {
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox");
+    let program = kept.join("bin/busybox");
+    if !program.exists() {
+        fs::create_dir_all(&kept).unwrap();
+        let script = "apt-get download busybox-static >&2 && dpkg-deb -x busybox-static_*.deb .";
+        let mut fetch = Command::new("sh");
+        fetch.args(["-c", script]).current_dir(&kept);
+        assert!(fetch.status().unwrap().success());
+        if !program.exists() {
+            fs::create_dir_all(program.parent().unwrap()).unwrap();
+            fs::copy(kept.join("usr/bin/busybox"), &program).unwrap();
+        }
+    }
+    let folder = context(&[("f", "from context")]);
+    fs::copy(program, folder.path().join("busybox")).unwrap();
+    let busybox = folder.path().join("busybox");
+    fs::set_permissions(busybox, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = "FROM scratch AS base\nCOPY busybox /bin/busybox\n\
+                RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n\
+                COPY <<E /etc/passwd\nroot:x:0:0::/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\nE\n";
+    (folder, text.to_owned())
+}
+
+#[test]
+fn commands_run_in_a_sandbox_and_leave_only_what_they_wrote() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let text = format!(
+        "{base}RUN mkdir -m 1777 /tmp\nFROM base\nARG WHO=me\nWORKDIR /w\nUSER web\n\
+         RUN --mount=type=bind,source=f,target=/in/f cat /in/f > /tmp/o 2>&1; cp /tmp/o /w/ 2>/dev/null; \
+         id -u > /tmp/id; echo $HOME $WHO >> /tmp/id\nUSER root\n\
+         RUN --mount=type=secret,id=key --mount=type=cache,target=/cache --mount=type=tmpfs,target=/t <<E\n\
+         set -e\ncp /run/secrets/key /t/k\nwc -c < /run/secrets/key > /size\necho x >> /cache/n\n\
+         mkdir -p /var/log && date > /now && ln /now /also && rm /etc/passwd && hostname > /host\nE\n"
+    );
+    let one = world();
+    let digest = one.build(folder.path(), &text).unwrap();
+    assert_eq!(one.text(&digest, "tmp/o"), "from context");
+    assert_eq!(one.text(&digest, "tmp/id"), "33\n/home/web me\n");
+    assert_eq!(one.text(&digest, "size").trim(), "4");
+    assert_eq!(one.text(&digest, "host").trim(), "kiln-build");
+    let tree = one.tree(&digest);
+    for gone in [
+        "etc/passwd",
+        "cache",
+        "t",
+        "in",
+        "run/secrets",
+        "dev",
+        "proc",
+        "etc/resolv.conf",
+    ] {
+        assert!(tree.get(gone).is_none(), "{gone}");
+    }
+    assert_eq!(tree.get("now").unwrap().meta.mtime.seconds, 0);
+    let names: Vec<_> = tree
+        .walk()
+        .filter(|i| i.links == 2)
+        .map(|i| i.path)
+        .collect();
+    assert_eq!(
+        names,
+        [b"also".to_vec(), b"now".to_vec()],
+        "hard links stay"
+    );
+    assert_eq!(one.build(folder.path(), &text).unwrap(), digest);
+    assert_eq!(one.seen.counts().1, 7, "the second time from the cache");
+    let left = fs::read_dir(one.root.path().join("cache/run"))
+        .unwrap()
+        .count();
+    assert_eq!(left, 0, "nothing of the sandboxes stays");
+}
+
+#[test]
+fn the_same_commands_give_the_same_image_in_another_root() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let text = format!(
+        "{base}RUN mkdir /a && echo 1 > /a/f && touch /a/g && ln -s f /a/l && chown -R 33 /a"
+    );
+    let digest = world().build(folder.path(), &text).unwrap();
+    let (again, _) = busybox();
+    assert_eq!(world().build(again.path(), &text).unwrap(), digest);
+}
+
+#[test]
+fn a_failed_command_tells_its_last_lines_and_leaves_nothing() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let one = world();
+    let text = format!("{base}RUN for i in $(seq 50); do echo line $i; done; exit 3");
+    let told = one.build(folder.path(), &text).unwrap_err();
+    assert!(
+        told.contains("exited with code 3") && told.contains("line 50"),
+        "{told}"
+    );
+    assert!(
+        told.contains("line 21") && !told.contains("line 20\n"),
+        "{told}"
+    );
+    let alone = "RUN --network=none test $(grep -c : /proc/net/dev) = 1";
+    one.build(folder.path(), &format!("{base}{alone}")).unwrap();
+    let told = one.build(folder.path(), "FROM scratch\nRUN x").unwrap_err();
+    assert!(told.contains("line 2: RUN x"), "{told}");
+}
+
+fn request(image: Digest, command: &str) -> TestRequest {
+    TestRequest {
+        name: "app".into(),
+        image,
+        argv: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
+        env: BTreeMap::from([("PATH".to_owned(), "/bin".to_owned())]),
+        cwd: "/".into(),
+        user: "0".into(),
+        group_add: Vec::new(),
+        stop_signal: "SIGTERM".into(),
+        stop_grace: Millis(500),
+        mounts: Vec::new(),
+        volumes: vec!["/data".into()],
+        security: InstanceSecurity::default(),
+        limits: InstanceLimits::default(),
+        healthcheck: None,
+        shell: Vec::new(),
+        checks: Vec::new(),
+        completes: false,
+        peers: false,
+        settle: Millis(300),
+    }
+}
+
+#[test]
+fn an_image_proves_itself_and_its_write_set_is_learned() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let one = world();
+    let text = format!(
+        "{base}RUN mkdir -p /www /data /tmp /run /var/cache/app && echo hello > /www/index.html"
+    );
+    let image = one.build(folder.path(), &text).unwrap();
+    let tester = Tester {
+        store: one.builder.store.clone(),
+        runtime: one.builder.runtime.clone(),
+        cache: one.builder.cache.clone(),
+    };
+    let cancel = AtomicBool::new(false);
+    let mut web = request(
+        image,
+        "mkdir /var/cache/app/t; echo x > /oops; echo up; exec httpd -f -p 8080 -h /www",
+    );
+    web.healthcheck = Some(Healthcheck {
+        test: Some(HealthTest::Shell("test -d /var/cache/app/t".into())),
+        ..Healthcheck::default()
+    });
+    let status = 200;
+    web.checks = vec![
+        Check::Tcp { port: 8080 },
+        Check::Http {
+            port: 8080,
+            path: "/".into(),
+            status,
+            body: Some("hello".into()),
+        },
+        Check::Exec {
+            command: vec!["echo".into(), "hi".into()],
+            exit: 0,
+            output: Some("hi".into()),
+        },
+        Check::File {
+            path: "/bin/../www/index.html".into(),
+            exists: true,
+            contains: Some("hell".into()),
+            mode: Some(0o644),
+        },
+        Check::File {
+            path: "/nope".into(),
+            exists: false,
+            contains: None,
+            mode: None,
+        },
+    ];
+    let verdict = tester.test_image(&web, &cancel).unwrap();
+    assert_eq!(verdict.outcome, Outcome::Passed);
+    assert_eq!(verdict.listens, [8080]);
+    assert_eq!(verdict.log, ["up"]);
+    let scratch: Vec<_> = verdict.scratch.iter().map(|s| s.path.as_str()).collect();
+    assert_eq!(scratch, ["/data", "/run", "/tmp", "/var/cache/app"]);
+    assert!(
+        verdict.warnings[0].contains("/oops"),
+        "{:?}",
+        verdict.warnings
+    );
+    assert_eq!(
+        tester.test_image(&web, &cancel).unwrap(),
+        verdict,
+        "remembered"
+    );
+
+    web.checks = vec![Check::File {
+        path: "/nope".into(),
+        exists: true,
+        contains: None,
+        mode: None,
+    }];
+    let early = request(image, "echo no redis; exit 7");
+    let told = tester.test_image(&early, &cancel).unwrap_err().to_string();
+    assert!(
+        told.contains("code 7") && told.contains("no redis"),
+        "{told}"
+    );
+    let peers = TestRequest {
+        peers: true,
+        ..early.clone()
+    };
+    let verdict = tester.test_image(&peers, &cancel).unwrap();
+    assert!(
+        matches!(verdict.outcome, Outcome::Inconclusive(_)),
+        "{verdict:?}"
+    );
+    let job = TestRequest {
+        completes: true,
+        ..request(image, "echo done > /data/x")
+    };
+    assert_eq!(
+        tester.test_image(&job, &cancel).unwrap().outcome,
+        Outcome::Passed
+    );
+    let endless = TestRequest {
+        completes: true,
+        ..request(image, "sleep 60")
+    };
+    assert!(
+        tester
+            .test_image(&endless, &cancel)
+            .unwrap_err()
+            .to_string()
+            .contains("still running")
+    );
+}

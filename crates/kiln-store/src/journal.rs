@@ -1,0 +1,74 @@
+//! What was written or found again lately, so that a lease can protect it without
+//! clocks: a lease is a place in the journal, and protects what comes after it.
+//!
+//! # Format
+//! `journal`: text; every record is a line feed, one letter (`o`bject, `b`lob, `t`ree,
+//! `i`mage record) and 64 hex digits. Records *begin* with their line feed, so that one
+//! torn by a full disk spoils only itself. Appended while holding the publishing lock,
+//! emptied by `gc` while holding the removing lock and when nobody else has a lease.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+
+use kiln_model::Digest;
+
+use crate::layout::{Layout, PathError, Shelf, at};
+
+/// Appends a record; the caller holds the publishing lock.
+pub(crate) fn note(layout: &Layout, shelf: Shelf, digest: &Digest) -> Result<(), PathError> {
+    let path = layout.sub("journal");
+    let mut record = Vec::with_capacity(66);
+    record.push(b'\n');
+    record.push(shelf.letter());
+    record.extend_from_slice(digest.hex().as_bytes());
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&path)
+        .and_then(|mut journal| journal.write_all(&record))
+        .map_err(at("write", &path))
+}
+
+/// Its length in bytes: where a lease taken now begins.
+pub(crate) fn end(layout: &Layout) -> Result<u64, PathError> {
+    Ok(crate::store::file_size(&layout.sub("journal"))?.unwrap_or(0))
+}
+
+/// The records from byte `from` on, and where they end.
+pub(crate) fn since(layout: &Layout, from: u64) -> Result<(Vec<(Shelf, Digest)>, u64), PathError> {
+    let path = layout.sub("journal");
+    let Some(mut file) = crate::store::open(&path)? else {
+        return Ok((Vec::new(), 0));
+    };
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(from))
+        .and_then(|_| file.read_to_end(&mut bytes))
+        .map_err(at("read", &path))?;
+    // A last record that is still being written is read the next time.
+    let mut end = bytes.len();
+    while end > 0 && parse(bytes[..end].rsplit(|b| *b == b'\n').next().unwrap_or(b"")).is_none() {
+        end = bytes[..end].iter().rposition(|b| *b == b'\n').unwrap_or(0);
+    }
+    let records = (bytes[..end].split(|b| *b == b'\n'))
+        .filter_map(parse)
+        .collect();
+    Ok((records, from + end as u64))
+}
+
+/// Empties it; the caller holds the removing lock and knows that no lease needs it.
+pub(crate) fn clear(layout: &Layout) -> Result<(), PathError> {
+    let path = layout.sub("journal");
+    match crate::store::open(&path)? {
+        None => Ok(()),
+        Some(_) => File::create(&path).map(drop).map_err(at("write", &path)),
+    }
+}
+
+fn parse(line: &[u8]) -> Option<(Shelf, Digest)> {
+    let (letter, hex) = line.split_first()?;
+    let shelf = (Shelf::ALL.into_iter()).find(|shelf| shelf.letter() == *letter)?;
+    let digest = Digest::from_hex(std::str::from_utf8(hex).ok()?).ok()?;
+    Some((shelf, digest))
+}

@@ -1,0 +1,240 @@
+//! Where everything lies under the store's folder, and the lock and session files that
+//! let many processes share it.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kiln_model::Digest;
+use rustix::fs::{FlockOperation, flock};
+
+/// Version of the folder as a whole; see the crate's documentation.
+pub(crate) const FORMAT: &str = "kiln-store 1\n";
+/// Longest wait for another process's publishing or collecting.
+const LOCK_WAIT: Duration = Duration::from_secs(60);
+const LOCK_POLL: Duration = Duration::from_millis(2);
+
+/// A failed operation on one path.
+#[derive(Debug, thiserror::Error)]
+#[error("could not {action} {}: {source}", path.display())]
+pub struct PathError {
+    pub action: &'static str,
+    pub path: PathBuf,
+    #[source]
+    pub source: io::Error,
+}
+
+/// For `map_err`.
+pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PathError {
+    move |source| PathError {
+        action,
+        path: path.into(),
+        source,
+    }
+}
+
+/// What is addressed by content. The letter names it in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Shelf {
+    Objects,
+    Blobs,
+    Trees,
+    Images,
+}
+
+impl Shelf {
+    pub(crate) const ALL: [Shelf; 4] = [Self::Objects, Self::Blobs, Self::Trees, Self::Images];
+
+    pub(crate) fn folder(self) -> &'static str {
+        match self {
+            Self::Objects => "objects",
+            Self::Blobs => "blobs",
+            Self::Trees => "trees",
+            Self::Images => "images",
+        }
+    }
+
+    pub(crate) fn letter(self) -> u8 {
+        match self {
+            Self::Objects => b'o',
+            Self::Blobs => b'b',
+            Self::Trees => b't',
+            Self::Images => b'i',
+        }
+    }
+
+    /// Ending of the file names; `None`: spread over 256 folders instead.
+    fn ending(self) -> Option<&'static str> {
+        match self {
+            Self::Objects | Self::Blobs => None,
+            Self::Trees => Some("erofs"),
+            Self::Images => Some("json"),
+        }
+    }
+}
+
+/// The store's folder.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    pub(crate) root: PathBuf,
+}
+
+impl Layout {
+    pub(crate) fn folder(&self, shelf: Shelf) -> PathBuf {
+        self.root.join(shelf.folder())
+    }
+
+    pub(crate) fn path(&self, shelf: Shelf, digest: &Digest) -> PathBuf {
+        let hex = digest.hex();
+        match shelf.ending() {
+            None => self.folder(shelf).join(&hex[..2]).join(&hex[2..]),
+            Some(ending) => self.folder(shelf).join(format!("{hex}.{ending}")),
+        }
+    }
+
+    pub(crate) fn chain(&self, chain: &Digest) -> PathBuf {
+        self.root.join("chains").join(chain.hex())
+    }
+
+    pub(crate) fn reference(&self, name: &str) -> PathBuf {
+        self.root.join("refs").join(Digest::of(name).hex())
+    }
+
+    pub(crate) fn sub(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    /// Every folder there must be.
+    fn folders(&self) -> Vec<PathBuf> {
+        let mut folders: Vec<PathBuf> = ["chains", "refs", "leases", "tmp", "quarantine"]
+            .iter()
+            .map(|name| self.sub(name))
+            .collect();
+        for shelf in Shelf::ALL {
+            let folder = self.folder(shelf);
+            folders.push(folder.clone());
+            if shelf.ending().is_none() {
+                folders.extend((0..=255u8).map(|n| folder.join(format!("{n:02x}"))));
+            }
+        }
+        folders
+    }
+
+    /// Makes what is missing. Many processes may do so at once.
+    pub(crate) fn create(&self) -> Result<(), PathError> {
+        let mut builder = DirBuilder::new();
+        // Images may hold what only root may read.
+        builder.recursive(true).mode(0o700);
+        for folder in self.folders() {
+            builder.create(&folder).map_err(at("make", &folder))?;
+        }
+        Ok(())
+    }
+
+    /// Every digest on `shelf`, with its file. Files of other names are passed over.
+    pub(crate) fn list(&self, shelf: Shelf) -> Result<Vec<(Digest, PathBuf)>, PathError> {
+        let folder = self.folder(shelf);
+        let mut found = Vec::new();
+        match shelf.ending() {
+            Some(ending) => {
+                for (name, path) in entries(&folder)? {
+                    let hex = name.strip_suffix(ending).and_then(|n| n.strip_suffix('.'));
+                    if let Some(digest) = hex.and_then(|hex| Digest::from_hex(hex).ok()) {
+                        found.push((digest, path));
+                    }
+                }
+            }
+            None => {
+                for n in 0..=255u8 {
+                    let two = format!("{n:02x}");
+                    for (name, path) in entries(&folder.join(&two))? {
+                        if let Ok(digest) = Digest::from_hex(&[two.as_str(), &name].concat()) {
+                            found.push((digest, path));
+                        }
+                    }
+                }
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Held by whoever puts something in its place: many at once, but none while
+    /// something is taken away.
+    pub(crate) fn publishing(&self) -> Result<File, PathError> {
+        self.lock(FlockOperation::NonBlockingLockShared)
+    }
+
+    /// Held by whoever takes something away.
+    pub(crate) fn removing(&self) -> Result<File, PathError> {
+        self.lock(FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn lock(&self, how: FlockOperation) -> Result<File, PathError> {
+        let path = self.sub("lock");
+        let file = open_lock(&path)?;
+        let deadline = Instant::now() + LOCK_WAIT;
+        loop {
+            match flock(&file, how) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(LOCK_POLL);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(at("lock", &path)(error.into())),
+            }
+        }
+    }
+}
+
+/// Opens a file that only serves for locking.
+pub(crate) fn open_lock(path: &Path) -> Result<File, PathError> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(at("open", path))
+}
+
+/// Takes `file`'s lock if nobody has it.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The names in `folder`; names that are not UTF-8 are none of kiln's.
+pub(crate) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>, PathError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(at("list", folder))? {
+        let entry = entry.map_err(at("list", folder))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+/// Removes a file; `false`: it was gone already.
+pub(crate) fn remove_file(path: &Path) -> Result<bool, PathError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(at("remove", path)(error)),
+    }
+}
+
+/// The content of a file that may not be there.
+pub(crate) fn read_file(path: &Path) -> Result<Option<Vec<u8>>, PathError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(at("read", path)(error)),
+    }
+}

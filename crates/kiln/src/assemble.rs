@@ -1,0 +1,607 @@
+//! From a project to a release: images found or built, each tested in isolation, every
+//! file it shows read and kept. Nothing that runs is touched here.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_build::debian::{self, DebianContext};
+use kiln_build::lock::Lock;
+use kiln_build::resolve::Resolver;
+use kiln_build::test::{Outcome, TestFailure, TestRequest, Tester, Verdict};
+use kiln_compose::Loaded;
+use kiln_model::instance::{InstanceMount, InstanceMountSource, InstanceNetwork, Scratch};
+use kiln_model::progress::Finish;
+use kiln_model::release::{ReleasedImage, ReleasedService};
+use kiln_model::spec::{
+    FileKind, FileSource, FileVersion, ImageSource, MountSource, Protocol, PullPolicy, Service,
+    Spec,
+};
+use kiln_model::{
+    Digest, EnvironmentName, Millis, Progress, ProgressEvent, Release, ServiceName,
+};
+use kiln_oci::{BlobWrite, registry};
+use kiln_plan::process;
+use kiln_runtime::Runtime;
+use kiln_store::{Image, Store};
+use kiln_trust::SecretStore;
+
+use crate::context::{Context, now};
+use crate::failure::{Failure, Kind, machine};
+
+/// How long a service must stay up in its test; how long a job may take.
+const SETTLE: Millis = Millis(1500);
+const JOB_LIMIT: Millis = Millis(60_000);
+/// Scratch without a stated size: 64 MiB.
+const SCRATCH_SIZE: u64 = 64 << 20;
+/// Largest config, as in Docker Swarm and Kubernetes' order of size.
+const LARGEST_CONFIG: u64 = 1 << 20;
+
+pub struct Assembler<'a> {
+    context: &'a Context,
+    loaded: &'a Loaded,
+    store: Arc<Store>,
+    runtime: Arc<Runtime>,
+    progress: Arc<dyn Progress>,
+    cancel: Arc<AtomicBool>,
+    resolver: Resolver,
+    builder: Builder,
+    tester: Tester,
+}
+
+/// Everything of a service but its place in a release.
+struct Found {
+    image: Image,
+    verdict: Verdict,
+}
+
+impl<'a> Assembler<'a> {
+    pub fn new(
+        context: &'a Context,
+        loaded: &'a Loaded,
+        progress: Arc<dyn Progress>,
+        cancel: Arc<AtomicBool>,
+    ) -> Result<Self, Failure> {
+        let store = context.store()?;
+        let runtime = context.runtime()?;
+        let cache = context.root.join("cache");
+        std::fs::create_dir_all(&cache).map_err(machine)?;
+        let platform = kiln_oci::host_platform();
+        let arch = debian::architecture(&platform)
+            .ok_or_else(|| machine(format!("Debian has no architecture for {platform}")))?;
+        let registry = registry::Client::new(registry::Options {
+            credentials: registry::CredentialSources::of_user(),
+            ..registry::Options::default()
+        })
+        .map_err(machine)?;
+        let debian = DebianContext {
+            blobs: store.clone(),
+            run_scripts: debian::sandbox::runner(runtime.clone(), cancel.clone()),
+            cache: cache.clone(),
+            client: kiln_build::http_client().map_err(machine)?,
+            progress: progress.clone(),
+            epoch: epoch()?,
+            machine: debian::Machine {
+                root: "/".into(),
+                now: now().0 / 1000,
+                arch: arch.to_owned(),
+            },
+        };
+        let resolver = Resolver {
+            store: store.clone(),
+            debian,
+            registry,
+            platform: platform.parse().map_err(machine)?,
+            bases: loaded.spec.bases.clone(),
+            mirror: loaded.spec.debian_mirror.clone(),
+            folder: loaded.spec.folder.clone(),
+            progress: progress.clone(),
+        };
+        let builder = Builder {
+            store: store.clone(),
+            runtime: runtime.clone(),
+            progress: progress.clone(),
+            cache: cache.clone(),
+        };
+        let tester = Tester { store: store.clone(), runtime: runtime.clone(), cache };
+        Ok(Self {
+            context,
+            loaded,
+            store,
+            runtime,
+            progress,
+            cancel,
+            resolver,
+            builder,
+            tester,
+        })
+    }
+
+    fn spec(&self) -> &Spec {
+        &self.loaded.spec
+    }
+
+    /// The whole release. `kiln.lock` is written when it has learned something.
+    pub async fn release(&self, environment: &EnvironmentName) -> Result<Release, Failure> {
+        let lock_path = self.spec().folder.join("kiln.lock");
+        let mut lock = Lock::load(&lock_path).map_err(input)?;
+        let result = self.services(&mut lock).await;
+        // What was learned is kept even if something later failed.
+        lock.save(&lock_path).map_err(input)?;
+        Ok(Release {
+            format: Release::FORMAT,
+            environment: environment.clone(),
+            project: self.spec().project.clone(),
+            services: result?,
+            networks: self.spec().networks.clone(),
+            volumes: self.spec().volumes.clone(),
+        })
+    }
+
+    /// Writes the lock alone.
+    pub async fn lock(&self, update: bool) -> Result<bool, Failure> {
+        let lock_path = self.spec().folder.join("kiln.lock");
+        let mut lock = Lock::load(&lock_path).map_err(input)?;
+        if update {
+            lock.update();
+        }
+        for name in self.spec().bases.keys() {
+            self.resolver.resolve(name, false, &mut lock).await.map_err(build_failure)?;
+        }
+        for (name, service) in &self.spec().services {
+            match &service.image {
+                ImageSource::Reference(reference) => {
+                    self.resolver
+                        .resolve(reference, false, &mut lock)
+                        .await
+                        .map_err(build_failure)?;
+                }
+                ImageSource::Build { build, .. } => {
+                    let prepared = prepare(self.build_request(name, build)?).map_err(build_error)?;
+                    for reference in prepared.images().map_err(build_error)? {
+                        self.resolver
+                            .resolve(&reference, false, &mut lock)
+                            .await
+                            .map_err(build_failure)?;
+                    }
+                }
+            }
+        }
+        lock.save(&lock_path).map_err(input)
+    }
+
+    async fn services(
+        &self,
+        lock: &mut Lock,
+    ) -> Result<BTreeMap<ServiceName, ReleasedService>, Failure> {
+        let mut images: BTreeMap<ServiceName, Image> = BTreeMap::new();
+        for (name, service) in &self.spec().services {
+            let digest = self.image_of(name, service, lock).await?;
+            let image = self
+                .store
+                .image(&digest)
+                .map_err(machine)?
+                .ok_or_else(|| machine(format!("the image {digest} left the store")))?;
+            images.insert(name.clone(), image);
+        }
+        let mut released = BTreeMap::new();
+        for (name, image) in images {
+            let Some(service) = self.spec().services.get(&name) else { continue };
+            let files = self.files(service)?;
+            let mounted_images = self.mounted_images(service, lock).await?;
+            let verdict = self.test(&name, service, &image, &files)?;
+            let found = Found { image, verdict };
+            let one = self.released(&name, service, found, files, mounted_images);
+            released.insert(name, one);
+        }
+        Ok(released)
+    }
+
+    async fn image_of(
+        &self,
+        name: &ServiceName,
+        service: &Service,
+        lock: &mut Lock,
+    ) -> Result<Digest, Failure> {
+        let build = match &service.image {
+            ImageSource::Reference(reference) => {
+                let never = service.pull_policy == PullPolicy::Never;
+                return self
+                    .resolver
+                    .resolve(reference, never, lock)
+                    .await
+                    .map_err(build_failure);
+            }
+            ImageSource::Build { build, .. } => build,
+        };
+        let prepared = prepare(self.build_request(name, build)?).map_err(build_error)?;
+        let mut images = BTreeMap::new();
+        for reference in prepared.images().map_err(build_error)? {
+            let digest = self
+                .resolver
+                .resolve(&reference, false, lock)
+                .await
+                .map_err(build_failure)?;
+            images.insert(reference, digest);
+        }
+        let began = Instant::now();
+        let task = format!("build {name}");
+        self.progress.event(ProgressEvent::Started { task: task.clone(), detail: String::new() });
+        let built = self.builder.build(prepared, images).await;
+        let how = match &built {
+            Ok(_) => Finish::Done,
+            Err(error) => Finish::Failed { cause: error.to_string() },
+        };
+        self.progress.event(ProgressEvent::Finished { task, how, took: began.elapsed().into() });
+        let digest = built.map_err(build_error)?;
+        let subject = format!("{}/{name}", self.spec().project);
+        self.context.record("build", &subject, &[("digest", digest.to_string())])?;
+        Ok(digest)
+    }
+
+    fn build_request(
+        &self,
+        name: &ServiceName,
+        build: &kiln_model::spec::Build,
+    ) -> Result<BuildRequest, Failure> {
+        let mut secrets = BTreeMap::new();
+        for (id, key) in &build.secrets {
+            secrets.insert(id.clone(), self.secret_value(key)?.to_vec());
+        }
+        Ok(BuildRequest {
+            build: build.clone(),
+            name: name.to_string(),
+            platform: kiln_oci::host_platform(),
+            secrets,
+            network: InstanceNetwork::Host,
+            resolver: Some(host_resolver()),
+            epoch: epoch()?,
+            cancel: self.cancel.clone(),
+        })
+    }
+
+    async fn mounted_images(
+        &self,
+        service: &Service,
+        lock: &mut Lock,
+    ) -> Result<BTreeMap<String, Digest>, Failure> {
+        let mut found = BTreeMap::new();
+        for mount in &service.mounts {
+            if let MountSource::Image { reference, .. } = &mount.source {
+                let digest = self
+                    .resolver
+                    .resolve(reference, false, lock)
+                    .await
+                    .map_err(build_failure)?;
+                found.insert(reference.clone(), digest);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads and keeps the contents of the service's configs and secrets.
+    fn files(&self, service: &Service) -> Result<BTreeMap<String, FileVersion>, Failure> {
+        let mut versions = BTreeMap::new();
+        for file in &service.files {
+            let version = match file.kind {
+                FileKind::Config => {
+                    let source = self.spec().configs.get(&file.source);
+                    let bytes = self.content(&file.source, "config", source)?;
+                    let (digest, _) =
+                        self.store.write(None, &mut bytes.as_slice()).map_err(machine)?;
+                    FileVersion::Config(digest)
+                }
+                FileKind::Secret => {
+                    let value = self.secret_value(&file.source)?;
+                    let secrets = SecretStore::open(&self.context.root).map_err(machine)?;
+                    FileVersion::Secret(secrets.put(&value).map_err(input)?)
+                }
+            };
+            versions.insert(file.source.clone(), version);
+        }
+        Ok(versions)
+    }
+
+    fn secret_value(&self, key: &str) -> Result<zeroize::Zeroizing<Vec<u8>>, Failure> {
+        self.content(key, "secret", self.spec().secrets.get(key)).map(zeroize::Zeroizing::new)
+    }
+
+    fn content(
+        &self,
+        key: &str,
+        what: &str,
+        source: Option<&FileSource>,
+    ) -> Result<Vec<u8>, Failure> {
+        let wrong = |text: String| Failure::new(Kind::Input, format!("{what} `{key}`: {text}"));
+        match source {
+            None => Err(wrong("it is not declared".into())),
+            Some(FileSource::Content(text)) => Ok(text.clone().into_bytes()),
+            Some(FileSource::Environment(name)) => self
+                .loaded
+                .project
+                .environment
+                .get(name)
+                .map(|value| value.clone().into_bytes())
+                .ok_or_else(|| wrong(format!("the variable {name} is not set"))),
+            Some(FileSource::External(name)) => Err(wrong(format!(
+                "`{name}` is external: kiln has no store of named {what}s yet; use `file:`"
+            ))),
+            Some(FileSource::File(path)) => {
+                let size = std::fs::metadata(path)
+                    .map_err(|e| wrong(format!("{}: {e}", path.display())))?
+                    .len();
+                if size > LARGEST_CONFIG {
+                    return Err(wrong(format!("{} is larger than 1 MiB", path.display())));
+                }
+                std::fs::read(path).map_err(|e| wrong(format!("{}: {e}", path.display())))
+            }
+        }
+    }
+
+    fn test(
+        &self,
+        name: &ServiceName,
+        service: &Service,
+        image: &Image,
+        files: &BTreeMap<String, FileVersion>,
+    ) -> Result<Verdict, Failure> {
+        let task = format!("test {name}");
+        let began = Instant::now();
+        self.progress.event(ProgressEvent::Started {
+            task: task.clone(),
+            detail: "in isolation".into(),
+        });
+        let request = self.test_request(name, service, image, files)?;
+        let verdict = self.tester.test_image(&request, &self.cancel);
+        let how = match &verdict {
+            Ok(_) => Finish::Done,
+            Err(_) => Finish::Failed { cause: "it did not prove itself".into() },
+        };
+        let took = began.elapsed().into();
+        self.progress.event(ProgressEvent::Finished { task: task.clone(), how, took });
+        let subject = format!("{}/{name}", self.spec().project);
+        let digest = ("digest", image.manifest.to_string());
+        match &verdict {
+            Ok(verdict) => {
+                for text in &verdict.warnings {
+                    let warning =
+                        ProgressEvent::Warning { task: task.clone(), text: text.clone() };
+                    self.progress.event(warning);
+                }
+                let outcome = match &verdict.outcome {
+                    Outcome::Passed => "passed".to_owned(),
+                    Outcome::Inconclusive(why) => format!("inconclusive: {why}"),
+                };
+                self.context.record("test", &subject, &[digest, ("verdict", outcome)])?;
+            }
+            Err(error) => {
+                let cause = error.to_string().lines().next().unwrap_or_default().to_owned();
+                self.context.record("test", &subject, &[digest, ("failed", cause)])?;
+            }
+        }
+        verdict.map_err(|e| test_failure(&e))
+    }
+
+    fn test_request(
+        &self,
+        name: &ServiceName,
+        service: &Service,
+        image: &Image,
+        files: &BTreeMap<String, FileVersion>,
+    ) -> Result<TestRequest, Failure> {
+        let argv = process::command(service, &image.config);
+        if argv.is_empty() {
+            return Err(Failure::new(
+                Kind::Input,
+                format!("service `{name}`: neither its image nor the file says what to run"),
+            )
+            .hint("add `command:`"));
+        }
+        let spec = self.spec();
+        let completes = spec.services.values().any(|other| {
+            other.depends_on.get(name).is_some_and(|d| {
+                d.condition == kiln_model::spec::Condition::CompletedSuccessfully
+            })
+        }) || service.mode == kiln_model::spec::ServiceMode::Job;
+        let mut mounts: Vec<InstanceMount> =
+            service.mounts.iter().filter_map(stand_in).collect();
+        mounts.extend(self.file_mounts(service, files)?);
+        Ok(TestRequest {
+            name: name.to_string(),
+            image: image.manifest,
+            argv,
+            env: process::environment(service, &image.config, name.as_str()),
+            cwd: service
+                .process
+                .working_dir
+                .clone()
+                .or_else(|| Some(image.config.working_dir.clone()).filter(|d| !d.is_empty()))
+                .unwrap_or_else(|| "/".into()),
+            user: service.process.user.clone().unwrap_or_else(|| image.config.user.clone()),
+            group_add: service.process.group_add.clone(),
+            stop_signal: service
+                .process
+                .stop_signal
+                .clone()
+                .or_else(|| image.config.stop_signal.clone())
+                .unwrap_or_else(|| "SIGTERM".into()),
+            stop_grace: service.process.stop_grace.unwrap_or(Millis(10_000)),
+            mounts,
+            volumes: image.config.volumes.clone(),
+            security: process::security(service),
+            limits: process::limits(&service.limits),
+            healthcheck: kiln_plan::merged_check(&service.health, image.config.healthcheck.as_ref()),
+            shell: image.config.shell.clone(),
+            checks: service.kiln.test.clone(),
+            completes,
+            peers: spec.services.len() > 1,
+            settle: if completes { JOB_LIMIT } else { SETTLE },
+        })
+    }
+
+    fn file_mounts(
+        &self,
+        service: &Service,
+        files: &BTreeMap<String, FileVersion>,
+    ) -> Result<Vec<InstanceMount>, Failure> {
+        let secrets = SecretStore::open(&self.context.root).map_err(machine)?;
+        let mounts = service.files.iter().filter_map(|file| {
+            let path = match files.get(&file.source)? {
+                FileVersion::Config(digest) => self.store.blob_path(digest),
+                FileVersion::Secret(id) => secrets.path(id),
+            };
+            let (uid, gid, mode) = (file.uid, file.gid, file.mode);
+            let secret = file.kind == FileKind::Secret;
+            Some(InstanceMount {
+                source: InstanceMountSource::File { path, uid, gid, mode, secret },
+                target: file.target.clone(),
+                read_only: true,
+                exec: false,
+                dev: false,
+            })
+        });
+        Ok(mounts.collect())
+    }
+
+    fn released(
+        &self,
+        name: &ServiceName,
+        service: &Service,
+        found: Found,
+        files: BTreeMap<String, FileVersion>,
+        mounted_images: BTreeMap<String, Digest>,
+    ) -> ReleasedService {
+        let image_name = match &service.image {
+            ImageSource::Reference(reference) => reference.clone(),
+            ImageSource::Build { tag: Some(tag), .. } => tag.clone(),
+            ImageSource::Build { .. } => format!("{}-{name}", self.spec().project),
+        };
+        let mut service = service.clone();
+        // How it was built is the builder's business: the digest says what came of it,
+        // and the same from another folder is the same.
+        service.image = ImageSource::Reference(image_name.clone());
+        let mut listens = found.verdict.listens.clone();
+        let stated = service.expose.iter().chain(&found.image.config.exposed);
+        listens.extend(stated.filter(|p| p.protocol == Protocol::Tcp).map(|p| p.port));
+        listens.sort_unstable();
+        listens.dedup();
+        let scratch = scratch(&service, found.verdict.scratch);
+        ReleasedService {
+            image: ReleasedImage {
+                name: image_name,
+                digest: found.image.manifest,
+                tree: found.image.tree,
+                config: found.image.config,
+            },
+            scratch,
+            listens,
+            files,
+            mounted_images,
+            service,
+        }
+    }
+
+    /// The runtime that builds and tests use.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+}
+
+/// What is learned, with what the file states; nothing below a mount of the file's.
+fn scratch(service: &Service, learned: Vec<Scratch>) -> Vec<Scratch> {
+    let mut all: BTreeMap<String, Scratch> = BTreeMap::new();
+    if !service.security.read_only {
+        all.extend(learned.into_iter().map(|s| (s.path.clone(), s)));
+    }
+    for stated in &service.kiln.scratch {
+        let size = stated.size.unwrap_or(SCRATCH_SIZE);
+        let one = Scratch { path: stated.path.clone(), size, exec: stated.exec };
+        all.insert(stated.path.clone(), one);
+    }
+    let mounted =
+        |path: &str| service.mounts.iter().any(|m| Path::new(path).starts_with(&m.target));
+    all.into_values().filter(|s| !mounted(&s.path)).collect()
+}
+
+/// Something harmless in place of what the test must not touch.
+fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
+    let source = match &mount.source {
+        MountSource::Bind { path, .. } if mount.read_only => InstanceMountSource::Bind {
+            path: path.clone(),
+            recursive: true,
+            propagation: None,
+        },
+        // What the program finds of a host's folder it would also write to.
+        MountSource::Bind { path, .. } if path.is_file() => return None,
+        MountSource::Image { .. } => return None,
+        _ => InstanceMountSource::Tmpfs { size: None, mode: Some(0o1777), uid: None, gid: None },
+    };
+    Some(InstanceMount {
+        source,
+        target: mount.target.clone(),
+        read_only: mount.read_only,
+        exec: mount.exec || mount.read_only,
+        dev: false,
+    })
+}
+
+/// Seconds; 0 unless the caller's SOURCE_DATE_EPOCH says otherwise.
+fn epoch() -> Result<i64, Failure> {
+    match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => text.parse().map_err(|_| {
+            Failure::new(Kind::Input, format!("SOURCE_DATE_EPOCH is no number: `{text}`"))
+        }),
+        Err(_) => Ok(0),
+    }
+}
+
+/// The host's own name servers, for RUN steps.
+fn host_resolver() -> kiln_model::instance::Resolver {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let words = |key: &str| -> Vec<String> {
+        text.lines()
+            .filter_map(|line| line.trim().strip_prefix(key))
+            .flat_map(|rest| rest.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .collect()
+    };
+    kiln_model::instance::Resolver {
+        nameservers: words("nameserver").iter().filter_map(|w| w.parse().ok()).collect(),
+        search: words("search"),
+        options: words("options"),
+    }
+}
+
+fn input(error: impl std::fmt::Display) -> Failure {
+    Failure::new(Kind::Input, error.to_string())
+}
+
+fn build_failure(error: kiln_build::resolve::ResolveError) -> Failure {
+    Failure::new(Kind::Build, chain(&error))
+}
+
+fn build_error(error: kiln_build::build::BuildError) -> Failure {
+    Failure::new(Kind::Build, chain(&error))
+}
+
+fn test_failure(error: &TestFailure) -> Failure {
+    Failure::new(Kind::Test, chain(error))
+        .hint("nothing that runs was touched; fix the image, or the checks under x-kiln.test")
+}
+
+/// An error with its causes, each on its own line unless it is said already.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str("\n  because: ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,40 @@
+//! Reading the project a command is about.
+
+use kiln_compose::disk::{DiskOptions, load_from_disk};
+use kiln_compose::{Diagnostic, LoadError, Loaded, RenderOptions, Sources, render};
+
+use crate::cli::ProjectArgs;
+use crate::failure::{Failure, Kind};
+
+/// Notes and warnings are printed; errors stop, all of them shown.
+pub fn load(args: &ProjectArgs) -> Result<Loaded, Failure> {
+    let loaded = load_from_disk(&options(args)).map_err(|e| failure(&e))?;
+    print_notes(&loaded.notes, &loaded.sources);
+    Ok(loaded)
+}
+
+pub fn options(args: &ProjectArgs) -> DiskOptions {
+    DiskOptions {
+        files: args.files.clone(),
+        project_name: args.project_name.clone(),
+        env_files: args.env_file.clone(),
+        profiles: args.profile.clone(),
+        allow_ignored: args.allow_ignored.clone(),
+        ..DiskOptions::new(&args.project)
+    }
+}
+
+pub fn failure(error: &LoadError) -> Failure {
+    let text: Vec<String> = error
+        .diagnostics
+        .iter()
+        .map(|d| render(d, &error.sources, RenderOptions::default()))
+        .collect();
+    Failure::new(Kind::Input, text.join("\n"))
+}
+
+fn print_notes(notes: &[Diagnostic], sources: &Sources) {
+    for note in notes {
+        eprintln!("{}", kiln_compose::one_line(note, sources));
+    }
+}
