@@ -31,7 +31,10 @@ pub enum ResolveError {
     #[error(transparent)]
     Ref(#[from] RefError),
     #[error("`{reference}` is neither a base of this project nor an image reference: {source}")]
-    Reference { reference: String, source: ReferenceError },
+    Reference {
+        reference: String,
+        source: ReferenceError,
+    },
     #[error("`{reference}` is not in the store, and its pull_policy is `never`")]
     NotHere { reference: String },
     #[error("reading the archive ended early")]
@@ -81,10 +84,15 @@ impl Resolver {
         base: &DebianBase,
         lock: &mut Lock,
     ) -> Result<Digest, ResolveError> {
-        let asked = Asked { name, base, mirror: self.mirror.as_deref() };
+        let asked = Asked {
+            name,
+            base,
+            mirror: self.mirror.as_deref(),
+        };
         let composed = debian::compose(&self.debian, &asked, lock).await?;
         let manifest = composed.image.manifest;
-        self.store.set_ref(&format!("cache/debian/{}", composed.key), &manifest)?;
+        self.store
+            .set_ref(&format!("cache/debian/{}", composed.key), &manifest)?;
         Ok(manifest)
     }
 
@@ -93,7 +101,12 @@ impl Resolver {
         let (store, platform) = (self.store.clone(), self.platform.clone());
         let scratch = self.debian.cache.clone();
         tokio::task::spawn_blocking(move || {
-            let what = Import { path: &path, name: None, platform: &platform, scratch: &scratch };
+            let what = Import {
+                path: &path,
+                name: None,
+                platform: &platform,
+                scratch: &scratch,
+            };
             import(&what, &*store)
         })
         .await
@@ -101,33 +114,42 @@ impl Resolver {
         .map_err(ResolveError::from)
     }
 
-    async fn pull(
-        &self,
-        text: &str,
-        never: bool,
-        lock: &mut Lock,
-    ) -> Result<Digest, ResolveError> {
+    async fn pull(&self, text: &str, never: bool, lock: &mut Lock) -> Result<Digest, ResolveError> {
         let reference: Reference = text.parse().map_err(|source| ResolveError::Reference {
             reference: text.to_owned(),
             source,
         })?;
         let reference = reference.with_default_tag();
         let canonical = reference.to_string();
-        let pinned = reference.digest().or_else(|| lock.images.get(&canonical)).copied();
+        let pinned = reference
+            .digest()
+            .or_else(|| lock.images.get(&canonical))
+            .copied();
         if let Some(manifest) = pinned.and_then(|pin| self.known(&pin)) {
             return Ok(manifest);
         }
         if never {
-            return Err(ResolveError::NotHere { reference: canonical });
+            return Err(ResolveError::NotHere {
+                reference: canonical,
+            });
         }
         let pin = match pinned {
             Some(pin) => pin,
-            None => self.registry.resolve(&reference, &self.platform).await?.pin(),
+            None => self
+                .registry
+                .resolve(&reference, &self.platform)
+                .await?
+                .pin(),
         };
         let blobs: Arc<dyn BlobWrite> = self.store.clone();
         let manifest = self
             .registry
-            .pull(&reference.with_digest(pin), &self.platform, blobs, &*self.progress)
+            .pull(
+                &reference.with_digest(pin),
+                &self.platform,
+                blobs,
+                &*self.progress,
+            )
             .await?;
         self.store.set_ref(&self.pulled(&pin), &manifest)?;
         lock.images.insert(canonical, pin);
@@ -137,17 +159,24 @@ impl Resolver {
     /// The manifest for this platform that a pin was found to mean before.
     fn known(&self, pin: &Digest) -> Option<Digest> {
         let manifest = self.store.get_ref(&self.pulled(pin)).ok()??;
-        self.store.image(&manifest).ok()?.map(|image| image.manifest)
+        self.store
+            .image(&manifest)
+            .ok()?
+            .map(|image| image.manifest)
     }
 
     fn pulled(&self, pin: &Digest) -> String {
-        format!("cache/pulled/{}-{}", self.platform.to_string().replace('/', "-"), pin.hex())
+        format!(
+            "cache/pulled/{}-{}",
+            self.platform.to_string().replace('/', "-"),
+            pin.hex()
+        )
     }
 }
 
 /// `oci:<folder or tar>` and `docker-archive:<tar>`.
 fn on_disk(reference: &str) -> Option<&str> {
-    ["oci:", "docker-archive:"].iter().find_map(|scheme| reference.strip_prefix(scheme))
+    ["oci:", "docker-archive:"]
+        .iter()
+        .find_map(|scheme| reference.strip_prefix(scheme))
 }
-
-

@@ -31,13 +31,38 @@ const SHOWN_LOG_LINES: usize = 30;
 /// Something for an engine to take in.
 pub enum Message {
     Event(Event),
-    Release { release: Box<Release>, by: String, dry_run: bool, reply: Reply<ReleaseAnswer> },
-    Rollback { to: Option<ReleaseNumber>, by: String, reply: Reply<ReleaseAnswer> },
-    Down { by: String, reply: Reply<u64> },
-    Abandon { by: String, reply: Reply<()> },
-    Tainted { id: InstanceId, by: String, command: Vec<String>, reply: Reply<()> },
-    Status { reply: Reply<EnvironmentStatus> },
-    Explain { id: InstanceId, reply: Reply<Explanation> },
+    Release {
+        release: Box<Release>,
+        by: String,
+        dry_run: bool,
+        reply: Reply<ReleaseAnswer>,
+    },
+    Rollback {
+        to: Option<ReleaseNumber>,
+        by: String,
+        reply: Reply<ReleaseAnswer>,
+    },
+    Down {
+        by: String,
+        reply: Reply<u64>,
+    },
+    Abandon {
+        by: String,
+        reply: Reply<()>,
+    },
+    Tainted {
+        id: InstanceId,
+        by: String,
+        command: Vec<String>,
+        reply: Reply<()>,
+    },
+    Status {
+        reply: Reply<EnvironmentStatus>,
+    },
+    Explain {
+        id: InstanceId,
+        reply: Reply<Explanation>,
+    },
 }
 
 pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
@@ -59,7 +84,9 @@ impl EngineHandle {
     pub async fn ask<T>(&self, make: impl FnOnce(Reply<T>) -> Message) -> Result<T, ApiError> {
         let (reply, answer) = oneshot::channel();
         self.send(make(reply)).await?;
-        answer.await.map_err(|_| ApiError::internal("the environment's engine gave no answer"))?
+        answer
+            .await
+            .map_err(|_| ApiError::internal("the environment's engine gave no answer"))?
     }
 }
 
@@ -77,8 +104,7 @@ pub struct Engine {
 /// Starts the engine of an environment, new or as it was stored.
 pub fn spawn(shared: Arc<Shared>, world: World) -> EngineHandle {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let executor =
-        Executor::new(shared.clone(), world.environment.clone(), sender.clone());
+    let executor = Executor::new(shared.clone(), world.environment.clone(), sender.clone());
     let engine = Engine {
         shared,
         world: world.recovered(),
@@ -130,7 +156,12 @@ impl Engine {
     async fn handle(&mut self, message: Message) {
         match message {
             Message::Event(event) => self.happened(event),
-            Message::Release { release, by, dry_run, reply } => {
+            Message::Release {
+                release,
+                by,
+                dry_run,
+                reply,
+            } => {
                 let answer = self.release(*release, Reason::Up, by, dry_run).await;
                 let _ = reply.send(answer);
             }
@@ -142,10 +173,17 @@ impl Engine {
                 let _ = reply.send(self.down(by));
             }
             Message::Abandon { by, reply } => {
-                self.happened(Event::Abandoned { why: format!("asked by {by}") });
+                self.happened(Event::Abandoned {
+                    why: format!("asked by {by}"),
+                });
                 let _ = reply.send(Ok(()));
             }
-            Message::Tainted { id, by, command, reply } => {
+            Message::Tainted {
+                id,
+                by,
+                command,
+                reply,
+            } => {
                 let _ = reply.send(self.tainted(id, by, command));
             }
             Message::Status { reply } => {
@@ -160,8 +198,12 @@ impl Engine {
                 });
             }
             Message::Explain { id, reply } => {
-                let _ =
-                    reply.send(status::explain(&self.shared, &self.world, &self.releases, &id));
+                let _ = reply.send(status::explain(
+                    &self.shared,
+                    &self.world,
+                    &self.releases,
+                    &id,
+                ));
             }
         }
     }
@@ -254,7 +296,9 @@ impl Engine {
             .release(&self.world.environment, number)
             .map_err(|e| e.to_string())?
             .ok_or_else(|| format!("release {number} is not in the database"))?;
-        self.releases.insert(number, release).map_err(|e| e.to_string())
+        self.releases
+            .insert(number, release)
+            .map_err(|e| e.to_string())
     }
 
     async fn release(
@@ -264,11 +308,20 @@ impl Engine {
         by: String,
         dry_run: bool,
     ) -> Result<ReleaseAnswer, ApiError> {
-        let digest = release.digest().map_err(|e| ApiError::internal(e.to_string()))?;
-        let after_event =
-            self.shared.state.last_event().map_err(|e| ApiError::internal(e.to_string()))?;
+        let digest = release
+            .digest()
+            .map_err(|e| ApiError::internal(e.to_string()))?;
+        let after_event = self
+            .shared
+            .state
+            .last_event()
+            .map_err(|e| ApiError::internal(e.to_string()))?;
         self.load_releases().map_err(ApiError::internal)?;
-        let present = self.world.goal.release().and_then(|n| Some((n, self.releases.get(n)?)));
+        let present = self
+            .world
+            .goal
+            .release()
+            .and_then(|n| Some((n, self.releases.get(n)?)));
         let mut probe = Releases::default();
         let probe_number = ReleaseNumber(0);
         probe
@@ -281,11 +334,23 @@ impl Engine {
             && prepared.digest == digest
             && self.world.rollout.is_none()
         {
-            return Ok(ReleaseAnswer { number, digest, unchanged: true, after_event, outline });
+            return Ok(ReleaseAnswer {
+                number,
+                digest,
+                unchanged: true,
+                after_event,
+                outline,
+            });
         }
         let number = self.next_number()?;
         if dry_run {
-            return Ok(ReleaseAnswer { number, digest, unchanged: false, after_event, outline });
+            return Ok(ReleaseAnswer {
+                number,
+                digest,
+                unchanged: false,
+                after_event,
+                outline,
+            });
         }
         self.refuse_second_rollout()?;
         let layout = self.executor.lay_out(&self.world, &release).await?;
@@ -303,9 +368,23 @@ impl Engine {
             .add_release(&release, &record)
             .map_err(|e| ApiError::internal(e.to_string()))?;
         self.audit_release(&by, &record);
-        self.tell(None, None, EventKind::Rollout, format!("rolling out release {number}"));
-        self.happened(Event::Desired { goal: Goal::Release(number), layout });
-        Ok(ReleaseAnswer { number, digest, unchanged: false, after_event, outline })
+        self.tell(
+            None,
+            None,
+            EventKind::Rollout,
+            format!("rolling out release {number}"),
+        );
+        self.happened(Event::Desired {
+            goal: Goal::Release(number),
+            layout,
+        });
+        Ok(ReleaseAnswer {
+            number,
+            digest,
+            unchanged: false,
+            after_event,
+            outline,
+        })
     }
 
     fn audit_release(&self, by: &str, record: &ReleaseRecord) {
@@ -314,13 +393,16 @@ impl Engine {
         match &record.reason {
             Reason::Up => self.shared.record(by, "release", &subject, &[digest]),
             Reason::Rollback { to } => {
-                self.shared.record(by, "rollback", &subject, &[digest, ("to", to.to_string())]);
+                self.shared
+                    .record(by, "rollback", &subject, &[digest, ("to", to.to_string())]);
             }
         }
     }
 
     fn refuse_second_rollout(&self) -> Result<(), ApiError> {
-        let Some(rollout) = &self.world.rollout else { return Ok(()) };
+        let Some(rollout) = &self.world.rollout else {
+            return Ok(());
+        };
         let what = match (&rollout.state, rollout.to) {
             (RolloutState::Returning { .. }, _) => "the return from a failed rollout".to_owned(),
             (_, Goal::Release(n)) => format!("the rollout of release {n}"),
@@ -351,7 +433,10 @@ impl Engine {
     ) -> Result<ReleaseAnswer, ApiError> {
         let records = self.records()?;
         let present = self.world.goal.release().or(self.world.proven);
-        let now = records.iter().find(|r| Some(r.number) == present).map(|r| r.digest);
+        let now = records
+            .iter()
+            .find(|r| Some(r.number) == present)
+            .map(|r| r.digest);
         let target = match to {
             Some(number) => records.iter().find(|r| r.number == number),
             None => records.iter().rev().find(|r| {
@@ -373,17 +458,30 @@ impl Engine {
             .release(&self.world.environment, target)
             .map_err(|e| ApiError::internal(e.to_string()))?
             .ok_or_else(|| ApiError::internal(format!("release {target} has no content")))?;
-        self.release(release, Reason::Rollback { to: target }, by, false).await
+        self.release(release, Reason::Rollback { to: target }, by, false)
+            .await
     }
 
     fn down(&mut self, by: String) -> Result<u64, ApiError> {
         self.refuse_second_rollout()?;
-        let after =
-            self.shared.state.last_event().map_err(|e| ApiError::internal(e.to_string()))?;
-        self.shared.record(&by, "down", self.world.environment.as_str(), &[]);
-        self.tell(None, None, EventKind::Rollout, "taking everything down".into());
+        let after = self
+            .shared
+            .state
+            .last_event()
+            .map_err(|e| ApiError::internal(e.to_string()))?;
+        self.shared
+            .record(&by, "down", self.world.environment.as_str(), &[]);
+        self.tell(
+            None,
+            None,
+            EventKind::Rollout,
+            "taking everything down".into(),
+        );
         let layout = self.world.layout.clone();
-        self.happened(Event::Desired { goal: Goal::Nothing, layout });
+        self.happened(Event::Desired {
+            goal: Goal::Nothing,
+            layout,
+        });
         Ok(after)
     }
 
@@ -399,13 +497,17 @@ impl Engine {
                 "kiln status lists them",
             ));
         }
-        self.shared.record(&by, "exec", id.as_str(), &[("command", command.join(" "))]);
+        self.shared
+            .record(&by, "exec", id.as_str(), &[("command", command.join(" "))]);
         let service = self.world.instances.get(&id).map(|i| i.service.clone());
         self.tell(
             service,
             Some(id.clone()),
             EventKind::Warning,
-            format!("{by} ran `{}` in {id}: it is tainted now", command.join(" ")),
+            format!(
+                "{by} ran `{}` in {id}: it is tainted now",
+                command.join(" ")
+            ),
         );
         self.happened(Event::Tainted { id });
         Ok(())
@@ -423,9 +525,18 @@ impl Engine {
             ),
             Conclusion::Down => {
                 self.executor.forget_networks();
-                (None, Outcome::Proven, EventKind::Succeeded, "everything is down".to_owned())
+                (
+                    None,
+                    Outcome::Proven,
+                    EventKind::Succeeded,
+                    "everything is down".to_owned(),
+                )
             }
-            Conclusion::Failed { release, cause, instance } => {
+            Conclusion::Failed {
+                release,
+                cause,
+                instance,
+            } => {
                 let log = instance
                     .map(|id| log_tail::read(&self.shared.runtime, &id, SHOWN_LOG_LINES))
                     .unwrap_or_default();
@@ -447,7 +558,9 @@ impl Engine {
         if let Some(number) = number
             && let Err(error) = self.shared.state.set_outcome(&name, number, outcome)
         {
-            self.warn(format!("the outcome of release {number} was not stored: {error}"));
+            self.warn(format!(
+                "the outcome of release {number} was not stored: {error}"
+            ));
         }
         if let Err(error) = self.shared.state.save_world(&self.world) {
             self.warn(format!("the environment's state was not stored: {error}"));
@@ -468,7 +581,10 @@ impl Engine {
                 let text = format!("{id} is unhealthy: {reason}");
                 self.tell(service, Some(id.clone()), EventKind::Warning, text);
             }
-            Event::Routed { failed: Some(cause), .. } => self.warn(cause.clone()),
+            Event::Routed {
+                failed: Some(cause),
+                ..
+            } => self.warn(cause.clone()),
             _ => {}
         }
     }
@@ -485,13 +601,17 @@ impl Engine {
                     Phase::Ended { status, .. } => format!("{id} {status}"),
                     _ => format!("{id} {phase}"),
                 };
-                let kind = EventKind::Instance { phase: phase.to_owned() };
+                let kind = EventKind::Instance {
+                    phase: phase.to_owned(),
+                };
                 self.tell(Some(instance.service.clone()), Some(id.clone()), kind, text);
             }
         }
         for (id, instance) in &before.instances {
             if !self.world.instances.contains_key(id) {
-                let kind = EventKind::Instance { phase: "gone".into() };
+                let kind = EventKind::Instance {
+                    phase: "gone".into(),
+                };
                 let text = format!("{id} is gone");
                 self.tell(Some(instance.service.clone()), Some(id.clone()), kind, text);
             }
@@ -562,7 +682,11 @@ fn outline_lines(steps: Vec<kiln_plan::outline::Step>) -> Vec<OutlineLine> {
                 Action::Keep => "keep",
                 Action::Remove => "remove",
             };
-            OutlineLine { service: step.service, action: action.into(), why: step.why }
+            OutlineLine {
+                service: step.service,
+                action: action.into(),
+                why: step.why,
+            }
         })
         .collect()
 }
@@ -573,4 +697,3 @@ async fn sleep_until(at: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
-

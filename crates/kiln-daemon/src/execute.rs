@@ -39,7 +39,11 @@ impl Executor {
         environment: EnvironmentName,
         sender: mpsc::Sender<Message>,
     ) -> Self {
-        Self { shared, environment, sender }
+        Self {
+            shared,
+            environment,
+            sender,
+        }
     }
 
     /// Begins one effect. What it needs of the world is taken now.
@@ -137,7 +141,10 @@ impl Executor {
         self.spawn(key, async move {
             let target = id.clone();
             let status = blocking(move || {
-                shared.runtime.stop(&target, &signal, grace).map_err(|e| e.to_string())
+                shared
+                    .runtime
+                    .stop(&target, &signal, grace)
+                    .map_err(|e| e.to_string())
             })
             .await??;
             Ok(Event::Exited { id, status })
@@ -156,7 +163,10 @@ impl Executor {
             let ended = id.clone();
             let status = blocking(move || shared.runtime.wait(&ended)).await;
             if let Ok(Ok(status)) = status {
-                let _ = this.sender.send(Message::Event(Event::Exited { id, status })).await;
+                let _ = this
+                    .sender
+                    .send(Message::Event(Event::Exited { id, status }))
+                    .await;
             }
         });
     }
@@ -171,7 +181,12 @@ impl Executor {
             proven: instance.is_some_and(|i| i.phase.ready()),
         };
         let sender = self.sender.clone();
-        tokio::spawn(probe::run(self.shared.runtime.clone(), target, plan, sender))
+        tokio::spawn(probe::run(
+            self.shared.runtime.clone(),
+            target,
+            plan,
+            sender,
+        ))
     }
 
     /// What the runtime holds of this environment; leftovers that the world does not
@@ -190,7 +205,9 @@ impl Executor {
                 let stray = runtime
                     .spec(&observed.id)
                     .is_some_and(|spec: InstanceSpec| {
-                        spec.purpose.membership().is_some_and(|m| m.environment == environment)
+                        spec.purpose
+                            .membership()
+                            .is_some_and(|m| m.environment == environment)
                     });
                 if stray && !matches!(observed.state, ObservedState::Starting) {
                     runtime.remove(&observed.id).map_err(|e| e.to_string())?;
@@ -214,7 +231,10 @@ impl Executor {
                 .map_err(|e| ApiError::invalid(e, "change or leave out the network's settings"))?;
             let problems = assign_service_addresses(&mut layout, &release);
             if let Some(problem) = problems.into_iter().next() {
-                return Err(ApiError::invalid(problem, "leave the address out, or choose another"));
+                return Err(ApiError::invalid(
+                    problem,
+                    "leave the address out, or choose another",
+                ));
             }
             choose_host_ports(&release, &mut layout)?;
             Ok(layout)
@@ -227,7 +247,9 @@ impl Executor {
     pub async fn pin(&self, release: &Release, number: ReleaseNumber) -> Result<(), ApiError> {
         let shared = self.shared.clone();
         let release = release.clone();
-        blocking(move || pin(&shared, &release, number)).await.map_err(ApiError::internal)?
+        blocking(move || pin(&shared, &release, number))
+            .await
+            .map_err(ApiError::internal)?
     }
 
     /// The environment is empty: its networks go.
@@ -247,13 +269,19 @@ impl Executor {
 
 fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), ApiError> {
     let missing = |what: String| {
-        ApiError::invalid(format!("{what} is not in the store"), "run `kiln up` to build it anew")
+        ApiError::invalid(
+            format!("{what} is not in the store"),
+            "run `kiln up` to build it anew",
+        )
     };
     let mut pins: BTreeMap<String, kiln_model::Digest> = BTreeMap::new();
     let prefix = format!("release/{}/{number}", release.environment);
     for (name, released) in &release.services {
         let image = released.image.digest;
-        let found = shared.store.image(&image).map_err(|e| ApiError::internal(e.to_string()))?;
+        let found = shared
+            .store
+            .image(&image)
+            .map_err(|e| ApiError::internal(e.to_string()))?;
         if found.is_none() {
             return Err(missing(format!("the image {image} of service `{name}`")));
         }
@@ -285,14 +313,22 @@ fn pin(shared: &Shared, release: &Release, number: ReleaseNumber) -> Result<(), 
 /// A free host port for each port the file leaves open; those chosen before stay.
 fn choose_host_ports(release: &Release, layout: &mut Layout) -> Result<(), ApiError> {
     for (name, released) in &release.services {
-        for port in released.service.ports.iter().filter(|p| p.published.is_none()) {
+        for port in released
+            .service
+            .ports
+            .iter()
+            .filter(|p| p.published.is_none())
+        {
             let key = host_port_key(name, port);
             if layout.host_ports.contains_key(&key) {
                 continue;
             }
             let chosen = free_port(port).ok_or_else(|| {
                 ApiError::conflict(
-                    format!("no free host port for port {} of service `{name}`", port.target),
+                    format!(
+                        "no free host port for port {} of service `{name}`",
+                        port.target
+                    ),
                     "name one that is free, or widen the range",
                 )
             })?;
@@ -305,7 +341,9 @@ fn choose_host_ports(release: &Release, layout: &mut Layout) -> Result<(), ApiEr
 /// Asks the kernel; another program may still be faster, which shows when the proxy
 /// opens the port.
 fn free_port(port: &Port) -> Option<u16> {
-    let ip = port.host_ip.unwrap_or(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+    let ip = port
+        .host_ip
+        .unwrap_or(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
     let free = |candidate: u16| {
         let address = SocketAddr::new(ip, candidate);
         match port.protocol {

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use kiln_model::instance::{
-    InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSpec, Interface, Membership, Purpose, Resolver, Root, SharedNamespace,
-    SharedNamespaces,
+    InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSpec, Interface, Membership,
+    Purpose, Resolver, Root, SharedNamespace, SharedNamespaces,
 };
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
@@ -41,8 +41,13 @@ pub fn build(
     releases: &Releases,
     id: &InstanceId,
 ) -> Result<Built, String> {
-    let instance = world.instances.get(id).ok_or("the instance is not in the plan")?;
-    let prepared = releases.get(instance.release).ok_or("its release is not known")?;
+    let instance = world
+        .instances
+        .get(id)
+        .ok_or("the instance is not in the plan")?;
+    let prepared = releases
+        .get(instance.release)
+        .ok_or("its release is not known")?;
     let released = prepared
         .release
         .services
@@ -55,10 +60,13 @@ pub fn build(
         return Err("neither the image nor the compose file says what to run (command)".into());
     }
     let (mounts, volumes) = mounts(shared, &prepared.release, released)?;
-    let hostname =
-        service.names.hostname.clone().unwrap_or_else(|| {
-            format!("{}-{}", instance.service.as_str().replace(['_', '.'], "-"), instance.index)
-        });
+    let hostname = service.names.hostname.clone().unwrap_or_else(|| {
+        format!(
+            "{}-{}",
+            instance.service.as_str().replace(['_', '.'], "-"),
+            instance.index
+        )
+    });
     let (network, resolver) = network(world, service, instance)?;
     let spec = InstanceSpec {
         format: InstanceSpec::FORMAT,
@@ -72,7 +80,11 @@ pub fn build(
             .clone()
             .or_else(|| non_empty(&image.working_dir))
             .unwrap_or_else(|| "/".into()),
-        user: service.process.user.clone().unwrap_or_else(|| image.user.clone()),
+        user: service
+            .process
+            .user
+            .clone()
+            .unwrap_or_else(|| image.user.clone()),
         group_add: service.process.group_add.clone(),
         hosts: hosts(world, &world.layout, service),
         hostname,
@@ -121,7 +133,10 @@ fn non_empty(text: &str) -> Option<String> {
 fn root(shared: &Shared, released: &ReleasedService) -> Root {
     let tree = shared.store.tree_paths(&released.image.tree);
     match released.service.kiln.root {
-        RootSetting::Sealed => Root::Sealed { tree, scratch: released.scratch.clone() },
+        RootSetting::Sealed => Root::Sealed {
+            tree,
+            scratch: released.scratch.clone(),
+        },
         RootSetting::Scratch => Root::Unsealed { tree },
     }
 }
@@ -135,12 +150,24 @@ fn mounts(
     let mut volumes = Vec::new();
     for mount in &released.service.mounts {
         let source = match &mount.source {
-            MountSource::Bind { path, create, propagation } => {
+            MountSource::Bind {
+                path,
+                create,
+                propagation,
+            } => {
                 let path = host_path(path, *create)?;
                 let propagation = propagation.clone();
-                InstanceMountSource::Bind { path, recursive: true, propagation }
+                InstanceMountSource::Bind {
+                    path,
+                    recursive: true,
+                    propagation,
+                }
             }
-            MountSource::Volume { volume, subpath, nocopy } => {
+            MountSource::Volume {
+                volume,
+                subpath,
+                nocopy,
+            } => {
                 let volume = release
                     .volumes
                     .get(volume)
@@ -158,14 +185,24 @@ fn mounts(
                     Some(sub) => return Err(format!("volume subpath `{sub}` leaves the volume")),
                     None => data,
                 };
-                InstanceMountSource::Bind { path, recursive: false, propagation: None }
+                InstanceMountSource::Bind {
+                    path,
+                    recursive: false,
+                    propagation: None,
+                }
             }
-            MountSource::Anonymous => {
-                InstanceMountSource::Tmpfs { size: None, mode: None, uid: None, gid: None }
-            }
-            MountSource::Tmpfs { size, mode } => {
-                InstanceMountSource::Tmpfs { size: *size, mode: *mode, uid: None, gid: None }
-            }
+            MountSource::Anonymous => InstanceMountSource::Tmpfs {
+                size: None,
+                mode: None,
+                uid: None,
+                gid: None,
+            },
+            MountSource::Tmpfs { size, mode } => InstanceMountSource::Tmpfs {
+                size: *size,
+                mode: *mode,
+                uid: None,
+                gid: None,
+            },
             MountSource::Image { reference, subpath } => {
                 let digest = released
                     .mounted_images
@@ -177,7 +214,10 @@ fn mounts(
                     .map_err(|e| e.to_string())?
                     .ok_or_else(|| format!("image {digest} is not in the store"))?;
                 let tree = shared.store.tree_paths(&image.tree);
-                InstanceMountSource::Tree { tree, subpath: subpath.clone() }
+                InstanceMountSource::Tree {
+                    tree,
+                    subpath: subpath.clone(),
+                }
             }
         };
         mounts.push(InstanceMount {
@@ -195,13 +235,18 @@ fn mounts(
 }
 
 fn is_plain(subpath: &str) -> bool {
-    Path::new(subpath).components().all(|c| matches!(c, std::path::Component::Normal(_)))
+    Path::new(subpath)
+        .components()
+        .all(|c| matches!(c, std::path::Component::Normal(_)))
 }
 
 fn host_path(path: &Path, create: bool) -> Result<std::path::PathBuf, String> {
     if !path.exists() {
         if !create {
-            return Err(format!("the bind mount's source {} is not there", path.display()));
+            return Err(format!(
+                "the bind mount's source {} is not there",
+                path.display()
+            ));
         }
         std::fs::create_dir_all(path)
             .map_err(|e| format!("the bind mount's source {}: {e}", path.display()))?;
@@ -249,9 +294,7 @@ fn network(
             // Names of services must resolve; what kiln doesn't know goes on to the
             // host's resolvers, and to the stated ones first.
             nameservers: match gateway {
-                Some(gateway) => {
-                    std::iter::once(IpAddr::V4(gateway)).chain(stated).collect()
-                }
+                Some(gateway) => std::iter::once(IpAddr::V4(gateway)).chain(stated).collect(),
                 None => stated,
             },
             search: names.dns_search.clone(),
@@ -284,8 +327,8 @@ fn network(
                     .get(key)
                     .ok_or_else(|| format!("no address on network `{key}`"))?;
                 gateway = gateway.or(Some(bridge.gateway()));
-                let way_out = !bridge.internal
-                    && !interfaces.iter().any(|i: &Interface| i.gateway.is_some());
+                let way_out =
+                    !bridge.internal && !interfaces.iter().any(|i: &Interface| i.gateway.is_some());
                 interfaces.push(Interface {
                     name: attachment
                         .interface_name
@@ -299,7 +342,10 @@ fn network(
                     mac: attachment.mac_address.clone(),
                 });
             }
-            Ok((InstanceNetwork::Bridged(interfaces), Some(resolver(gateway))))
+            Ok((
+                InstanceNetwork::Bridged(interfaces),
+                Some(resolver(gateway)),
+            ))
         }
     }
 }
@@ -314,14 +360,21 @@ fn hosts(world: &World, layout: &Layout, service: &Service) -> Vec<(IpAddr, Stri
             .filter_map(|(name, address)| Some((address.parse().ok()?, name.clone())))
             .collect();
     };
-    let gateway = attached.keys().find_map(|k| world.layout.networks.get(k)).map(|n| n.gateway());
-    let extra = service.names.extra_hosts.iter().filter_map(|(name, address)| {
-        let address = match address.as_str() {
-            "host-gateway" => gateway.map(IpAddr::V4),
-            other => other.parse().ok(),
-        };
-        Some((address?, name.clone()))
-    });
+    let gateway = attached
+        .keys()
+        .find_map(|k| world.layout.networks.get(k))
+        .map(|n| n.gateway());
+    let extra = service
+        .names
+        .extra_hosts
+        .iter()
+        .filter_map(|(name, address)| {
+            let address = match address.as_str() {
+                "host-gateway" => gateway.map(IpAddr::V4),
+                other => other.parse().ok(),
+            };
+            Some((address?, name.clone()))
+        });
     let links = service.names.links.iter().filter_map(|(other, alias)| {
         let address = attached
             .keys()
@@ -335,9 +388,9 @@ fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
     let one = |mode: &NamespaceMode, what: &str| match mode {
         NamespaceMode::Private => Ok(SharedNamespace::Private),
         NamespaceMode::Host => Ok(SharedNamespace::Host),
-        NamespaceMode::Service(other) => {
-            Err(format!("{what}: service:{other} is not there yet; use `host` or leave it out"))
-        }
+        NamespaceMode::Service(other) => Err(format!(
+            "{what}: service:{other} is not there yet; use `host` or leave it out"
+        )),
     };
     Ok(SharedNamespaces {
         pid: one(&service.namespaces.pid, "pid")?,

@@ -22,7 +22,12 @@ impl Networks {
     pub fn new(root: &Path, worlds: &[World]) -> Self {
         let known = worlds
             .iter()
-            .map(|w| (w.environment.clone(), w.layout.networks.values().cloned().collect()))
+            .map(|w| {
+                (
+                    w.environment.clone(),
+                    w.layout.networks.values().cloned().collect(),
+                )
+            })
             .collect();
         Self {
             tag: net::root_tag(root),
@@ -64,7 +69,13 @@ impl Networks {
                 .flat_map(|(env, list)| list.iter().map(move |n| (env, n)))
                 .filter(|(env, n)| *env != environment || n.name != network.name)
                 .map(|(_, n)| n.subnet)
-                .chain(layout.networks.iter().filter(|(k, _)| *k != key).map(|(_, n)| n.subnet))
+                .chain(
+                    layout
+                        .networks
+                        .iter()
+                        .filter(|(k, _)| *k != key)
+                        .map(|(_, n)| n.subnet),
+                )
                 .collect();
             let subnet = self.subnet_for(key, asked, &taken)?;
             layout.networks.insert(
@@ -80,7 +91,10 @@ impl Networks {
             // Service addresses of the old subnet mean nothing in a new one.
             layout.services.remove(key);
         }
-        known.insert(environment.clone(), layout.networks.values().cloned().collect());
+        known.insert(
+            environment.clone(),
+            layout.networks.values().cloned().collect(),
+        );
         Ok(())
     }
 
@@ -91,9 +105,9 @@ impl Networks {
         taken: &[Subnet],
     ) -> Result<Subnet, String> {
         match asked {
-            Some(subnet) if taken.iter().any(|t| t.overlaps(&subnet)) => {
-                Err(format!("network `{key}`: {subnet} overlaps another network of kiln's"))
-            }
+            Some(subnet) if taken.iter().any(|t| t.overlaps(&subnet)) => Err(format!(
+                "network `{key}`: {subnet} overlaps another network of kiln's"
+            )),
             Some(subnet) => Ok(subnet),
             None => net::free_subnet(taken).map_err(|e| format!("network `{key}`: {e}")),
         }
@@ -116,20 +130,21 @@ impl Networks {
             net::ensure_bridge(network).map_err(|e| e.to_string())?;
         }
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = standing.insert(environment.clone(), networks.clone()).unwrap_or_default();
+        let before = standing
+            .insert(environment.clone(), networks.clone())
+            .unwrap_or_default();
         self.firewall(&standing, catch_all_port)?;
-        for old in before.iter().filter(|old| !networks.iter().any(|n| n.bridge == old.bridge)) {
+        for old in before
+            .iter()
+            .filter(|old| !networks.iter().any(|n| n.bridge == old.bridge))
+        {
             net::remove_bridge(&old.bridge).map_err(|e| e.to_string())?;
         }
         Ok(())
     }
 
     /// Takes an environment's networks down.
-    pub fn forget(
-        &self,
-        environment: &EnvironmentName,
-        catch_all_port: u16,
-    ) -> Result<(), String> {
+    pub fn forget(&self, environment: &EnvironmentName, catch_all_port: u16) -> Result<(), String> {
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
         for network in standing.remove(environment).unwrap_or_default() {
             net::remove_bridge(&network.bridge).map_err(|e| e.to_string())?;
@@ -143,8 +158,12 @@ impl Networks {
         catch_all_port: u16,
     ) -> Result<(), String> {
         let networks = standing.values().flatten().cloned().collect();
-        net::Firewall { table: format!("kiln-{}", self.tag), networks, catch_all_port }
-            .apply()
-            .map_err(|e| e.to_string())
+        net::Firewall {
+            table: format!("kiln-{}", self.tag),
+            networks,
+            catch_all_port,
+        }
+        .apply()
+        .map_err(|e| e.to_string())
     }
 }

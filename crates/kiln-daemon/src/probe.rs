@@ -38,7 +38,12 @@ pub async fn run(
     plan: ProbePlan,
     sender: mpsc::Sender<Message>,
 ) {
-    let prober = Prober { runtime, target, plan, sender };
+    let prober = Prober {
+        runtime,
+        target,
+        plan,
+        sender,
+    };
     if !prober.target.proven && !prober.becomes_ready().await {
         return;
     }
@@ -63,32 +68,46 @@ impl Prober {
         let deadline = began + self.plan.deadline.into();
         let mut remaining: Vec<&Probe> = self.plan.ready.iter().collect();
         while let Some(probe) = remaining.first() {
-            let attempt = self.ask(probe, FIRST_ATTEMPTS.min(self.plan.timeout.into())).await;
+            let attempt = self
+                .ask(probe, FIRST_ATTEMPTS.min(self.plan.timeout.into()))
+                .await;
             let Err(last) = attempt else {
                 remaining.remove(0);
                 continue;
             };
             if Instant::now() >= deadline {
                 let reason = format!("not ready after {}: {last}", self.plan.deadline);
-                self.tell(Event::Unhealthy { id: self.target.id.clone(), reason }).await;
+                self.tell(Event::Unhealthy {
+                    id: self.target.id.clone(),
+                    reason,
+                })
+                .await;
                 return false;
             }
             tokio::time::sleep(self.plan.start_interval.into()).await;
         }
         tokio::time::sleep_until(began + self.plan.settle.into()).await;
-        self.tell(Event::Ready { id: self.target.id.clone() }).await;
+        self.tell(Event::Ready {
+            id: self.target.id.clone(),
+        })
+        .await;
         true
     }
 
     async fn stays_healthy(&self) {
-        let Some(probe) = &self.plan.health else { return };
+        let Some(probe) = &self.plan.health else {
+            return;
+        };
         let mut failures = 0;
         loop {
             tokio::time::sleep(self.plan.interval.into()).await;
             match self.ask(probe, self.plan.timeout.into()).await {
                 Ok(()) if failures >= self.plan.retries => {
                     failures = 0;
-                    self.tell(Event::Healthy { id: self.target.id.clone() }).await;
+                    self.tell(Event::Healthy {
+                        id: self.target.id.clone(),
+                    })
+                    .await;
                 }
                 Ok(()) => failures = 0,
                 Err(reason) => {
@@ -140,10 +159,12 @@ impl Prober {
             None => {
                 let runtime = self.runtime.clone();
                 let id = self.target.id.clone();
-                blocking(move || runtime.dial(&id, port)).await?.and_then(|stream| {
-                    stream.set_nonblocking(true)?;
-                    TcpStream::from_std(stream)
-                })
+                blocking(move || runtime.dial(&id, port))
+                    .await?
+                    .and_then(|stream| {
+                        stream.set_nonblocking(true)?;
+                        TcpStream::from_std(stream)
+                    })
             }
         };
         stream.map_err(|e| format!("port {port}: {e}"))
@@ -170,7 +191,9 @@ impl Prober {
                 .map_err(|e| format!("{path}: {e}"))?;
             let response = sender.send_request(request).await;
             connection.abort();
-            response.map(|r| r.status()).map_err(|e| format!("http port {port}{path}: {e}"))
+            response
+                .map(|r| r.status())
+                .map_err(|e| format!("http port {port}{path}: {e}"))
         };
         let answered = timeout(limit, request)
             .await
@@ -179,7 +202,11 @@ impl Prober {
             Some(wanted) => answered.as_u16() == wanted,
             None => answered.as_u16() < 400,
         };
-        if good { Ok(()) } else { Err(format!("http port {port}{path} answered {answered}")) }
+        if good {
+            Ok(())
+        } else {
+            Err(format!("http port {port}{path} answered {answered}"))
+        }
     }
 }
 
@@ -209,7 +236,11 @@ fn check(
         let _ = std::io::copy(&mut read, &mut std::io::sink());
         String::from_utf8_lossy(&kept).trim().to_owned()
     });
-    let spec = ExecSpec { argv, timeout: Some(limit.into()), ..ExecSpec::default() };
+    let spec = ExecSpec {
+        argv,
+        timeout: Some(limit.into()),
+        ..ExecSpec::default()
+    };
     let status = runtime.exec(id, &spec, io).map_err(|e| e.to_string())?;
     Ok((status, reader.join().unwrap_or_default()))
 }

@@ -29,7 +29,12 @@ pub struct ProxyLink {
 impl ProxyLink {
     pub fn new(root: PathBuf, command: Vec<OsString>) -> Self {
         let socket = root.join("run/proxy.sock");
-        Self { root, command, socket, starting: Mutex::new(()) }
+        Self {
+            root,
+            command,
+            socket,
+            starting: Mutex::new(()),
+        }
     }
 
     /// A connection to the proxy, which is started if none answers.
@@ -60,10 +65,15 @@ impl ProxyLink {
     fn spawn(&self) -> Result<(), String> {
         let log_path = self.root.join("run/proxy.log");
         let fail = |e: std::io::Error| format!("the proxy could not be started: {e}");
-        let log =
-            OpenOptions::new().create(true).append(true).open(&log_path).map_err(fail)?;
-        let (program, arguments) =
-            self.command.split_first().ok_or("the proxy's command is empty")?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log_path)
+            .map_err(fail)?;
+        let (program, arguments) = self
+            .command
+            .split_first()
+            .ok_or("the proxy's command is empty")?;
         let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
@@ -102,21 +112,34 @@ impl ProxyLink {
     }
 
     pub async fn catch_all_port(&self) -> Result<u16, String> {
-        let ports = self.client().await?.ports().await.map_err(|e| e.to_string())?;
+        let ports = self
+            .client()
+            .await?
+            .ports()
+            .await
+            .map_err(|e| e.to_string())?;
         Ok(ports.catch_all)
     }
 
     /// Applies a table; `Some` says which ports could not be opened and why.
     pub async fn apply(&self, table: &RoutingTable) -> Result<Option<String>, String> {
-        let applied =
-            self.client().await?.apply(table).await.map_err(|e| e.to_string())?;
+        let applied = self
+            .client()
+            .await?
+            .apply(table)
+            .await
+            .map_err(|e| e.to_string())?;
         let failed: Vec<String> = applied.failed.iter().map(ToString::to_string).collect();
         Ok((!failed.is_empty()).then(|| failed.join("; ")))
     }
 
     pub async fn drain(&self, id: &InstanceId, limit: Millis) -> Result<u32, String> {
-        let report =
-            self.client().await?.drain(id, limit).await.map_err(|e| e.to_string())?;
+        let report = self
+            .client()
+            .await?
+            .drain(id, limit)
+            .await
+            .map_err(|e| e.to_string())?;
         Ok(report.cut)
     }
 }

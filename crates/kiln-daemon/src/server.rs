@@ -18,12 +18,12 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 
+use crate::api;
 use crate::engine::{self, Message};
 use crate::networks::Networks;
 use crate::proxy_link::ProxyLink;
 use crate::shared::{EVENT_QUEUE, Shared};
 use crate::state::State;
-use crate::api;
 
 /// What the daemon is told by whoever starts it.
 pub struct DaemonConfig {
@@ -40,7 +40,11 @@ pub enum DaemonError {
     #[error("another daemon (pid {pid}) already runs on {root}")]
     AlreadyRunning { root: PathBuf, pid: String },
     #[error("{what} {path}: {source}")]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{0}")]
     Part(String),
 }
@@ -69,8 +73,7 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let socket = socket_path(&root);
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;
-    fs::set_permissions(&socket, Permissions::from_mode(0o600))
-        .map_err(io("securing", &socket))?;
+    fs::set_permissions(&socket, Permissions::from_mode(0o600)).map_err(io("securing", &socket))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(io("signals of", &root))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals of", &root))?;
     let (stop, mut stopped) = tokio::sync::mpsc::channel(1);
@@ -93,7 +96,11 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
 /// One daemon per root; the lock goes with the process, however it ends.
 fn lock(root: &Path) -> Result<File, DaemonError> {
     let path = root.join("run/daemon.lock");
-    let io = |source| DaemonError::Io { what: "locking", path: path.clone(), source };
+    let io = |source| DaemonError::Io {
+        what: "locking",
+        path: path.clone(),
+        source,
+    };
     let file = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -102,8 +109,14 @@ fn lock(root: &Path) -> Result<File, DaemonError> {
         .open(&path)
         .map_err(io)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let pid = fs::read_to_string(&path).unwrap_or_default().trim().to_owned();
-        return Err(DaemonError::AlreadyRunning { root: root.to_owned(), pid });
+        let pid = fs::read_to_string(&path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
+        return Err(DaemonError::AlreadyRunning {
+            root: root.to_owned(),
+            pid,
+        });
     }
     file.set_len(0).map_err(io)?;
     fs::write(&path, std::process::id().to_string()).map_err(io)?;
@@ -114,8 +127,11 @@ fn open(config: DaemonConfig) -> Result<Arc<Shared>, DaemonError> {
     let root = config.root;
     let state = State::open(&root).map_err(part)?;
     let worlds = state.environments().map_err(part)?;
-    let runtime = Runtime::open(RuntimeConfig { root: root.clone(), shim: config.shim })
-        .map_err(part)?;
+    let runtime = Runtime::open(RuntimeConfig {
+        root: root.clone(),
+        shim: config.shim,
+    })
+    .map_err(part)?;
     let (events, _) = broadcast::channel(EVENT_QUEUE);
     let shared = Arc::new(Shared {
         started: Shared::now(),
@@ -133,7 +149,11 @@ fn open(config: DaemonConfig) -> Result<Arc<Shared>, DaemonError> {
     for world in worlds {
         let name = world.environment.clone();
         let handle = engine::spawn(shared.clone(), world);
-        shared.engines.lock().unwrap_or_else(PoisonError::into_inner).insert(name, handle);
+        shared
+            .engines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name, handle);
     }
     Ok(shared)
 }

@@ -39,7 +39,10 @@ pub struct Shared {
 impl Shared {
     /// Milliseconds since the epoch.
     pub fn now() -> Millis {
-        SystemTime::now().duration_since(UNIX_EPOCH).map(Millis::from).unwrap_or_default()
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map(Millis::from)
+            .unwrap_or_default()
     }
 
     /// Stores an event and tells its followers. What can't be stored is at least logged.
@@ -62,7 +65,10 @@ impl Shared {
             actor: actor.to_owned(),
             action: action.to_owned(),
             subject: subject.to_owned(),
-            details: details.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect(),
+            details: details
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), v.clone()))
+                .collect(),
         };
         if let Err(error) = self.audit.record(fact) {
             tracing::error!(%error, action, subject, "audit entry not written");
@@ -91,7 +97,9 @@ impl Shared {
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| format!("an inner task broke: {e}"))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| format!("an inner task broke: {e}"))
 }
 
 /// Waits for the end of the process behind a pidfd.

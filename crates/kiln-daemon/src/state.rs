@@ -24,13 +24,24 @@ const KEPT_EVENTS: i64 = 10_000;
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error("the state database {path}: {source}")]
-    Sqlite { path: PathBuf, source: rusqlite::Error },
+    Sqlite {
+        path: PathBuf,
+        source: rusqlite::Error,
+    },
     #[error("the state database {path} holds something unreadable in {what}: {source}")]
-    Json { path: PathBuf, what: &'static str, source: serde_json::Error },
+    Json {
+        path: PathBuf,
+        what: &'static str,
+        source: serde_json::Error,
+    },
     #[error(
         "the state database {path} was written by a newer kiln (format {found}, this one knows {known}); use that kiln"
     )]
-    TooNew { path: PathBuf, found: i64, known: i64 },
+    TooNew {
+        path: PathBuf,
+        found: i64,
+        known: i64,
+    },
 }
 
 /// The daemon's memory.
@@ -45,21 +56,33 @@ impl State {
     /// Opens `<root>/state.db`, making it if need be.
     pub fn open(root: &Path) -> Result<Self, StateError> {
         let path = root.join("state.db");
-        let sqlite = |source| StateError::Sqlite { path: path.clone(), source };
+        let sqlite = |source| StateError::Sqlite {
+            path: path.clone(),
+            source,
+        };
         let connection = Connection::open(&path).map_err(sqlite)?;
         connection
-            .execute_batch("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-512;")
+            .execute_batch(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-512;",
+            )
             .map_err(sqlite)?;
         let found: i64 = connection
             .query_row("PRAGMA user_version", [], |row| row.get(0))
             .map_err(sqlite)?;
         if found > FORMAT {
-            return Err(StateError::TooNew { path, found, known: FORMAT });
+            return Err(StateError::TooNew {
+                path,
+                found,
+                known: FORMAT,
+            });
         }
         if found == 0 {
             connection.execute_batch(SCHEMA).map_err(sqlite)?;
         }
-        Ok(Self { path, connection: Mutex::new(connection) })
+        Ok(Self {
+            path,
+            connection: Mutex::new(connection),
+        })
     }
 
     /// A poisoned lock only says that another thread panicked between two statements;
@@ -68,10 +91,14 @@ impl State {
         &self,
         work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>,
     ) -> Result<T, StateError> {
-        let mut connection =
-            self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        work(&mut connection)
-            .map_err(|source| StateError::Sqlite { path: self.path.clone(), source })
+        let mut connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        work(&mut connection).map_err(|source| StateError::Sqlite {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     pub fn environments(&self) -> Result<Vec<World>, StateError> {
@@ -80,7 +107,9 @@ impl State {
                 .query_map([], |row| row.get::<_, String>(0))?
                 .collect::<rusqlite::Result<Vec<_>>>()
         })?;
-        rows.iter().map(|text| self.decode("environments", text)).collect()
+        rows.iter()
+            .map(|text| self.decode("environments", text))
+            .collect()
     }
 
     pub fn save_world(&self, world: &World) -> Result<(), StateError> {
@@ -95,11 +124,7 @@ impl State {
         Ok(())
     }
 
-    pub fn add_release(
-        &self,
-        release: &Release,
-        record: &ReleaseRecord,
-    ) -> Result<(), StateError> {
+    pub fn add_release(&self, release: &Release, record: &ReleaseRecord) -> Result<(), StateError> {
         let text = self.encode("releases", release)?;
         let line = self.encode("releases", record)?;
         self.with(|c| {
@@ -124,8 +149,10 @@ impl State {
         number: ReleaseNumber,
         outcome: Outcome,
     ) -> Result<(), StateError> {
-        let Some(mut record) =
-            self.records(environment)?.into_iter().find(|r| r.number == number)
+        let Some(mut record) = self
+            .records(environment)?
+            .into_iter()
+            .find(|r| r.number == number)
         else {
             return Ok(());
         };
@@ -147,7 +174,9 @@ impl State {
                 .query_map([environment.as_str()], |row| row.get::<_, String>(0))?
                 .collect::<rusqlite::Result<Vec<_>>>()
         })?;
-        rows.iter().map(|text| self.decode("releases", text)).collect()
+        rows.iter()
+            .map(|text| self.decode("releases", text))
+            .collect()
     }
 
     pub fn release(
@@ -171,7 +200,11 @@ impl State {
         let text = self.encode("events", event)?;
         let id = self.with(|c| {
             c.prepare_cached("INSERT INTO events(environment, time, event) VALUES (?1, ?2, ?3)")?
-                .execute(params![event.environment.as_str(), event.time.0 as i64, text])?;
+                .execute(params![
+                    event.environment.as_str(),
+                    event.time.0 as i64,
+                    text
+                ])?;
             let id = c.last_insert_rowid();
             if id % 1000 == 0 {
                 c.execute("DELETE FROM events WHERE id <= ?1", [id - KEPT_EVENTS])?;
@@ -209,23 +242,27 @@ impl State {
 
     pub fn last_event(&self) -> Result<u64, StateError> {
         let id = self.with(|c| {
-            c.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| row.get::<_, i64>(0))
+            c.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| {
+                row.get::<_, i64>(0)
+            })
         })?;
         Ok(id as u64)
     }
 
     fn encode<T: Serialize>(&self, what: &'static str, value: &T) -> Result<String, StateError> {
-        serde_json::to_string(value)
-            .map_err(|source| StateError::Json { path: self.path.clone(), what, source })
+        serde_json::to_string(value).map_err(|source| StateError::Json {
+            path: self.path.clone(),
+            what,
+            source,
+        })
     }
 
-    fn decode<T: DeserializeOwned>(
-        &self,
-        what: &'static str,
-        text: &str,
-    ) -> Result<T, StateError> {
-        serde_json::from_str(text)
-            .map_err(|source| StateError::Json { path: self.path.clone(), what, source })
+    fn decode<T: DeserializeOwned>(&self, what: &'static str, text: &str) -> Result<T, StateError> {
+        serde_json::from_str(text).map_err(|source| StateError::Json {
+            path: self.path.clone(),
+            what,
+            source,
+        })
     }
 }
 
@@ -288,6 +325,9 @@ mod tests {
             .unwrap()
             .execute_batch("PRAGMA user_version = 99")
             .unwrap();
-        assert!(matches!(State::open(root.path()), Err(StateError::TooNew { found: 99, .. })));
+        assert!(matches!(
+            State::open(root.path()),
+            Err(StateError::TooNew { found: 99, .. })
+        ));
     }
 }

@@ -25,14 +25,18 @@ pub fn environment(
     report: Vec<String>,
 ) -> impl Future<Output = Result<EnvironmentStatus, ApiError>> + use<> {
     let goal = world.goal.release().and_then(|n| releases.get(n));
-    let mut names: Vec<ServiceName> =
-        goal.map(|g| g.release.services.keys().cloned().collect()).unwrap_or_default();
+    let mut names: Vec<ServiceName> = goal
+        .map(|g| g.release.services.keys().cloned().collect())
+        .unwrap_or_default();
     for instance in world.instances.values() {
         if !names.contains(&instance.service) {
             names.push(instance.service.clone());
         }
     }
-    let services = names.iter().map(|n| service(world, releases, goal, n)).collect();
+    let services = names
+        .iter()
+        .map(|n| service(world, releases, goal, n))
+        .collect();
     let status = EnvironmentStatus {
         environment: world.environment.clone(),
         goal: world.goal.release(),
@@ -51,7 +55,9 @@ pub fn environment(
     };
     let shared = shared.clone();
     async move {
-        blocking(move || look_inside(&shared, status)).await.map_err(ApiError::internal)
+        blocking(move || look_inside(&shared, status))
+            .await
+            .map_err(ApiError::internal)
     }
 }
 
@@ -69,8 +75,7 @@ fn service(
         .collect();
     let job = goal.is_some_and(|g| is_job(&g.release, name));
     let completed = goal.is_some_and(|g| {
-        world.jobs_done.contains(&(g.digest, name.clone()))
-            || kiln_plan::rests(world, g, name, 1)
+        world.jobs_done.contains(&(g.digest, name.clone())) || kiln_plan::rests(world, g, name, 1)
     });
     let state = match route {
         _ if completed => "completed",
@@ -120,9 +125,8 @@ fn instance(
     InstanceStatus {
         id: id.clone(),
         release: instance.release,
-        current: goal.is_some_and(|g| {
-            g.revisions.get(&instance.service) == Some(&instance.revision)
-        }),
+        current: goal
+            .is_some_and(|g| g.revisions.get(&instance.service) == Some(&instance.revision)),
         phase: phase_name(&instance.phase).into(),
         health: match &instance.health {
             Health::Unknown => "unknown".into(),
@@ -165,7 +169,9 @@ fn look_inside(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentSta
             Err(error) => instance.warnings.push(format!("not looked into: {error}")),
         }
         if instance.tainted {
-            instance.drift.push("someone ran a command in it (kiln exec)".into());
+            instance
+                .drift
+                .push("someone ran a command in it (kiln exec)".into());
         }
     }
     status
@@ -179,7 +185,10 @@ pub fn explain(
     id: &InstanceId,
 ) -> Result<Explanation, ApiError> {
     let not_found = || {
-        ApiError::not_found(format!("there is no instance `{id}`"), "kiln status lists them")
+        ApiError::not_found(
+            format!("there is no instance `{id}`"),
+            "kiln status lists them",
+        )
     };
     let instance = world.instances.get(id).ok_or_else(not_found)?;
     let spec = shared.runtime.spec(id).ok_or_else(not_found)?;
@@ -190,21 +199,40 @@ pub fn explain(
         }
     };
     fact("release", vec![instance.release.to_string()]);
-    fact("service", vec![format!("{} (copy {})", instance.service, instance.index)]);
+    fact(
+        "service",
+        vec![format!("{} (copy {})", instance.service, instance.index)],
+    );
     fact("revision", vec![instance.revision.to_string()]);
     fact("phase", vec![phase_name(&instance.phase).to_owned()]);
     if let Goal::Release(n) = world.goal {
         fact("wanted release", vec![n.to_string()]);
     }
     if let Some(released) = releases.service_of(instance) {
-        fact("image", vec![released.image.name.clone(), released.image.digest.to_string()]);
+        fact(
+            "image",
+            vec![
+                released.image.name.clone(),
+                released.image.digest.to_string(),
+            ],
+        );
         fact("image tree", vec![released.image.tree.to_string()]);
-        let files =
-            released.files.iter().map(|(key, version)| format!("{key}: {version:?}")).collect();
+        let files = released
+            .files
+            .iter()
+            .map(|(key, version)| format!("{key}: {version:?}"))
+            .collect();
         fact("configs and secrets", files);
     }
     fact("command", vec![spec.argv.join(" ")]);
-    fact("user", vec![if spec.user.is_empty() { "root".into() } else { spec.user.clone() }]);
+    fact(
+        "user",
+        vec![if spec.user.is_empty() {
+            "root".into()
+        } else {
+            spec.user.clone()
+        }],
+    );
     fact("environment", spec.env.keys().cloned().collect());
     fact("root", root_lines(&spec.root));
     fact("mounts", spec.mounts.iter().map(mount_line).collect());
@@ -222,15 +250,20 @@ pub fn explain(
         security.push("privileged".into());
     }
     fact("security", security);
-    Ok(Explanation { id: id.clone(), facts })
+    Ok(Explanation {
+        id: id.clone(),
+        facts,
+    })
 }
 
 fn root_lines(root: &Root) -> Vec<String> {
     match root {
         Root::Sealed { scratch, .. } => std::iter::once("sealed (read-only)".to_owned())
-            .chain(scratch.iter().map(|s| {
-                format!("scratch {} (at most {} MiB)", s.path, s.size / (1 << 20))
-            }))
+            .chain(
+                scratch
+                    .iter()
+                    .map(|s| format!("scratch {} (at most {} MiB)", s.path, s.size / (1 << 20))),
+            )
             .collect(),
         Root::Unsealed { .. } => vec!["unsealed: a throw-away writable layer".into()],
         Root::Layered { .. } => vec!["a builder's layer".into()],
@@ -245,7 +278,11 @@ fn mount_line(mount: &kiln_model::instance::InstanceMount) -> String {
         InstanceMountSource::Tmpfs { .. } => "tmpfs".into(),
         InstanceMountSource::Tree { .. } => "an image".into(),
     };
-    let mode = if mount.read_only { "read-only" } else { "writable" };
+    let mode = if mount.read_only {
+        "read-only"
+    } else {
+        "writable"
+    };
     let exec = if mount.exec { "" } else { ", noexec" };
     format!("{} ← {source} ({mode}{exec})", mount.target)
 }

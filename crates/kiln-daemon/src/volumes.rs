@@ -36,8 +36,7 @@ pub fn prepare(shared: &Shared, volumes: &[VolumeUse]) -> Result<(), String> {
                 data.display()
             ));
         }
-        make(&shared.store, volume, &data)
-            .map_err(|e| format!("volume `{}`: {e}", volume.name))?;
+        make(&shared.store, volume, &data).map_err(|e| format!("volume `{}`: {e}", volume.name))?;
     }
     Ok(())
 }
@@ -58,21 +57,23 @@ fn make(store: &Store, volume: &VolumeUse, data: &Path) -> Result<(), String> {
     {
         let items: Vec<_> = match volume.nocopy {
             true => Vec::new(),
-            false => tree.walk_from(&found).map_err(|e| e.to_string())?.skip(1).collect(),
+            false => tree
+                .walk_from(&found)
+                .map_err(|e| e.to_string())?
+                .skip(1)
+                .collect(),
         };
         for item in &items {
             let below = item.path.get(found.len()..).unwrap_or_default();
             let below = below.strip_prefix(b"/").unwrap_or(below);
             let path = fresh.join(std::ffi::OsStr::from_bytes(below));
-            copy(store, &path, item.node)
-                .map_err(|e| format!("{}: {e}", path.display()))?;
+            copy(store, &path, item.node).map_err(|e| format!("{}: {e}", path.display()))?;
         }
         // Folders last: filling them moved their times.
         for item in items.iter().rev().filter(|i| i.node.is_dir()) {
             let below = item.path.get(found.len()..).unwrap_or_default();
             let below = below.strip_prefix(b"/").unwrap_or(below);
-            attributes(&fresh.join(std::ffi::OsStr::from_bytes(below)), item.node)
-                .map_err(text)?;
+            attributes(&fresh.join(std::ffi::OsStr::from_bytes(below)), item.node).map_err(text)?;
         }
         attributes(&fresh, node).map_err(text)?;
     }
@@ -86,8 +87,11 @@ fn copy(store: &Store, path: &Path, node: &Node) -> io::Result<()> {
     match &node.kind {
         Kind::Dir => return fs::create_dir(path),
         Kind::File { digest, size } => {
-            let mut file =
-                fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(path)?;
+            let mut file = fs::OpenOptions::new()
+                .create_new(true)
+                .write(true)
+                .mode(0o600)
+                .open(path)?;
             if *size > 0 {
                 let mut source = store
                     .open_object(digest)
@@ -112,6 +116,9 @@ fn attributes(path: &Path, node: &Node) -> io::Result<()> {
         tv_sec: node.meta.mtime.seconds,
         tv_nsec: i64::from(node.meta.mtime.nanos),
     };
-    let times = Timestamps { last_access: time, last_modification: time };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
     Ok(utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)?)
 }

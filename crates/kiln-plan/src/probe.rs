@@ -110,7 +110,10 @@ pub fn probe_plan(service: &ReleasedService) -> ProbePlan {
 
 /// The compose file's health check over the image's, key by key.
 pub fn effective_check(service: &ReleasedService) -> Option<Healthcheck> {
-    merged_check(&service.service.health, service.image.config.healthcheck.as_ref())
+    merged_check(
+        &service.service.health,
+        service.image.config.healthcheck.as_ref(),
+    )
 }
 
 /// As [`effective_check`], before there is a release.

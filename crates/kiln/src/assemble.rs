@@ -20,12 +20,9 @@ use kiln_model::spec::{
     FileKind, FileSource, FileVersion, ImageSource, MountSource, Protocol, PullPolicy, Service,
     Spec,
 };
-use kiln_model::{
-    Digest, EnvironmentName, Millis, Progress, ProgressEvent, Release, ServiceName,
-};
+use kiln_model::{Digest, EnvironmentName, Millis, Progress, ProgressEvent, Release, ServiceName};
 use kiln_oci::{BlobWrite, registry};
 use kiln_plan::process;
-use kiln_runtime::Runtime;
 use kiln_store::{Image, Store};
 use kiln_trust::SecretStore;
 
@@ -44,7 +41,6 @@ pub struct Assembler<'a> {
     context: &'a Context,
     loaded: &'a Loaded,
     store: Arc<Store>,
-    runtime: Arc<Runtime>,
     progress: Arc<dyn Progress>,
     cancel: Arc<AtomicBool>,
     resolver: Resolver,
@@ -73,7 +69,7 @@ impl<'a> Assembler<'a> {
         let arch = debian::architecture(&platform)
             .ok_or_else(|| machine(format!("Debian has no architecture for {platform}")))?;
         let registry = registry::Client::new(registry::Options {
-            credentials: registry::CredentialSources::of_user(),
+            credentials: credentials(),
             ..registry::Options::default()
         })
         .map_err(machine)?;
@@ -106,12 +102,15 @@ impl<'a> Assembler<'a> {
             progress: progress.clone(),
             cache: cache.clone(),
         };
-        let tester = Tester { store: store.clone(), runtime: runtime.clone(), cache };
+        let tester = Tester {
+            store: store.clone(),
+            runtime: runtime.clone(),
+            cache,
+        };
         Ok(Self {
             context,
             loaded,
             store,
-            runtime,
             progress,
             cancel,
             resolver,
@@ -149,7 +148,10 @@ impl<'a> Assembler<'a> {
             lock.update();
         }
         for name in self.spec().bases.keys() {
-            self.resolver.resolve(name, false, &mut lock).await.map_err(build_failure)?;
+            self.resolver
+                .resolve(name, false, &mut lock)
+                .await
+                .map_err(build_failure)?;
         }
         for (name, service) in &self.spec().services {
             match &service.image {
@@ -160,7 +162,8 @@ impl<'a> Assembler<'a> {
                         .map_err(build_failure)?;
                 }
                 ImageSource::Build { build, .. } => {
-                    let prepared = prepare(self.build_request(name, build)?).map_err(build_error)?;
+                    let prepared =
+                        prepare(self.build_request(name, build)?).map_err(build_error)?;
                     for reference in prepared.images().map_err(build_error)? {
                         self.resolver
                             .resolve(&reference, false, &mut lock)
@@ -189,7 +192,9 @@ impl<'a> Assembler<'a> {
         }
         let mut released = BTreeMap::new();
         for (name, image) in images {
-            let Some(service) = self.spec().services.get(&name) else { continue };
+            let Some(service) = self.spec().services.get(&name) else {
+                continue;
+            };
             let files = self.files(service)?;
             let mounted_images = self.mounted_images(service, lock).await?;
             let verdict = self.test(&name, service, &image, &files)?;
@@ -229,16 +234,26 @@ impl<'a> Assembler<'a> {
         }
         let began = Instant::now();
         let task = format!("build {name}");
-        self.progress.event(ProgressEvent::Started { task: task.clone(), detail: String::new() });
+        self.progress.event(ProgressEvent::Started {
+            task: task.clone(),
+            detail: String::new(),
+        });
         let built = self.builder.build(prepared, images).await;
         let how = match &built {
             Ok(_) => Finish::Done,
-            Err(error) => Finish::Failed { cause: error.to_string() },
+            Err(error) => Finish::Failed {
+                cause: error.to_string(),
+            },
         };
-        self.progress.event(ProgressEvent::Finished { task, how, took: began.elapsed().into() });
+        self.progress.event(ProgressEvent::Finished {
+            task,
+            how,
+            took: began.elapsed().into(),
+        });
         let digest = built.map_err(build_error)?;
         let subject = format!("{}/{name}", self.spec().project);
-        self.context.record("build", &subject, &[("digest", digest.to_string())])?;
+        self.context
+            .record("build", &subject, &[("digest", digest.to_string())])?;
         Ok(digest)
     }
 
@@ -290,8 +305,10 @@ impl<'a> Assembler<'a> {
                 FileKind::Config => {
                     let source = self.spec().configs.get(&file.source);
                     let bytes = self.content(&file.source, "config", source)?;
-                    let (digest, _) =
-                        self.store.write(None, &mut bytes.as_slice()).map_err(machine)?;
+                    let (digest, _) = self
+                        .store
+                        .write(None, &mut bytes.as_slice())
+                        .map_err(machine)?;
                     FileVersion::Config(digest)
                 }
                 FileKind::Secret => {
@@ -306,7 +323,8 @@ impl<'a> Assembler<'a> {
     }
 
     fn secret_value(&self, key: &str) -> Result<zeroize::Zeroizing<Vec<u8>>, Failure> {
-        self.content(key, "secret", self.spec().secrets.get(key)).map(zeroize::Zeroizing::new)
+        self.content(key, "secret", self.spec().secrets.get(key))
+            .map(zeroize::Zeroizing::new)
     }
 
     fn content(
@@ -358,28 +376,43 @@ impl<'a> Assembler<'a> {
         let verdict = self.tester.test_image(&request, &self.cancel);
         let how = match &verdict {
             Ok(_) => Finish::Done,
-            Err(_) => Finish::Failed { cause: "it did not prove itself".into() },
+            Err(_) => Finish::Failed {
+                cause: "it did not prove itself".into(),
+            },
         };
         let took = began.elapsed().into();
-        self.progress.event(ProgressEvent::Finished { task: task.clone(), how, took });
+        self.progress.event(ProgressEvent::Finished {
+            task: task.clone(),
+            how,
+            took,
+        });
         let subject = format!("{}/{name}", self.spec().project);
         let digest = ("digest", image.manifest.to_string());
         match &verdict {
             Ok(verdict) => {
                 for text in &verdict.warnings {
-                    let warning =
-                        ProgressEvent::Warning { task: task.clone(), text: text.clone() };
+                    let warning = ProgressEvent::Warning {
+                        task: task.clone(),
+                        text: text.clone(),
+                    };
                     self.progress.event(warning);
                 }
                 let outcome = match &verdict.outcome {
                     Outcome::Passed => "passed".to_owned(),
                     Outcome::Inconclusive(why) => format!("inconclusive: {why}"),
                 };
-                self.context.record("test", &subject, &[digest, ("verdict", outcome)])?;
+                self.context
+                    .record("test", &subject, &[digest, ("verdict", outcome)])?;
             }
             Err(error) => {
-                let cause = error.to_string().lines().next().unwrap_or_default().to_owned();
-                self.context.record("test", &subject, &[digest, ("failed", cause)])?;
+                let cause = error
+                    .to_string()
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned();
+                self.context
+                    .record("test", &subject, &[digest, ("failed", cause)])?;
             }
         }
         verdict.map_err(|e| test_failure(&e))
@@ -402,12 +435,12 @@ impl<'a> Assembler<'a> {
         }
         let spec = self.spec();
         let completes = spec.services.values().any(|other| {
-            other.depends_on.get(name).is_some_and(|d| {
-                d.condition == kiln_model::spec::Condition::CompletedSuccessfully
-            })
+            other
+                .depends_on
+                .get(name)
+                .is_some_and(|d| d.condition == kiln_model::spec::Condition::CompletedSuccessfully)
         }) || service.mode == kiln_model::spec::ServiceMode::Job;
-        let mut mounts: Vec<InstanceMount> =
-            service.mounts.iter().filter_map(stand_in).collect();
+        let mut mounts: Vec<InstanceMount> = service.mounts.iter().filter_map(stand_in).collect();
         mounts.extend(self.file_mounts(service, files)?);
         Ok(TestRequest {
             name: name.to_string(),
@@ -420,7 +453,11 @@ impl<'a> Assembler<'a> {
                 .clone()
                 .or_else(|| Some(image.config.working_dir.clone()).filter(|d| !d.is_empty()))
                 .unwrap_or_else(|| "/".into()),
-            user: service.process.user.clone().unwrap_or_else(|| image.config.user.clone()),
+            user: service
+                .process
+                .user
+                .clone()
+                .unwrap_or_else(|| image.config.user.clone()),
             group_add: service.process.group_add.clone(),
             stop_signal: service
                 .process
@@ -433,7 +470,10 @@ impl<'a> Assembler<'a> {
             volumes: image.config.volumes.clone(),
             security: process::security(service),
             limits: process::limits(&service.limits),
-            healthcheck: kiln_plan::merged_check(&service.health, image.config.healthcheck.as_ref()),
+            healthcheck: kiln_plan::merged_check(
+                &service.health,
+                image.config.healthcheck.as_ref(),
+            ),
             shell: image.config.shell.clone(),
             checks: service.kiln.test.clone(),
             completes,
@@ -456,7 +496,13 @@ impl<'a> Assembler<'a> {
             let (uid, gid, mode) = (file.uid, file.gid, file.mode);
             let secret = file.kind == FileKind::Secret;
             Some(InstanceMount {
-                source: InstanceMountSource::File { path, uid, gid, mode, secret },
+                source: InstanceMountSource::File {
+                    path,
+                    uid,
+                    gid,
+                    mode,
+                    secret,
+                },
                 target: file.target.clone(),
                 read_only: true,
                 exec: false,
@@ -485,7 +531,11 @@ impl<'a> Assembler<'a> {
         service.image = ImageSource::Reference(image_name.clone());
         let mut listens = found.verdict.listens.clone();
         let stated = service.expose.iter().chain(&found.image.config.exposed);
-        listens.extend(stated.filter(|p| p.protocol == Protocol::Tcp).map(|p| p.port));
+        listens.extend(
+            stated
+                .filter(|p| p.protocol == Protocol::Tcp)
+                .map(|p| p.port),
+        );
         listens.sort_unstable();
         listens.dedup();
         let scratch = scratch(&service, found.verdict.scratch);
@@ -503,11 +553,6 @@ impl<'a> Assembler<'a> {
             service,
         }
     }
-
-    /// The runtime that builds and tests use.
-    pub fn runtime(&self) -> &Runtime {
-        &self.runtime
-    }
 }
 
 /// What is learned, with what the file states; nothing below a mount of the file's.
@@ -518,11 +563,19 @@ fn scratch(service: &Service, learned: Vec<Scratch>) -> Vec<Scratch> {
     }
     for stated in &service.kiln.scratch {
         let size = stated.size.unwrap_or(SCRATCH_SIZE);
-        let one = Scratch { path: stated.path.clone(), size, exec: stated.exec };
+        let one = Scratch {
+            path: stated.path.clone(),
+            size,
+            exec: stated.exec,
+        };
         all.insert(stated.path.clone(), one);
     }
-    let mounted =
-        |path: &str| service.mounts.iter().any(|m| Path::new(path).starts_with(&m.target));
+    let mounted = |path: &str| {
+        service
+            .mounts
+            .iter()
+            .any(|m| Path::new(path).starts_with(&m.target))
+    };
     all.into_values().filter(|s| !mounted(&s.path)).collect()
 }
 
@@ -537,7 +590,12 @@ fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
         // What the program finds of a host's folder it would also write to.
         MountSource::Bind { path, .. } if path.is_file() => return None,
         MountSource::Image { .. } => return None,
-        _ => InstanceMountSource::Tmpfs { size: None, mode: Some(0o1777), uid: None, gid: None },
+        _ => InstanceMountSource::Tmpfs {
+            size: None,
+            mode: Some(0o1777),
+            uid: None,
+            gid: None,
+        },
     };
     Some(InstanceMount {
         source,
@@ -552,9 +610,29 @@ fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
 fn epoch() -> Result<i64, Failure> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) => text.parse().map_err(|_| {
-            Failure::new(Kind::Input, format!("SOURCE_DATE_EPOCH is no number: `{text}`"))
+            Failure::new(
+                Kind::Input,
+                format!("SOURCE_DATE_EPOCH is no number: `{text}`"),
+            )
         }),
         Err(_) => Ok(0),
+    }
+}
+
+/// Docker's and Podman's files of whoever asks.
+fn credentials() -> registry::CredentialSources {
+    let home = std::env::var_os("HOME").map(std::path::PathBuf::from);
+    let docker = std::env::var_os("DOCKER_CONFIG")
+        .map(std::path::PathBuf::from)
+        .or_else(|| home.clone().map(|h| h.join(".docker")));
+    let files = docker
+        .map(|folder| folder.join("config.json"))
+        .into_iter()
+        .chain(home.map(|h| h.join(".config/containers/auth.json")))
+        .collect();
+    registry::CredentialSources {
+        files,
+        helper_folder: None,
     }
 }
 
@@ -564,11 +642,18 @@ fn host_resolver() -> kiln_model::instance::Resolver {
     let words = |key: &str| -> Vec<String> {
         text.lines()
             .filter_map(|line| line.trim().strip_prefix(key))
-            .flat_map(|rest| rest.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .flat_map(|rest| {
+                rest.split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            })
             .collect()
     };
     kiln_model::instance::Resolver {
-        nameservers: words("nameserver").iter().filter_map(|w| w.parse().ok()).collect(),
+        nameservers: words("nameserver")
+            .iter()
+            .filter_map(|w| w.parse().ok())
+            .collect(),
         search: words("search"),
         options: words("options"),
     }

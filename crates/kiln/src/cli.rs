@@ -9,7 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
 pub struct Cli {
     /// Where kiln keeps everything
-    #[arg(long, env = "KILN_ROOT", default_value = "/var/lib/kiln", global = true)]
+    #[arg(
+        long,
+        env = "KILN_ROOT",
+        default_value = "/var/lib/kiln",
+        global = true
+    )]
     pub root: PathBuf,
     /// Print JSON for machines: results as one value, progress as one event a line
     #[arg(long, global = true)]
@@ -61,13 +66,9 @@ pub enum Command {
     /// Say what this machine lacks, and what that costs
     Doctor,
     /// Print a completion script for a shell
-    Completion {
-        shell: clap_complete::Shell,
-    },
+    Completion { shell: clap_complete::Shell },
     /// Write manual pages into a folder
-    Man {
-        folder: PathBuf,
-    },
+    Man { folder: PathBuf },
     /// An instance's supervisor (internal)
     #[command(hide = true, disable_help_flag = true)]
     Shim {

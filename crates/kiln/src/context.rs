@@ -31,7 +31,11 @@ pub struct Context {
 impl Context {
     pub fn new(cli: &Cli) -> Result<Self, Failure> {
         let root = std::path::absolute(&cli.root).map_err(machine)?;
-        Ok(Self { client: Client::new(&root), root, json: cli.json })
+        Ok(Self {
+            client: Client::new(&root),
+            root,
+            json: cli.json,
+        })
     }
 
     /// Most of what kiln does needs root: namespaces, mounts, networks.
@@ -57,9 +61,12 @@ impl Context {
 
     pub fn runtime(&self) -> Result<Arc<Runtime>, Failure> {
         let shim = this_program(&["shim"])?;
-        Runtime::open(RuntimeConfig { root: self.root.clone(), shim })
-            .map(Arc::new)
-            .map_err(machine)
+        Runtime::open(RuntimeConfig {
+            root: self.root.clone(),
+            shim,
+        })
+        .map(Arc::new)
+        .map_err(machine)
     }
 
     pub fn audit(&self) -> Result<AuditLog, Failure> {
@@ -78,7 +85,10 @@ impl Context {
             actor: who(),
             action: action.to_owned(),
             subject: subject.to_owned(),
-            details: details.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect(),
+            details: details
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), v.clone()))
+                .collect(),
         };
         self.audit()?.record(fact).map(drop).map_err(machine)
     }
@@ -91,8 +101,11 @@ impl Context {
         self.need_root()?;
         self.make_root()?;
         let log_path = self.root.join("run/daemon.log");
-        let log =
-            OpenOptions::new().create(true).append(true).open(&log_path).map_err(machine)?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log_path)
+            .map_err(machine)?;
         let command = this_program(&["--root"])?;
         let (program, arguments) = command
             .split_first()
@@ -130,22 +143,26 @@ impl Context {
             Some(name) => name,
             None => project::load(args)?.spec.project.to_string(),
         };
-        name.parse().map_err(|e| Failure::new(Kind::Input, format!("{e}")))
+        name.parse()
+            .map_err(|e| Failure::new(Kind::Input, format!("{e}")))
     }
 
     /// As [`Context::environment`], for commands without a project's arguments.
     pub async fn environment_at(&self, args: &AtArgs) -> Result<EnvironmentName, Failure> {
         if let Some(name) = &args.environment {
-            return name.parse().map_err(|e| Failure::new(Kind::Input, format!("{e}")));
+            return name
+                .parse()
+                .map_err(|e| Failure::new(Kind::Input, format!("{e}")));
         }
         let known = self.client.daemon().await?.environments;
         if let [only] = known.as_slice() {
             return Ok(only.clone());
         }
         let here = project::load(&ProjectArgs::here()).ok();
-        here.and_then(|loaded| loaded.spec.project.as_str().parse().ok()).ok_or_else(|| {
-            Failure::new(Kind::Input, "which environment?").hint("name it with --environment")
-        })
+        here.and_then(|loaded| loaded.spec.project.as_str().parse().ok())
+            .ok_or_else(|| {
+                Failure::new(Kind::Input, "which environment?").hint("name it with --environment")
+            })
     }
 }
 
@@ -168,7 +185,9 @@ impl ProjectArgs {
 pub fn this_program(words: &[&str]) -> Result<Vec<OsString>, Failure> {
     let exe = std::env::current_exe()
         .map_err(|e| machine(format!("this program's own path is not known: {e}")))?;
-    Ok(std::iter::once(exe.into_os_string()).chain(words.iter().map(OsString::from)).collect())
+    Ok(std::iter::once(exe.into_os_string())
+        .chain(words.iter().map(OsString::from))
+        .collect())
 }
 
 /// The login name of whoever asks: behind sudo, who called it.
@@ -181,7 +200,10 @@ pub fn who() -> String {
 
 /// Milliseconds since the epoch.
 pub fn now() -> Millis {
-    SystemTime::now().duration_since(UNIX_EPOCH).map(Millis::from).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map(Millis::from)
+        .unwrap_or_default()
 }
 
 fn last_lines(path: &Path, count: usize) -> String {

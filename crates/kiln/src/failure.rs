@@ -34,7 +34,11 @@ pub enum Kind {
 
 impl Failure {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None }
+        Self {
+            kind,
+            message: message.into(),
+            hint: None,
+        }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -72,10 +76,16 @@ impl From<kiln_daemon::api::client::ClientError> for Failure {
                     ErrorKind::Invalid => Kind::Input,
                     ErrorKind::Internal => Kind::Machine,
                 };
-                Self { kind, message: error.message, hint: error.hint }
+                Self {
+                    kind,
+                    message: error.message,
+                    hint: error.hint,
+                }
             }
-            error @ ClientError::Unreachable { .. } => Failure::new(Kind::Machine, error.to_string())
-                .hint("`kiln up` starts it; `kiln daemon run` shows what it says"),
+            error @ ClientError::Unreachable { .. } => {
+                Failure::new(Kind::Machine, error.to_string())
+                    .hint("`kiln up` starts it; `kiln daemon run` shows what it says")
+            }
             error @ ClientError::Broken(_) => Failure::new(Kind::Machine, error.to_string()),
         }
     }

@@ -1,1 +1,107 @@
-fn main() {}
+//! The command line: parse, call, print, exit code. Whatever decides or does something
+//! is in the other crates.
+
+mod assemble;
+mod cli;
+mod context;
+mod failure;
+mod machine;
+mod ops;
+mod output;
+mod progress;
+mod project;
+mod rollout;
+mod see;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::context::Context;
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // The shim is single-threaded: nothing else may be set up before it.
+    if let Command::Shim { args } = cli.command {
+        return kiln_runtime::shim::main(args);
+    }
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("KILN_LOG")
+                .unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match start(&cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            print(&cli, &failure);
+            failure.exit_code()
+        }
+    }
+}
+
+fn start(cli: &Cli) -> Result<ExitCode, Failure> {
+    let context = Context::new(cli)?;
+    if let Command::Proxy = cli.command {
+        return machine::proxy(&context).map(|()| ExitCode::SUCCESS);
+    }
+    // Two threads: the daemon must stay small, and the work itself is on others.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(failure::machine)?;
+    let result = runtime.block_on(run(&context, &cli.command));
+    // A download that hangs must not keep an interrupted command alive.
+    runtime.shutdown_background();
+    result
+}
+
+async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Up(args) => up::up(context, args).await?,
+        Command::Plan(args) => up::plan(context, args).await?,
+        Command::Build(args) => up::build(context, args).await?,
+        Command::Down(args) => up::down(context, args).await?,
+        Command::Lock(args) => up::lock(context, args).await?,
+        Command::Rollback(args) => up::rollback(context, args).await?,
+        Command::Status(args) => see::status(context, args).await?,
+        Command::Releases(args) => see::releases(context, args).await?,
+        Command::Diff(args) => see::diff(context, args).await?,
+        Command::Events(args) => see::events(context, args).await?,
+        Command::Explain(args) => see::explain(context, args).await?,
+        Command::Audit(args) => see::audit(context, args)?,
+        Command::Logs(args) => ops::logs(context, args).await?,
+        Command::Exec(args) => return ops::exec(context, args).await,
+        Command::Images => ops::images(context)?,
+        Command::Gc(args) => ops::gc(context, args).await?,
+        Command::Fsck(args) => ops::fsck(context, args)?,
+        Command::Config(args) => ops::config(context, args).await?,
+        Command::Daemon(args) => machine::daemon(context, &args.command).await?,
+        Command::Doctor => machine::doctor(context)?,
+        Command::Completion { shell } => machine::completion(*shell),
+        Command::Man { folder } => machine::man(folder)?,
+        // Taken before: they are processes of their own kind.
+        Command::Shim { .. } | Command::Proxy => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(cli: &Cli, failure: &Failure) {
+    if cli.json {
+        let value = serde_json::json!({
+            "error": failure.message, "kind": format!("{:?}", failure.kind).to_lowercase(),
+            "hint": failure.hint,
+        });
+        eprintln!("{value}");
+        return;
+    }
+    eprintln!("error: {}", failure.message);
+    if let Some(hint) = &failure.hint {
+        eprintln!("hint: {hint}");
+    }
+}

@@ -83,12 +83,20 @@ impl Progress for Terminal {
         let mut screen = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let line = match &event {
             ProgressEvent::Started { task, detail } => {
-                let row =
-                    Row { detail: detail.clone(), amount: String::new(), since: Instant::now() };
+                let row = Row {
+                    detail: detail.clone(),
+                    amount: String::new(),
+                    since: Instant::now(),
+                };
                 screen.running.insert(task.clone(), row);
                 None
             }
-            ProgressEvent::Advanced { task, done, total, bytes } => {
+            ProgressEvent::Advanced {
+                task,
+                done,
+                total,
+                bytes,
+            } => {
                 if let Some(row) = screen.running.get_mut(task) {
                     row.amount = amount(*done, *total, *bytes);
                 }
@@ -141,7 +149,9 @@ impl Screen {
         self.drawn = rows.len();
         let mut stderr = std::io::stderr().lock();
         // A terminal that has gone away must not end the work.
-        let _ = stderr.write_all(out.as_bytes()).and_then(|()| stderr.flush());
+        let _ = stderr
+            .write_all(out.as_bytes())
+            .and_then(|()| stderr.flush());
     }
 }
 

@@ -62,8 +62,11 @@ pub async fn follow(
 }
 
 fn left_alone(environment: &EnvironmentName) -> Failure {
-    Failure::new(Kind::Interrupted, "interrupted; the daemon goes on with the rollout")
-        .hint(format!("kiln status -e {environment} says what serves"))
+    Failure::new(
+        Kind::Interrupted,
+        "interrupted; the daemon goes on with the rollout",
+    )
+    .hint(format!("kiln status -e {environment} says what serves"))
 }
 
 fn failed(text: String, log: &[String], interrupted: bool) -> Failure {
@@ -75,14 +78,21 @@ fn failed(text: String, log: &[String], interrupted: bool) -> Failure {
             message.push_str(line);
         }
     }
-    let kind = if interrupted { Kind::Interrupted } else { Kind::Rollout };
+    let kind = if interrupted {
+        Kind::Interrupted
+    } else {
+        Kind::Rollout
+    };
     Failure::new(kind, message)
 }
 
 fn ended(event: EventRecord) -> Option<End> {
     match event.kind {
         EventKind::Succeeded => Some(End::Succeeded(event.text)),
-        EventKind::Failed { log } => Some(End::Failed { text: event.text, log }),
+        EventKind::Failed { log } => Some(End::Failed {
+            text: event.text,
+            log,
+        }),
         _ => None,
     }
 }
@@ -99,7 +109,10 @@ fn show(context: &Context, event: &EventRecord) {
         EventKind::Warning => eprintln!("warning: {}", event.text),
         EventKind::Instance { phase } => {
             // What every instance passes through says nothing; its milestones do.
-            if matches!(phase.as_str(), "starting" | "ready" | "draining" | "ended" | "gone") {
+            if matches!(
+                phase.as_str(),
+                "starting" | "ready" | "draining" | "ended" | "gone"
+            ) {
                 eprintln!("  {}", event.text);
             }
         }
@@ -113,12 +126,23 @@ pub fn print_outline(context: &Context, answer: &ReleaseAnswer) -> Result<(), Fa
         return crate::output::json(answer);
     }
     if answer.unchanged {
-        println!("nothing would change: release {} is what runs", answer.number);
+        println!(
+            "nothing would change: release {} is what runs",
+            answer.number
+        );
         return Ok(());
     }
-    println!("release {} ({}) would:", answer.number, answer.digest.short());
+    println!(
+        "release {} ({}) would:",
+        answer.number,
+        answer.digest.short()
+    );
     for line in &answer.outline {
-        let why = if line.why.is_empty() { String::new() } else { format!(" ({})", line.why) };
+        let why = if line.why.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", line.why)
+        };
         println!("  {} {}{why}", line.action, line.service);
     }
     Ok(())

@@ -62,8 +62,11 @@ fn print_status(status: &EnvironmentStatus) {
                 service.image.clone(),
             ];
             let none = service.instances.is_empty().then(|| {
-                [head.clone(), vec!["–".into(), String::new(), String::new(), String::new()]]
-                    .concat()
+                [
+                    head.clone(),
+                    vec!["–".into(), String::new(), String::new(), String::new()],
+                ]
+                .concat()
             });
             let instances = service.instances.iter().enumerate().map(move |(n, i)| {
                 let blank = vec![String::new(); 4];
@@ -81,15 +84,25 @@ fn print_status(status: &EnvironmentStatus) {
                 marks.extend(i.drift.iter().map(|d| format!("drift: {d}")));
                 marks.extend(i.warnings.iter().map(|w| format!("note: {w}")));
                 let state = format!("{}, {}", i.phase, i.health);
-                [head, vec![i.id.to_string(), state, output::ago(i.since), marks.join("; ")]]
-                    .concat()
+                [
+                    head,
+                    vec![
+                        i.id.to_string(),
+                        state,
+                        output::ago(i.since),
+                        marks.join("; "),
+                    ],
+                ]
+                .concat()
             });
             none.into_iter().chain(instances).collect::<Vec<_>>()
         })
         .collect();
     if !rows.is_empty() {
         output::table(
-            &["SERVICE", "STATE", "PORTS", "IMAGE", "INSTANCE", "HEALTH", "SINCE", "NOTES"],
+            &[
+                "SERVICE", "STATE", "PORTS", "IMAGE", "INSTANCE", "HEALTH", "SINCE", "NOTES",
+            ],
             &rows,
         );
     }
@@ -102,7 +115,10 @@ pub async fn releases(context: &Context, args: &EnvironmentArgs) -> Result<(), F
         return output::json(&releases);
     }
     let rows: Vec<Vec<String>> = releases.iter().rev().map(release_row).collect();
-    output::table(&["RELEASE", "DIGEST", "WHEN (UTC)", "BY", "WHY", "OUTCOME"], &rows);
+    output::table(
+        &["RELEASE", "DIGEST", "WHEN (UTC)", "BY", "WHY", "OUTCOME"],
+        &rows,
+    );
     Ok(())
 }
 
@@ -138,8 +154,14 @@ struct Difference {
 
 pub async fn diff(context: &Context, args: &DiffArgs) -> Result<(), Failure> {
     let environment = context.environment(&args.project)?;
-    let a = context.client.release(&environment, ReleaseNumber(args.a)).await?;
-    let b = context.client.release(&environment, ReleaseNumber(args.b)).await?;
+    let a = context
+        .client
+        .release(&environment, ReleaseNumber(args.a))
+        .await?;
+    let b = context
+        .client
+        .release(&environment, ReleaseNumber(args.b))
+        .await?;
     let mut difference = Difference::default();
     for (name, new) in &b.services {
         let Some(old) = a.services.get(name) else {
@@ -163,7 +185,11 @@ pub async fn diff(context: &Context, args: &DiffArgs) -> Result<(), Failure> {
 }
 
 fn missing_from(a: &Release, b: &Release) -> Vec<String> {
-    a.services.keys().filter(|n| !b.services.contains_key(*n)).map(ToString::to_string).collect()
+    a.services
+        .keys()
+        .filter(|n| !b.services.contains_key(*n))
+        .map(ToString::to_string)
+        .collect()
 }
 
 fn print_difference(environment: &EnvironmentName, args: &DiffArgs, difference: &Difference) {
@@ -180,9 +206,7 @@ fn print_difference(environment: &EnvironmentName, args: &DiffArgs, difference: 
             println!("    {line}");
         }
     }
-    if difference.added.is_empty()
-        && difference.removed.is_empty()
-        && difference.changed.is_empty()
+    if difference.added.is_empty() && difference.removed.is_empty() && difference.changed.is_empty()
     {
         println!("no difference");
     }
@@ -215,7 +239,11 @@ fn differing_leaves(
         let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
         for key in keys {
             let null = Value::Null;
-            let below = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let below = if path.is_empty() {
+                key.clone()
+            } else {
+                format!("{path}.{key}")
+            };
             let (left, right) = (a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null));
             differing_leaves(&below, left, right, lines);
         }
@@ -243,19 +271,27 @@ fn file_differences(
 ) -> Result<Vec<String>, Failure> {
     let store = context.store()?;
     let load = |tree| {
-        store.load_tree(tree).map_err(|e| Failure::new(Kind::Damage, e.to_string()))
+        store
+            .load_tree(tree)
+            .map_err(|e| Failure::new(Kind::Damage, e.to_string()))
     };
     let (a, b) = (load(&old.image.tree)?, load(&new.image.tree)?);
     let changes = kiln_store::tree::diff(&a, &b);
-    let mut lines: Vec<String> =
-        changes.iter().take(SHOWN_FILES).map(|change| format!("file {change}")).collect();
+    let mut lines: Vec<String> = changes
+        .iter()
+        .take(SHOWN_FILES)
+        .map(|change| format!("file {change}"))
+        .collect();
     if changes.len() > SHOWN_FILES {
         lines.push(format!("… and {} more files", changes.len() - SHOWN_FILES));
     }
     let layers = |image| -> Result<Vec<kiln_model::Digest>, Failure> {
-        let image =
-            store.image(image).map_err(|e| Failure::new(Kind::Damage, e.to_string()))?;
-        Ok(image.map(|i| i.layers.iter().map(|l| l.digest).collect()).unwrap_or_default())
+        let image = store
+            .image(image)
+            .map_err(|e| Failure::new(Kind::Damage, e.to_string()))?;
+        Ok(image
+            .map(|i| i.layers.iter().map(|l| l.digest).collect())
+            .unwrap_or_default())
     };
     let (before, after) = (layers(&old.image.digest)?, layers(&new.image.digest)?);
     let shared = before.iter().filter(|l| after.contains(l)).count();
@@ -324,8 +360,12 @@ pub fn audit(context: &Context, args: &AuditArgs) -> Result<(), Failure> {
     let rows: Vec<Vec<String>> = entries
         .iter()
         .map(|e| {
-            let details: Vec<String> =
-                e.fact.details.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            let details: Vec<String> = e
+                .fact
+                .details
+                .iter()
+                .map(|(k, v)| format!("{k}={v}"))
+                .collect();
             vec![
                 e.number.to_string(),
                 output::time(e.fact.time.0),
@@ -336,6 +376,9 @@ pub fn audit(context: &Context, args: &AuditArgs) -> Result<(), Failure> {
             ]
         })
         .collect();
-    output::table(&["#", "WHEN (UTC)", "WHO", "WHAT", "SUBJECT", "DETAILS"], &rows);
+    output::table(
+        &["#", "WHEN (UTC)", "WHO", "WHAT", "SUBJECT", "DETAILS"],
+        &rows,
+    );
     Ok(())
 }

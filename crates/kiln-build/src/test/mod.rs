@@ -442,7 +442,7 @@ impl Tester {
     fn log(&self, id: &InstanceId) -> Vec<String> {
         let mut lines = std::collections::VecDeque::new();
         let mut reader = self.runtime.log(id);
-        while let Ok(Some(record)) = reader.next() {
+        while let Ok(Some(record)) = reader.next_record() {
             if lines.len() == LOG_LINES {
                 lines.pop_front();
             }

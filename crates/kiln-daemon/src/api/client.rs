@@ -23,7 +23,10 @@ const LARGEST_ANSWER: usize = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error("no kiln daemon answers on {socket}: {source}")]
-    Unreachable { socket: PathBuf, source: std::io::Error },
+    Unreachable {
+        socket: PathBuf,
+        source: std::io::Error,
+    },
     #[error("talking to the kiln daemon: {0}")]
     Broken(String),
     #[error(transparent)]
@@ -38,7 +41,9 @@ pub struct Client {
 
 impl Client {
     pub fn new(root: &Path) -> Self {
-        Self { socket: crate::server::socket_path(root) }
+        Self {
+            socket: crate::server::socket_path(root),
+        }
     }
 
     pub async fn daemon(&self) -> Result<DaemonStatus, ClientError> {
@@ -50,11 +55,17 @@ impl Client {
     }
 
     pub async fn status(&self, e: &EnvironmentName) -> Result<EnvironmentStatus, ClientError> {
-        self.call(Method::GET, &format!("/v1/environments/{e}"), None::<&()>).await
+        self.call(Method::GET, &format!("/v1/environments/{e}"), None::<&()>)
+            .await
     }
 
     pub async fn releases(&self, e: &EnvironmentName) -> Result<Vec<ReleaseLine>, ClientError> {
-        self.call(Method::GET, &format!("/v1/environments/{e}/releases"), None::<&()>).await
+        self.call(
+            Method::GET,
+            &format!("/v1/environments/{e}/releases"),
+            None::<&()>,
+        )
+        .await
     }
 
     pub async fn release(
@@ -76,18 +87,33 @@ impl Client {
         e: &EnvironmentName,
         request: &RollbackRequest,
     ) -> Result<ReleaseAnswer, ClientError> {
-        self.call(Method::POST, &format!("/v1/environments/{e}/rollback"), Some(request)).await
+        self.call(
+            Method::POST,
+            &format!("/v1/environments/{e}/rollback"),
+            Some(request),
+        )
+        .await
     }
 
     /// Returns the id of the last event before it.
     pub async fn down(&self, e: &EnvironmentName, by: &str) -> Result<u64, ClientError> {
         let request = DownRequest { by: by.to_owned() };
-        self.call(Method::POST, &format!("/v1/environments/{e}/down"), Some(&request)).await
+        self.call(
+            Method::POST,
+            &format!("/v1/environments/{e}/down"),
+            Some(&request),
+        )
+        .await
     }
 
     pub async fn abandon(&self, e: &EnvironmentName, by: &str) -> Result<(), ClientError> {
         let request = DownRequest { by: by.to_owned() };
-        self.call(Method::POST, &format!("/v1/environments/{e}/abandon"), Some(&request)).await
+        self.call(
+            Method::POST,
+            &format!("/v1/environments/{e}/abandon"),
+            Some(&request),
+        )
+        .await
     }
 
     pub async fn explain(
@@ -119,11 +145,16 @@ impl Client {
         mut each: impl FnMut(EventRecord) -> bool,
     ) -> Result<(), ClientError> {
         let path = format!("/v1/environments/{e}/events?after={after}&follow={follow}");
-        let mut body = self.send(Method::GET, &path, None::<&()>).await?.into_body();
+        let mut body = self
+            .send(Method::GET, &path, None::<&()>)
+            .await?
+            .into_body();
         let mut pending: Vec<u8> = Vec::new();
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(broken)?;
-            let Some(data) = frame.data_ref() else { continue };
+            let Some(data) = frame.data_ref() else {
+                continue;
+            };
             pending.extend_from_slice(data);
             while let Some(end) = pending.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = pending.drain(..=end).collect();
@@ -160,11 +191,16 @@ impl Client {
         path: &str,
         body: Option<&B>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
-            ClientError::Unreachable { socket: self.socket.clone(), source }
-        })?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let stream =
+            UnixStream::connect(&self.socket)
+                .await
+                .map_err(|source| ClientError::Unreachable {
+                    socket: self.socket.clone(),
+                    source,
+                })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
         tokio::spawn(connection);
         let body = match body {
             Some(value) => serde_json::to_vec(value).map_err(broken)?,
@@ -186,7 +222,9 @@ impl Client {
 
     async fn error_of(response: Response<Incoming>) -> ClientError {
         let status: StatusCode = response.status();
-        let body = Limited::new(response.into_body(), LARGEST_ANSWER).collect().await;
+        let body = Limited::new(response.into_body(), LARGEST_ANSWER)
+            .collect()
+            .await;
         let Ok(body) = body else {
             return ClientError::Broken(format!("it answered {status}"));
         };

@@ -25,7 +25,11 @@ pub enum ErrorKind {
 
 impl ApiError {
     fn new(kind: ErrorKind, message: impl Into<String>, hint: Option<String>) -> Self {
-        Self { kind, message: message.into(), hint }
+        Self {
+            kind,
+            message: message.into(),
+            hint,
+        }
     }
 
     pub fn not_found(message: impl Into<String>, hint: impl Into<String>) -> Self {
@@ -66,7 +70,11 @@ impl ApiError {
             "invalid" => ErrorKind::Invalid,
             _ => ErrorKind::Internal,
         };
-        Self { kind, message: body.message, hint: body.hint }
+        Self {
+            kind,
+            message: body.message,
+            hint: body.hint,
+        }
     }
 }
 

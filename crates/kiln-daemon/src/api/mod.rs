@@ -45,8 +45,18 @@ pub struct Api {
 #[openapi(
     info(title = "kiln", description = "Immutable infrastructure on this host."),
     paths(
-        daemon, shut_down, environment, releases, release_content, release, rollback, down,
-        abandon, events, explain, executed
+        daemon,
+        shut_down,
+        environment,
+        releases,
+        release_content,
+        release,
+        rollback,
+        down,
+        abandon,
+        events,
+        explain,
+        executed
     ),
     components(schemas(ApiErrorBody))
 )]
@@ -89,8 +99,11 @@ impl Api {
     }
 
     fn engine_or_new(&self, name: &EnvironmentName) -> EngineHandle {
-        let mut engines =
-            self.shared.engines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut engines = self
+            .shared
+            .engines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         engines
             .entry(name.clone())
             .or_insert_with(|| engine::spawn(self.shared.clone(), World::new(name.clone())))
@@ -100,8 +113,14 @@ impl Api {
 
 #[utoipa::path(get, path = "/v1/daemon", responses((status = 200, body = DaemonStatus)))]
 async fn daemon(State(api): State<Api>) -> Json<DaemonStatus> {
-    let environments =
-        api.shared.engines.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
+    let environments = api
+        .shared
+        .engines
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .keys()
+        .cloned()
+        .collect();
     Json(DaemonStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
@@ -126,7 +145,10 @@ async fn environment(
     State(api): State<Api>,
     Path(name): Path<String>,
 ) -> Result<Json<EnvironmentStatus>, ApiError> {
-    let status = api.engine(&name)?.ask(|reply| Message::Status { reply }).await?;
+    let status = api
+        .engine(&name)?
+        .ask(|reply| Message::Status { reply })
+        .await?;
     Ok(Json(status))
 }
 
@@ -141,8 +163,11 @@ async fn releases(
         Some(engine) => engine.ask(|reply| Message::Status { reply }).await?.proven,
         None => None,
     };
-    let records =
-        api.shared.state.records(&name).map_err(|e| ApiError::internal(e.to_string()))?;
+    let records = api
+        .shared
+        .state
+        .records(&name)
+        .map_err(|e| ApiError::internal(e.to_string()))?;
     Ok(Json(
         records
             .into_iter()
@@ -190,7 +215,10 @@ async fn release(
 ) -> Result<Json<ReleaseAnswer>, ApiError> {
     if request.release.environment != name {
         return Err(ApiError::invalid(
-            format!("the release is for `{}`, not `{name}`", request.release.environment),
+            format!(
+                "the release is for `{}`, not `{name}`",
+                request.release.environment
+            ),
             "send it to its own environment",
         ));
     }
@@ -216,7 +244,11 @@ async fn rollback(
 ) -> Result<Json<ReleaseAnswer>, ApiError> {
     let engine = api.engine(&name)?;
     let answer = engine
-        .ask(|reply| Message::Rollback { to: request.to, by: request.by, reply })
+        .ask(|reply| Message::Rollback {
+            to: request.to,
+            by: request.by,
+            reply,
+        })
         .await?;
     Ok(Json(answer))
 }
@@ -230,7 +262,14 @@ async fn down(
     Json(request): Json<DownRequest>,
 ) -> Result<Json<u64>, ApiError> {
     let engine = api.engine(&name)?;
-    Ok(Json(engine.ask(|reply| Message::Down { by: request.by, reply }).await?))
+    Ok(Json(
+        engine
+            .ask(|reply| Message::Down {
+                by: request.by,
+                reply,
+            })
+            .await?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/environments/{environment}/abandon",
@@ -242,7 +281,14 @@ async fn abandon(
     Json(request): Json<DownRequest>,
 ) -> Result<Json<()>, ApiError> {
     let engine = api.engine(&name)?;
-    Ok(Json(engine.ask(|reply| Message::Abandon { by: request.by, reply }).await?))
+    Ok(Json(
+        engine
+            .ask(|reply| Message::Abandon {
+                by: request.by,
+                reply,
+            })
+            .await?,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/environments/{environment}/instances/{id}",
@@ -253,7 +299,9 @@ async fn explain(
     Path((name, id)): Path<(String, InstanceId)>,
 ) -> Result<Json<Explanation>, ApiError> {
     let engine = api.engine(&name)?;
-    Ok(Json(engine.ask(|reply| Message::Explain { id, reply }).await?))
+    Ok(Json(
+        engine.ask(|reply| Message::Explain { id, reply }).await?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/environments/{environment}/instances/{id}/exec",
@@ -266,7 +314,12 @@ async fn executed(
 ) -> Result<Json<()>, ApiError> {
     let engine = api.engine(&name)?;
     let answer = engine
-        .ask(|reply| Message::Tainted { id, by: notice.by, command: notice.command, reply })
+        .ask(|reply| Message::Tainted {
+            id,
+            by: notice.by,
+            command: notice.command,
+            reply,
+        })
         .await?;
     Ok(Json(answer))
 }
@@ -300,7 +353,11 @@ async fn events(
         let chunk = reader.next().await?;
         Some((Ok::<_, std::convert::Infallible>(chunk), reader))
     });
-    ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+    (
+        [(CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
 }
 
 struct EventReader {
@@ -316,7 +373,11 @@ impl EventReader {
     /// only says that there is something new.
     async fn next(&mut self) -> Option<Bytes> {
         loop {
-            let page = self.shared.state.events(&self.name, self.after, EVENT_PAGE).ok()?;
+            let page = self
+                .shared
+                .state
+                .events(&self.name, self.after, EVENT_PAGE)
+                .ok()?;
             if let Some(last) = page.last() {
                 self.after = last.id;
                 let mut text = Vec::new();

@@ -179,7 +179,9 @@ pub struct EventRecord {
 pub enum EventKind {
     Note,
     /// An instance's phase changed.
-    Instance { phase: String },
+    Instance {
+        phase: String,
+    },
     /// A rollout began.
     Rollout,
     /// A rollout is over and the new release serves, or all is down.

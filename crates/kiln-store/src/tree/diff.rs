@@ -114,8 +114,10 @@ impl std::fmt::Display for Change {
             ChangeKind::Added(_) => write!(f, "+ /{path}"),
             ChangeKind::Removed(_) => write!(f, "- /{path}"),
             ChangeKind::Modified { what, .. } => {
-                let what: Vec<String> =
-                    what.iter().map(|w| format!("{w:?}").to_lowercase()).collect();
+                let what: Vec<String> = what
+                    .iter()
+                    .map(|w| format!("{w:?}").to_lowercase())
+                    .collect();
                 write!(f, "~ /{path} ({})", what.join(", "))
             }
         }

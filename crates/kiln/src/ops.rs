@@ -1,0 +1,380 @@
+//! `logs`, `exec`, `images`, `gc`, `fsck`, `config`: around instances and the store.
+
+use std::collections::BTreeSet;
+use std::io::IsTerminal;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use kiln_daemon::api::types::{EnvironmentStatus, ExecNotice};
+use kiln_model::instance::ExitStatus;
+use kiln_model::release::Outcome;
+use kiln_model::{Digest, EnvironmentName, InstanceId};
+use kiln_runtime::log::{Reader, Record, Stream};
+use kiln_runtime::{ExecIo, ExecSpec};
+
+use crate::cli::{ConfigArgs, ConfigFormat, ExecArgs, FsckArgs, GcArgs, LogsArgs};
+use crate::context::{Context, who};
+use crate::failure::{Failure, Kind, machine};
+use crate::progress::human_bytes;
+use crate::{output, project};
+
+/// Between looks for new lines and new instances.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+pub async fn logs(context: &Context, args: &LogsArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    let runtime = context.runtime()?;
+    let mut followed: Vec<(InstanceId, Reader)> = Vec::new();
+    let mut known = BTreeSet::new();
+    let mut first = true;
+    loop {
+        let status = context.client.status(&environment).await?;
+        for id in chosen(&status, &args.service) {
+            if !known.insert(id.clone()) {
+                continue;
+            }
+            let mut reader = runtime.log(&id);
+            if let Some(count) = args.tail.filter(|_| first) {
+                for record in last(&mut reader, count)? {
+                    print(context, &id, &record);
+                }
+            }
+            followed.push((id, reader));
+        }
+        if first && known.is_empty() && !args.follow {
+            return Err(Failure::new(Kind::Conflict, "no instance of that name")
+                .hint("kiln status lists services and instances"));
+        }
+        first = false;
+        for (id, reader) in &mut followed {
+            // An instance that has gone has taken its log with it.
+            while let Ok(Some(record)) = reader.next_record() {
+                print(context, id, &record);
+            }
+        }
+        if !args.follow {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(()),
+        }
+    }
+}
+
+fn last(reader: &mut Reader, count: usize) -> Result<Vec<Record>, Failure> {
+    let mut records = std::collections::VecDeque::new();
+    while let Some(record) = reader.next_record().map_err(machine)? {
+        if records.len() == count {
+            records.pop_front();
+        }
+        records.push_back(record);
+    }
+    Ok(records.into())
+}
+
+fn chosen(status: &EnvironmentStatus, names: &[String]) -> Vec<InstanceId> {
+    status
+        .services
+        .iter()
+        .flat_map(|s| s.instances.iter().map(move |i| (s, i)))
+        .filter(|(s, i)| {
+            names.is_empty()
+                || names
+                    .iter()
+                    .any(|n| n == s.service.as_str() || n == i.id.as_str())
+        })
+        .map(|(_, i)| i.id.clone())
+        .collect()
+}
+
+fn print(context: &Context, id: &InstanceId, record: &Record) {
+    if context.json {
+        let line = serde_json::json!({
+            "instance": id, "time": record.time, "stream": record.stream, "text": record.text,
+        });
+        println!("{line}");
+        return;
+    }
+    match record.stream {
+        Stream::System => println!("{id} ! {}", record.text),
+        Stream::Stdout | Stream::Stderr => println!("{id} | {}", record.text),
+    }
+}
+
+pub async fn exec(context: &Context, args: &ExecArgs) -> Result<ExitCode, Failure> {
+    context.need_root()?;
+    let environment = context.environment_at(&args.at).await?;
+    let id = instance_of(context, &environment, &args.target).await?;
+    let notice = ExecNotice {
+        by: who(),
+        command: args.command.clone(),
+    };
+    // Recorded before it is run: whatever happens, it is known that it was.
+    context.client.executed(&environment, &id, &notice).await?;
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let spec = ExecSpec {
+        argv: args.command.clone(),
+        user: args.user.clone(),
+        tty: terminal && !args.no_tty,
+        ..ExecSpec::default()
+    };
+    let own = |fd: std::os::fd::BorrowedFd<'_>| -> Result<OwnedFd, Failure> {
+        fd.try_clone_to_owned().map_err(machine)
+    };
+    let io = ExecIo {
+        stdin: own(std::io::stdin().as_fd())?,
+        stdout: own(std::io::stdout().as_fd())?,
+        stderr: own(std::io::stderr().as_fd())?,
+    };
+    let runtime = context.runtime()?;
+    let status = tokio::task::spawn_blocking(move || runtime.exec(&id, &spec, io))
+        .await
+        .map_err(machine)?
+        .map_err(machine)?;
+    Ok(match status {
+        ExitStatus::Code(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        ExitStatus::Signal(signal) => ExitCode::from(u8::try_from(128 + signal).unwrap_or(1)),
+        _ => ExitCode::FAILURE,
+    })
+}
+
+async fn instance_of(
+    context: &Context,
+    environment: &EnvironmentName,
+    target: &str,
+) -> Result<InstanceId, Failure> {
+    let status = context.client.status(environment).await?;
+    chosen(&status, &[target.to_owned()])
+        .into_iter()
+        .next()
+        .ok_or_else(|| {
+            Failure::new(
+                Kind::Conflict,
+                format!("no instance or service `{target}` runs"),
+            )
+            .hint("kiln status lists them")
+        })
+}
+
+pub fn images(context: &Context) -> Result<(), Failure> {
+    let store = context.store()?;
+    let images = store.images().map_err(machine)?;
+    if context.json {
+        return output::json(&images);
+    }
+    let refs = store.refs("").map_err(machine)?;
+    let rows: Vec<Vec<String>> = images
+        .iter()
+        .map(|image| {
+            let uses: Vec<&str> = refs
+                .iter()
+                .filter(|(_, digest)| *digest == image.manifest)
+                .map(|(name, _)| name.as_str())
+                .collect();
+            vec![
+                image.manifest.short(),
+                image.platform.clone(),
+                image.layers.to_string(),
+                human_bytes(image.size),
+                uses.join(" "),
+            ]
+        })
+        .collect();
+    output::table(&["IMAGE", "PLATFORM", "LAYERS", "SIZE", "KEPT BY"], &rows);
+    let usage = store.usage().map_err(machine)?;
+    eprintln!(
+        "{} images; the store takes {}",
+        images.len(),
+        human_bytes(usage.bytes())
+    );
+    Ok(())
+}
+
+/// Releases beyond those kept lose their references; then what nothing refers to goes.
+pub async fn gc(context: &Context, args: &GcArgs) -> Result<(), Failure> {
+    context.need_root()?;
+    let store = context.store()?;
+    let environments = match context.client.daemon().await {
+        Ok(daemon) => daemon.environments,
+        // Without the daemon nobody knows which releases are needed: all of them are.
+        Err(_) => Vec::new(),
+    };
+    for environment in &environments {
+        for number in superfluous(context, environment, args.keep).await? {
+            let prefix = format!("release/{environment}/{number}/");
+            for (name, _) in store.refs(&prefix).map_err(machine)? {
+                if !args.dry_run {
+                    store.remove_ref(&name).map_err(machine)?;
+                }
+            }
+        }
+    }
+    let running = running_images(context)?;
+    let report = store
+        .gc(&running, args.dry_run)
+        .map_err(|e| Failure::new(Kind::Conflict, e.to_string()))?;
+    if !args.dry_run {
+        context.record("gc", "store", &[("bytes", report.bytes.to_string())])?;
+    }
+    if context.json {
+        return output::json(&report);
+    }
+    let verb = if args.dry_run {
+        "would remove"
+    } else {
+        "removed"
+    };
+    println!(
+        "{verb} {} images, {} trees, {} blobs, {} files: {}",
+        report.images,
+        report.trees,
+        report.blobs,
+        report.objects,
+        human_bytes(report.bytes)
+    );
+    Ok(())
+}
+
+/// Everything but what serves, what is wanted, and the newest `keep` that were proven.
+async fn superfluous(
+    context: &Context,
+    environment: &EnvironmentName,
+    keep: usize,
+) -> Result<Vec<u64>, Failure> {
+    let status = context.client.status(environment).await?;
+    let releases = context.client.releases(environment).await?;
+    let mut in_use: BTreeSet<u64> = status
+        .goal
+        .into_iter()
+        .chain(status.proven)
+        .map(|n| n.0)
+        .collect();
+    if let Some(rollout) = &status.rollout {
+        in_use.extend(rollout.to.into_iter().chain(rollout.from).map(|n| n.0));
+    }
+    in_use.extend(
+        status
+            .services
+            .iter()
+            .flat_map(|s| &s.instances)
+            .map(|i| i.release.0),
+    );
+    let proven = releases
+        .iter()
+        .rev()
+        .filter(|r| r.outcome == Outcome::Proven);
+    in_use.extend(proven.take(keep.saturating_add(1)).map(|r| r.number.0));
+    Ok(releases
+        .iter()
+        .map(|r| r.number.0)
+        .filter(|n| !in_use.contains(n))
+        .collect())
+}
+
+fn running_images(context: &Context) -> Result<Vec<Digest>, Failure> {
+    let runtime = context.runtime()?;
+    Ok(runtime
+        .list()
+        .iter()
+        .filter_map(|observed| runtime.spec(&observed.id))
+        .filter_map(|spec| spec.purpose.membership().map(|m| m.image))
+        .collect())
+}
+
+pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
+    let report = context.store()?.fsck(args.repair).map_err(machine)?;
+    if context.json {
+        output::json(&report)?;
+    } else {
+        for bad in &report.bad {
+            println!(
+                "{}: should be {}, is {:?}",
+                bad.path.display(),
+                bad.expected,
+                bad.found
+            );
+        }
+        for lost in &report.lost {
+            println!("image {} is damaged: {}", lost.manifest, lost.reason);
+        }
+        println!(
+            "{} files checked, {} damaged",
+            report.checked,
+            report.bad.len()
+        );
+    }
+    if report.bad.is_empty() && report.lost.is_empty() {
+        return Ok(());
+    }
+    let failure = Failure::new(Kind::Damage, "the store is damaged");
+    Err(match args.repair {
+        true => failure.hint("what was damaged is moved aside; kiln up fetches or builds it anew"),
+        false => failure.hint("kiln fsck --repair moves it aside"),
+    })
+}
+
+pub async fn config(context: &Context, args: &ConfigArgs) -> Result<(), Failure> {
+    let options = kiln_compose::disk::DiskOptions {
+        keep_env_files: args.no_env_resolution,
+        ..project::options(&args.project)
+    };
+    let loaded = kiln_compose::disk::load_from_disk(&options).map_err(|e| project::failure(&e))?;
+    let spec = &loaded.spec;
+    if args.services {
+        spec.services.keys().for_each(|name| println!("{name}"));
+        return Ok(());
+    }
+    if args.images {
+        for (name, service) in &spec.services {
+            match &service.image {
+                kiln_model::spec::ImageSource::Reference(reference) => println!("{reference}"),
+                kiln_model::spec::ImageSource::Build { tag: Some(tag), .. } => println!("{tag}"),
+                kiln_model::spec::ImageSource::Build { .. } => {
+                    println!("{}-{name}", spec.project);
+                }
+            }
+        }
+        return Ok(());
+    }
+    if args.volumes {
+        spec.volumes.keys().for_each(|name| println!("{name}"));
+        return Ok(());
+    }
+    let format = match args.format {
+        ConfigFormat::Json => kiln_compose::ConfigFormat::Json,
+        ConfigFormat::Yaml if context.json => kiln_compose::ConfigFormat::Json,
+        ConfigFormat::Yaml => kiln_compose::ConfigFormat::Yaml,
+    };
+    println!("{}", loaded.config(format).trim_end());
+    print_write_sets(context, &loaded, format).await
+}
+
+/// What the isolated tests have learned, as comments behind the YAML.
+async fn print_write_sets(
+    context: &Context,
+    loaded: &kiln_compose::Loaded,
+    format: kiln_compose::ConfigFormat,
+) -> Result<(), Failure> {
+    if format == kiln_compose::ConfigFormat::Json {
+        return Ok(());
+    }
+    let Ok(environment) = loaded.spec.project.as_str().parse::<EnvironmentName>() else {
+        return Ok(());
+    };
+    // Before the first release, or without a daemon, nothing has been learned yet.
+    let Ok(status) = context.client.status(&environment).await else {
+        return Ok(());
+    };
+    let Some(number) = status.goal else {
+        return Ok(());
+    };
+    let release = context.client.release(&environment, number).await?;
+    println!("# scratch (learned in the isolated test, release {number}):");
+    for (name, service) in &release.services {
+        let paths: Vec<&str> = service.scratch.iter().map(|s| s.path.as_str()).collect();
+        println!("#   {name}: {}", paths.join(" "));
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! `up`, `plan`, `build`, `lock`, `rollback`, `down`: what changes something.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kiln_daemon::api::types::{ReleaseAnswer, ReleaseRequest, RollbackRequest};
+use kiln_model::{EnvironmentName, Progress, ReleaseNumber};
+
+use crate::assemble::Assembler;
+use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
+use crate::context::{Context, who};
+use crate::failure::{Failure, Kind, machine};
+use crate::{output, progress, project, rollout};
+
+pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
+    context.need_root()?;
+    context.make_root()?;
+    let (environment, release) = assembled(context, &args.project).await?;
+    // Held until the daemon has pinned what the release needs.
+    let _lease = context.store()?.lease().map_err(machine)?;
+    context.need_daemon().await?;
+    let request = ReleaseRequest {
+        release,
+        by: who(),
+        dry_run: args.dry_run,
+    };
+    let answer = context.client.roll_out(&request).await?;
+    if args.dry_run {
+        return rollout::print_outline(context, &answer);
+    }
+    if answer.unchanged {
+        return unchanged(context, &environment, &answer).await;
+    }
+    if args.detach {
+        eprintln!(
+            "release {} is being rolled out; kiln status shows how far it is",
+            answer.number
+        );
+        return Ok(());
+    }
+    rollout::follow(context, &environment, answer.after_event).await?;
+    print_urls(context, &environment).await
+}
+
+pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
+    let args = UpArgs {
+        project: args.clone(),
+        dry_run: true,
+        detach: false,
+    };
+    up(context, &args).await
+}
+
+pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
+    context.need_root()?;
+    context.make_root()?;
+    let (_, release) = assembled(context, args).await?;
+    if context.json {
+        return output::json(&release);
+    }
+    for (name, service) in &release.services {
+        println!("{name}  {}@{}", service.image.name, service.image.digest);
+    }
+    Ok(())
+}
+
+/// Builds and tests; Ctrl-C ends it with nothing touched that runs.
+async fn assembled(
+    context: &Context,
+    args: &ProjectArgs,
+) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
+    let loaded = project::load(args)?;
+    let environment = match &args.environment {
+        Some(name) => name.parse(),
+        None => loaded.spec.project.as_str().parse(),
+    }
+    .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    let cancel = Arc::new(AtomicBool::new(false));
+    let assembler = Assembler::new(context, &loaded, progress, cancel.clone())?;
+    let _lease = context.store()?.lease().map_err(machine)?;
+    tokio::select! {
+        release = assembler.release(&environment) => Ok((environment, release?)),
+        _ = interrupted(cancel) => Err(Failure::new(
+            Kind::Interrupted,
+            "interrupted while building; nothing that runs was touched",
+        )),
+    }
+}
+
+/// Resolves a moment after Ctrl-C: steps in their sandboxes are ended first.
+async fn interrupted(cancel: Arc<AtomicBool>) {
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    cancel.store(true, Ordering::SeqCst);
+    eprintln!("interrupted; ending what is being built");
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+}
+
+async fn unchanged(
+    context: &Context,
+    environment: &EnvironmentName,
+    answer: &ReleaseAnswer,
+) -> Result<(), Failure> {
+    if context.json {
+        return output::json(answer);
+    }
+    let status = context.client.status(environment).await?;
+    let ill: Vec<String> = status
+        .services
+        .iter()
+        .filter(|s| !matches!(s.state.as_str(), "serving" | "running" | "completed"))
+        .map(|s| format!("{} ({})", s.service, s.state))
+        .collect();
+    println!("nothing changed: release {} is what runs", answer.number);
+    if !ill.is_empty() {
+        eprintln!("warning: not serving: {}; see kiln status", ill.join(", "));
+    }
+    Ok(())
+}
+
+async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
+    let status = context.client.status(environment).await?;
+    if context.json {
+        return output::json(&status);
+    }
+    for service in &status.services {
+        for port in &service.ports {
+            let Some((listen, target)) = port.split_once(" → ") else {
+                continue;
+            };
+            if target.ends_with("/tcp") {
+                let host = listen
+                    .replace("0.0.0.0", "localhost")
+                    .replace("[::]", "localhost");
+                println!("{}: http://{host}", service.service);
+            }
+        }
+    }
+    Ok(())
+}
+
+pub async fn lock(context: &Context, args: &LockArgs) -> Result<(), Failure> {
+    context.need_root()?;
+    context.make_root()?;
+    let loaded = project::load(&args.project)?;
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    let cancel = Arc::new(AtomicBool::new(false));
+    let assembler = Assembler::new(context, &loaded, progress, cancel)?;
+    let changed = assembler.lock(args.update).await?;
+    println!(
+        "kiln.lock {}",
+        if changed { "written" } else { "is up to date" }
+    );
+    Ok(())
+}
+
+pub async fn rollback(context: &Context, args: &RollbackArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    context.need_daemon().await?;
+    let request = RollbackRequest {
+        to: args.release.map(ReleaseNumber),
+        by: who(),
+    };
+    let answer = context.client.rollback(&environment, &request).await?;
+    if answer.unchanged {
+        println!("nothing to do: that is what runs");
+        return Ok(());
+    }
+    if args.detach {
+        return Ok(());
+    }
+    rollout::follow(context, &environment, answer.after_event).await
+}
+
+pub async fn down(context: &Context, args: &EnvironmentArgs) -> Result<(), Failure> {
+    let environment = context.environment(&args.project)?;
+    context.need_daemon().await?;
+    let after = context.client.down(&environment, &who()).await?;
+    rollout::follow(context, &environment, after).await
+}
