@@ -259,15 +259,20 @@ pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> RouteMessage {
     message
 }
 
-/// The bridge hears of the port's carrier from a worker of the kernel, shortly after
-/// both ends are up; what the instance sent before would be lost.
+/// A worker of the kernel takes note of a carrier shortly after it is there, and only
+/// then starts the interface's queue; what is sent until then is lost. This goes for
+/// the port (whose state the bridge believes; unknown, as at first, counts as up)
+/// and, with its first port, for the bridge itself.
 fn wait_until_forwarding(host: &mut Channel, plan: &Plan<'_>) -> Result<(), AttachError> {
     let look = kernel(plan.interface, "look for");
     let end = Instant::now() + PORT_LIMIT;
     loop {
         let port = link::find(host, &plan.port).map_err(&look)?;
-        if port.is_some_and(|link| link.forwarding) {
-            return Ok(());
+        if port.is_some_and(|link| link.up && link.forwarding) {
+            let bridge = link::by_index(host, plan.bridge.index).map_err(&look)?;
+            if bridge.is_some_and(|link| link.up) {
+                return Ok(());
+            }
         }
         if Instant::now() >= end {
             return Err(AttachError::Port {
