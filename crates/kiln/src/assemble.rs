@@ -32,6 +32,7 @@ use crate::failure::{Failure, Kind, machine};
 /// How long a service must stay up in its test; how long a job may take.
 const SETTLE: Millis = Millis(1500);
 const JOB_LIMIT: Millis = Millis(60_000);
+const TEST_GRACE: Millis = Millis(500);
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
 /// Largest config, as in Docker Swarm and Kubernetes' order of size.
@@ -465,7 +466,8 @@ impl<'a> Assembler<'a> {
                 .clone()
                 .or_else(|| image.config.stop_signal.clone())
                 .unwrap_or_else(|| "SIGTERM".into()),
-            stop_grace: service.process.stop_grace.unwrap_or(Millis(10_000)),
+            // Nothing depends on how a test instance ends.
+            stop_grace: TEST_GRACE,
             mounts,
             volumes: image.config.volumes.clone(),
             security: process::security(service),
