@@ -480,6 +480,7 @@ impl<'a> Assembler<'a> {
             checks: service.kiln.test.clone(),
             completes,
             peers: spec.services.len() > 1,
+            hosts: peer_names(spec, name),
             settle: if completes { JOB_LIMIT } else { SETTLE },
         })
     }
@@ -555,6 +556,21 @@ impl<'a> Assembler<'a> {
             service,
         }
     }
+}
+
+/// The names of the other services. Programs like nginx won't start when a peer's name
+/// doesn't resolve; connecting is refused at once.
+fn peer_names(spec: &Spec, name: &ServiceName) -> Vec<(std::net::IpAddr, String)> {
+    let nobody = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
+    let mut names = std::collections::BTreeSet::new();
+    for (other, service) in spec.services.iter().filter(|(other, _)| *other != name) {
+        names.insert(other.to_string());
+        names.extend(service.names.container_name.clone());
+        if let kiln_model::spec::NetworkMode::Networks(networks) = &service.network {
+            names.extend(networks.values().flat_map(|n| n.aliases.clone()));
+        }
+    }
+    names.into_iter().map(|name| (nobody, name)).collect()
 }
 
 /// What is learned, with what the file states; nothing below a mount of the file's.
