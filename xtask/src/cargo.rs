@@ -29,9 +29,14 @@ pub fn program(name: impl Into<OsString>) -> Command {
 /// What `cargo run` tells this program about itself. Build scripts that look at these
 /// would otherwise be run again each time cargo is called from here and from a shell.
 fn is_cargos_own(key: &str) -> bool {
-    ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"]
-        .iter()
-        .any(|start| key.starts_with(start))
+    [
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_CRATE_",
+        "CARGO_BIN_",
+    ]
+    .iter()
+    .any(|start| key.starts_with(start))
         || ["CARGO_PRIMARY_PACKAGE", "OUT_DIR"].contains(&key)
 }
 

@@ -20,7 +20,10 @@ const NEEDED: &[(&str, &str)] = &[
     ("git", "git"),
     ("python3", "python3-minimal"),
     ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates"),
-    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    (
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+    ),
 ];
 
 /// Installs what is missing. Tests whose programs can't be had say so themselves.
@@ -35,7 +38,10 @@ pub fn install() -> Result<(), String> {
         return if missing.is_empty() {
             Ok(())
         } else {
-            Err(format!("not a Debian; the tests need {}", missing.join(", ")))
+            Err(format!(
+                "not a Debian; the tests need {}",
+                missing.join(", ")
+            ))
         };
     }
     // Some tests download packages with apt-get, so the lists must be there too.
@@ -46,7 +52,11 @@ pub fn install() -> Result<(), String> {
     if !is_root() {
         return Err(format!(
             "not root, so that nothing can be installed; the tests need {}",
-            if missing.is_empty() { "apt-get update".into() } else { missing.join(", ") }
+            if missing.is_empty() {
+                "apt-get update".into()
+            } else {
+                missing.join(", ")
+            }
         ));
     }
     apt(&["update"])?;
@@ -77,7 +87,13 @@ fn is_root() -> bool {
 fn apt(words: &[&str]) -> Result<(), String> {
     let mut command = program("apt-get");
     command
-        .args(["-qq", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3"])
+        .args([
+            "-qq",
+            "-o",
+            "DPkg::Lock::Timeout=300",
+            "-o",
+            "Acquire::Retries=3",
+        ])
         .args(words)
         .env("DEBIAN_FRONTEND", "noninteractive");
     match command.status() {

@@ -40,7 +40,15 @@ fn bench(words: &[String]) -> ExitCode {
     let steps: [&[&str]; 2] = [
         &["build", "--release", "--package", "kiln"],
         &[
-            "run", "--quiet", "--release", "--package", "xtask", "--features", "bench", "--", "bench",
+            "run",
+            "--quiet",
+            "--release",
+            "--package",
+            "xtask",
+            "--features",
+            "bench",
+            "--",
+            "bench",
         ],
     ];
     for (at, step) in steps.iter().enumerate() {

@@ -109,7 +109,9 @@ impl Runner for Nextest {
 /// `PASS [   0.021s] ( 1/10) crate::binary test` → status and name.
 fn status_line(line: &str) -> Option<(&str, &str)> {
     let (status, rest) = line.trim_start().split_once(" [")?;
-    let known = status.chars().all(|c| c.is_ascii_uppercase() || " +-".contains(c));
+    let known = status
+        .chars()
+        .all(|c| c.is_ascii_uppercase() || " +-".contains(c));
     if status.is_empty() || !known || !line.starts_with("   ") {
         return None;
     }
@@ -135,7 +137,11 @@ fn summary(line: &str) -> Option<(u64, u64, u64)> {
     let number = |word: &str| -> u64 {
         let before = counts.split(word).next().filter(|b| b.len() < counts.len());
         let before = before.unwrap_or("").trim_end();
-        before.rsplit([' ', ',', '(']).next().and_then(|n| n.parse().ok()).unwrap_or(0)
+        before
+            .rsplit([' ', ',', '('])
+            .next()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0)
     };
     let passed = number("passed");
     Some((passed, run.saturating_sub(passed), number("skipped")))
@@ -161,7 +167,9 @@ impl Runner for Libtest {
             "failures:" => self.successes = false,
             _ => {}
         }
-        let header = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----"));
+        let header = line
+            .strip_prefix("---- ")
+            .and_then(|l| l.strip_suffix(" stdout ----"));
         if let Some(name) = header {
             self.test = Some(name.to_owned());
             if !self.successes {
@@ -183,7 +191,8 @@ impl Runner for Libtest {
 
     fn finish(mut self: Box<Self>, ended_well: bool) -> Tally {
         if !ended_well && self.tally.failed == 0 {
-            self.tally.fail("cargo test: a test program ended without a result");
+            self.tally
+                .fail("cargo test: a test program ended without a result");
         }
         self.tally
     }
@@ -194,7 +203,9 @@ impl Libtest {
     fn result(&mut self, counts: &str) {
         let counts = counts.split_once(". ").map_or(counts, |(_, counts)| counts);
         for count in counts.split("; ") {
-            let Some((number, word)) = count.split_once(' ') else { continue };
+            let Some((number, word)) = count.split_once(' ') else {
+                continue;
+            };
             let number: u64 = number.parse().unwrap_or(0);
             match word {
                 "passed" => self.tally.passed += number,
@@ -215,7 +226,10 @@ mod tests {
     use super::*;
 
     fn read(mut runner: Box<dyn Runner>, text: &str, well: bool) -> (Tally, Vec<String>) {
-        let shown = text.lines().filter(|line| runner.line(line)).map(ToOwned::to_owned);
+        let shown = text
+            .lines()
+            .filter(|line| runner.line(line))
+            .map(ToOwned::to_owned);
         let shown = shown.collect();
         (runner.finish(well), shown)
     }
@@ -300,6 +314,10 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert_eq!((tally.passed, tally.failed, tally.skipped), (8, 1, 2));
         assert_eq!(tally.failures, ["tests::c"]);
         assert_eq!(tally.reasons, ["tests::a: needs nft"]);
-        assert!(!shown.iter().any(|l| l == "hello" || l == "test tests::a ... ok"));
+        assert!(
+            !shown
+                .iter()
+                .any(|l| l == "hello" || l == "test tests::a ... ok")
+        );
     }
 }

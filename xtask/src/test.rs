@@ -26,7 +26,9 @@ pub fn run() -> ExitCode {
         eprintln!("warning: {why}");
     }
     heading("fmt");
-    tool(&mut tally, "rustfmt", &["fmt", "--version"], || cargo(&["fmt", "--all", "--check"]));
+    tool(&mut tally, "rustfmt", &["fmt", "--version"], || {
+        cargo(&["fmt", "--all", "--check"])
+    });
     heading("clippy");
     tool(&mut tally, "clippy", &["clippy", "--version"], || {
         let mut command = build(&["clippy", "--quiet"]);
@@ -93,22 +95,46 @@ fn check(tally: &mut Tally, name: &str, command: &mut Command) -> bool {
             false
         }
     };
-    if well { tally.pass() } else { tally.fail(name) }
+    if well {
+        tally.pass()
+    } else {
+        tally.fail(name)
+    }
     well
 }
 
 fn tests(tally: &mut Tally) {
     if answers(&mut cargo(&["nextest", "--version"])) {
-        let mut words = vec!["nextest", "run", "--workspace", "--all-features", "--cargo-quiet"];
+        let mut words = vec![
+            "nextest",
+            "run",
+            "--workspace",
+            "--all-features",
+            "--cargo-quiet",
+        ];
         words.extend(["--no-fail-fast", "--color=never", "--hide-progress-bar"]);
         words.extend(["--success-output=immediate", "--failure-output=immediate"]);
         words.extend(["--status-level=all", "--final-status-level=none"]);
         run_tests(tally, Box::<Nextest>::default(), &words);
         // Nextest leaves the examples in documentation to cargo.
-        let words = ["test", "--workspace", "--all-features", "--quiet", "--no-fail-fast", "--doc"];
+        let words = [
+            "test",
+            "--workspace",
+            "--all-features",
+            "--quiet",
+            "--no-fail-fast",
+            "--doc",
+        ];
         run_tests(tally, Box::<Libtest>::default(), &words);
     } else {
-        let words = ["test", "--workspace", "--all-features", "--no-fail-fast", "--", "--show-output"];
+        let words = [
+            "test",
+            "--workspace",
+            "--all-features",
+            "--no-fail-fast",
+            "--",
+            "--show-output",
+        ];
         run_tests(tally, Box::<Libtest>::default(), &words);
     }
 }
@@ -148,7 +174,14 @@ fn deny(tally: &mut Tally) {
     if !answers(&mut cargo(&["deny", "--version"])) {
         return skip(tally, "cargo-deny is not installed");
     }
-    let rules = ["deny", "--all-features", "check", "bans", "licenses", "sources"];
+    let rules = [
+        "deny",
+        "--all-features",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ];
     check(tally, "cargo deny", &mut cargo(&rules));
     let mut said = String::new();
     let mut command = limited(ADVISORIES_LIMIT, &cargo(&["deny", "check", "advisories"]));
@@ -163,7 +196,10 @@ fn deny(tally: &mut Tally) {
             print!("{said}");
             tally.fail("cargo deny check advisories");
         }
-        _ => skip(tally, "cargo deny check advisories: the database can't be reached"),
+        _ => skip(
+            tally,
+            "cargo deny check advisories: the database can't be reached",
+        ),
     }
 }
 
@@ -175,6 +211,13 @@ fn report(tally: &Tally, took: Duration) -> ExitCode {
     for what in &tally.failures {
         println!("failed: {what}");
     }
-    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
-    if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    println!(
+        "{} passed, {} failed, {} skipped",
+        tally.passed, tally.failed, tally.skipped
+    );
+    if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
