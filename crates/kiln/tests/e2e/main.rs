@@ -1,0 +1,13 @@
+//! The `kiln` binary from the outside, for real: root, namespaces, mounts, networks, HTTP.
+//! Facts and counts are asserted, never times.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+mod crash;
+mod examples;
+mod failing;
+mod input;
+mod load;
+mod looking;
+mod network;
+mod serving;
