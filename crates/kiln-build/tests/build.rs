@@ -365,6 +365,7 @@ fn request(image: Digest, command: &str) -> TestRequest {
         checks: Vec::new(),
         completes: false,
         peers: false,
+        hosts: Vec::new(),
         settle: Millis(300),
     }
 }
@@ -452,6 +453,7 @@ fn an_image_proves_itself_and_its_write_set_is_learned() {
     );
     let peers = TestRequest {
         peers: true,
+        hosts: Vec::new(),
         ..early.clone()
     };
     let verdict = tester.test_image(&peers, &cancel).unwrap();

@@ -209,7 +209,11 @@ impl Engine {
     }
 
     fn happened(&mut self, event: Event) {
-        if let Err(error) = self.load_releases() {
+        let wanted = match &event {
+            Event::Desired { goal, .. } => goal.release(),
+            _ => None,
+        };
+        if let Err(error) = self.load_releases(wanted) {
             self.warn(format!("a release could not be read: {error}"));
             return;
         }
@@ -277,8 +281,10 @@ impl Engine {
         });
     }
 
-    fn load_releases(&mut self) -> Result<(), String> {
-        let needed = self.world.needed_releases();
+    /// Those the world refers to, and the one that is about to be wanted.
+    fn load_releases(&mut self, wanted: Option<ReleaseNumber>) -> Result<(), String> {
+        let mut needed = self.world.needed_releases();
+        needed.extend(wanted);
         self.releases.retain(|number| needed.contains(&number));
         for number in needed {
             self.load(number)?;
@@ -316,7 +322,7 @@ impl Engine {
             .state
             .last_event()
             .map_err(|e| ApiError::internal(e.to_string()))?;
-        self.load_releases().map_err(ApiError::internal)?;
+        self.load_releases(None).map_err(ApiError::internal)?;
         let present = self
             .world
             .goal

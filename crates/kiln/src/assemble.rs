@@ -32,6 +32,7 @@ use crate::failure::{Failure, Kind, machine};
 /// How long a service must stay up in its test; how long a job may take.
 const SETTLE: Millis = Millis(1500);
 const JOB_LIMIT: Millis = Millis(60_000);
+const TEST_GRACE: Millis = Millis(500);
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
 /// Largest config, as in Docker Swarm and Kubernetes' order of size.
@@ -465,7 +466,8 @@ impl<'a> Assembler<'a> {
                 .clone()
                 .or_else(|| image.config.stop_signal.clone())
                 .unwrap_or_else(|| "SIGTERM".into()),
-            stop_grace: service.process.stop_grace.unwrap_or(Millis(10_000)),
+            // Nothing depends on how a test instance ends.
+            stop_grace: TEST_GRACE,
             mounts,
             volumes: image.config.volumes.clone(),
             security: process::security(service),
@@ -478,6 +480,7 @@ impl<'a> Assembler<'a> {
             checks: service.kiln.test.clone(),
             completes,
             peers: spec.services.len() > 1,
+            hosts: peer_names(spec, name),
             settle: if completes { JOB_LIMIT } else { SETTLE },
         })
     }
@@ -553,6 +556,21 @@ impl<'a> Assembler<'a> {
             service,
         }
     }
+}
+
+/// The names of the other services. Programs like nginx won't start when a peer's name
+/// doesn't resolve; connecting is refused at once.
+fn peer_names(spec: &Spec, name: &ServiceName) -> Vec<(std::net::IpAddr, String)> {
+    let nobody = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
+    let mut names = std::collections::BTreeSet::new();
+    for (other, service) in spec.services.iter().filter(|(other, _)| *other != name) {
+        names.insert(other.to_string());
+        names.extend(service.names.container_name.clone());
+        if let kiln_model::spec::NetworkMode::Networks(networks) = &service.network {
+            names.extend(networks.values().flat_map(|n| n.aliases.clone()));
+        }
+    }
+    names.into_iter().map(|name| (nobody, name)).collect()
 }
 
 /// What is learned, with what the file states; nothing below a mount of the file's.

@@ -18,6 +18,9 @@ const GROWTH: u64 = 4;
 /// Always scratch, where the image has them.
 pub const ALWAYS: [&str; 3] = ["/run", "/tmp", "/var/tmp"];
 
+/// Scratch too when the program ended before it had shown all it writes.
+pub const LIKELY: [&str; 4] = ["/var/cache", "/var/lib", "/var/log", "/var/spool"];
+
 /// Never scratch as a whole.
 const WHOLE: [&str; 12] = [
     "/",

@@ -32,7 +32,7 @@ use kiln_runtime::Runtime;
 use kiln_store::Store;
 use serde::{Deserialize, Serialize};
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(20);
@@ -74,6 +74,8 @@ pub struct TestRequest {
     pub completes: bool,
     /// It has services beside it that it may need.
     pub peers: bool,
+    /// Names that must resolve for it to start at all (its peers'); nobody answers there.
+    pub hosts: Vec<(std::net::IpAddr, String)>,
     /// How long it must stay up (a job: may take).
     pub settle: Millis,
 }
@@ -229,9 +231,12 @@ impl Tester {
         let writes =
             write_set::read(&work.path().join("upper"), &tree).map_err(|e| machine(Box::new(e)))?;
         let mounted: Vec<String> = request.mounts.iter().map(|m| m.target.clone()).collect();
-        let always = learn::ALWAYS.map(str::to_owned);
-        let always: Vec<String> = always
-            .into_iter()
+        let inconclusive = matches!(outcome, Outcome::Inconclusive(_));
+        let likely: &[&str] = if inconclusive { &learn::LIKELY } else { &[] };
+        let always: Vec<String> = learn::ALWAYS
+            .iter()
+            .chain(likely)
+            .map(|path| (*path).to_owned())
             .filter(|p| write_set::is_folder(&tree, p))
             .collect();
         let volumes: Vec<String> = request
@@ -242,10 +247,10 @@ impl Tester {
             .collect();
         let learned = learn::learn(&writes, &volumes, &mounted, &always);
         Ok(Verdict {
-            outcome,
             scratch: learned.scratch,
             listens,
-            warnings: warnings(&learned.uncovered),
+            warnings: warnings(&learned.uncovered, &outcome),
+            outcome,
             log,
         })
     }
@@ -280,7 +285,7 @@ impl Tester {
             mounts: request.mounts.clone(),
             network: InstanceNetwork::Isolated,
             resolver: None,
-            hosts: Vec::new(),
+            hosts: request.hosts.clone(),
             namespaces: SharedNamespaces::default(),
             security: request.security.clone(),
             limits: request.limits.clone(),
@@ -479,19 +484,27 @@ fn work(scratch: &Path) -> std::io::Result<tempfile::TempDir> {
     Ok(folder)
 }
 
-fn warnings(uncovered: &[String]) -> Vec<String> {
+fn warnings(uncovered: &[String], outcome: &Outcome) -> Vec<String> {
     const TOLD: usize = 10;
+    let mut warnings = Vec::new();
+    if let Outcome::Inconclusive(why) = outcome {
+        warnings.push(format!(
+            "inconclusive: {why}; what it writes is not known, so {} are scratch",
+            learn::LIKELY.join(", ")
+        ));
+    }
     if uncovered.is_empty() {
-        return Vec::new();
+        return warnings;
     }
     let more = uncovered.len().saturating_sub(TOLD);
     let mut text = uncovered[..uncovered.len().min(TOLD)].join(", ");
     if more > 0 {
         text.push_str(&format!(" and {more} more"));
     }
-    vec![format!(
+    warnings.push(format!(
         "it wrote where a release is read-only: {text}; if it needs that, say x-kiln.scratch or x-kiln.root: scratch"
-    )]
+    ));
+    warnings
 }
 
 fn read(path: &Path) -> Option<Verdict> {

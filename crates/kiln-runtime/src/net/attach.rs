@@ -21,12 +21,12 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::bridge;
 use super::channel::{Channel, NetlinkError};
 use super::link::{self, Link};
 use super::names::{is_interface_name, mac_of, parse_mac, veth_name};
 use super::netns::{NetnsError, inside};
 use super::sysctl::{self, SysctlError};
-use super::{arp, bridge};
 
 /// How long a bridge port may take to forward; it takes about a millisecond.
 const PORT_LIMIT: Duration = Duration::from_secs(2);
@@ -50,12 +50,6 @@ pub enum AttachError {
     Sysctl {
         interface: String,
         source: SysctlError,
-    },
-    #[error("cannot announce {address} on bridge {bridge}: {source}")]
-    Announce {
-        address: Ipv4Addr,
-        bridge: String,
-        source: io::Error,
     },
     #[error("the port {port} of bridge {bridge} did not begin to forward within {} s", PORT_LIMIT.as_secs())]
     Port { port: String, bridge: String },
@@ -197,23 +191,33 @@ fn create(host: &mut Channel, plan: &Plan<'_>, namespace: &File) -> Result<(), N
 /// The end inside, by a thread that is inside; `host` speaks to the host's namespace.
 fn set_up(host: &mut Channel, plan: &Plan<'_>) -> Result<(), AttachError> {
     let interface = plan.interface;
-    sysctl::without_ipv6(&interface.name).map_err(|source| AttachError::Sysctl {
-        interface: interface.name.clone(),
-        source,
-    })?;
-    let index = configure(interface).map_err(kernel(interface, "configure"))?;
+    sysctl::without_ipv6(&interface.name)
+        .and_then(|()| sysctl::write(sysctl::ipv4(&interface.name, "arp_notify"), "1"))
+        .map_err(|source| AttachError::Sysctl {
+            interface: interface.name.clone(),
+            source,
+        })?;
+    let refused = kernel(interface, "configure");
+    let mut channel = Channel::route().map_err(|e| refused(e.into()))?;
+    let index = configure(&mut channel, interface).map_err(refused)?;
     wait_until_forwarding(host, plan)?;
-    arp::announce(index, plan.mac, interface.address).map_err(|source| AttachError::Announce {
-        address: interface.address,
-        bridge: interface.bridge.clone(),
-        source,
-    })
+    announce(&mut channel, index, plan.mac).map_err(kernel(interface, "announce"))
+}
+
+/// An ARP announcement (RFC 5227, section 3), so that peers and the bridge learn where
+/// the address lives now. With `arp_notify` the kernel sends one when the hardware
+/// address is set, also to what it is. (A packet socket would do, but closing one
+/// waits 10 ms for the kernel's readers.)
+fn announce(channel: &mut Channel, index: u32, mac: [u8; 6]) -> Result<(), NetlinkError> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = vec![LinkAttribute::Address(mac.to_vec())];
+    channel.change(RouteNetlinkMessage::SetLink(message), 0)
 }
 
 /// Address, up, default route.
-fn configure(interface: &Interface) -> Result<u32, NetlinkError> {
-    let mut channel = Channel::route()?;
-    let index = match link::find(&mut channel, &interface.name)? {
+fn configure(channel: &mut Channel, interface: &Interface) -> Result<u32, NetlinkError> {
+    let index = match link::find(channel, &interface.name)? {
         Some(link) => link.index,
         None => return Err(io::Error::from_raw_os_error(libc::ENODEV).into()),
     };
@@ -255,15 +259,20 @@ pub(super) fn default_route(index: u32, gateway: Ipv4Addr) -> RouteMessage {
     message
 }
 
-/// The bridge hears of the port's carrier from a worker of the kernel, shortly after
-/// both ends are up; what the instance sent before would be lost.
+/// A worker of the kernel takes note of a carrier shortly after it is there, and only
+/// then starts the interface's queue; what is sent until then is lost. This goes for
+/// the port (whose state the bridge believes; unknown, as at first, counts as up)
+/// and, with its first port, for the bridge itself.
 fn wait_until_forwarding(host: &mut Channel, plan: &Plan<'_>) -> Result<(), AttachError> {
     let look = kernel(plan.interface, "look for");
     let end = Instant::now() + PORT_LIMIT;
     loop {
         let port = link::find(host, &plan.port).map_err(&look)?;
-        if port.is_some_and(|link| link.forwarding) {
-            return Ok(());
+        if port.is_some_and(|link| link.up && link.forwarding) {
+            let bridge = link::by_index(host, plan.bridge.index).map_err(&look)?;
+            if bridge.is_some_and(|link| link.up) {
+                return Ok(());
+            }
         }
         if Instant::now() >= end {
             return Err(AttachError::Port {

@@ -3,6 +3,7 @@
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     BridgePortState, InfoBridgePort, InfoKind, InfoPortData, LinkAttribute, LinkInfo, LinkMessage,
+    State,
 };
 
 use super::channel::{Channel, NetlinkError};
@@ -16,8 +17,10 @@ pub(super) struct Link {
     pub mtu: u32,
     /// The bridge's index, of a port.
     pub bridge: Option<u32>,
-    /// The bridge passes this port's frames on.
+    /// The bridge passes this port's frames on. Not to be believed before `up`.
     pub forwarding: bool,
+    /// The kernel has taken note that both ends are up (operational state, RFC 2863).
+    pub up: bool,
 }
 
 impl From<LinkMessage> for Link {
@@ -30,6 +33,7 @@ impl From<LinkMessage> for Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::OperState(state) => link.up = state == State::Up,
                 LinkAttribute::Controller(index) => link.bridge = Some(index),
                 LinkAttribute::LinkInfo(infos) => infos.into_iter().for_each(|i| link.learn(i)),
                 _ => {}

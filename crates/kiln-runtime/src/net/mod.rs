@@ -21,7 +21,6 @@
 //! Must not enter: knowledge of releases and services, choice of addresses (the plan
 //! makes it), containers' processes.
 
-mod arp;
 mod attach;
 mod bridge;
 mod channel;

@@ -518,7 +518,7 @@ fn an_interface_is_as_asked_and_its_first_packet_arrives() {
             // The same again replaces; a lost first packet would cost a second.
             attach(&path, &first).unwrap();
             let port = link::find(&mut host_side, &veth_name(&path, "eth0")).unwrap();
-            assert!(port.unwrap().forwarding, "try {n}");
+            assert!(port.is_some_and(|p| p.up && p.forwarding), "try {n}");
             let seen = inside(&path, |_| {
                 ask_within(net.gateway(), 80, Duration::from_millis(500))
             });

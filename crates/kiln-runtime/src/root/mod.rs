@@ -330,13 +330,13 @@ impl Writable<'_> {
         let below = match self.tree {
             Some(tree) => {
                 mount_metadata(tree, stage, abilities)?;
-                points_over_upper(stage, Some("tree"), self.upper, self.points)?;
+                points_over_upper(stage, Some(tree), self.upper, self.points, abilities)?;
                 let at = lower.display().to_string();
                 data_only = lower_overlay(tree, stage, &at, self.flags, abilities)?;
                 lower
             }
             None => {
-                points_over_upper(stage, None, self.upper, self.points)?;
+                points_over_upper(stage, None, self.upper, self.points, abilities)?;
                 stage.path("points")
             }
         };
@@ -398,9 +398,10 @@ fn lower_overlay(
 /// Makes the points that neither the tree nor the writable layer has.
 fn points_over_upper(
     stage: &Stage,
-    tree: Option<&str>,
+    tree: Option<&TreePaths>,
     upper: &Path,
     points: &[Point],
+    abilities: Abilities,
 ) -> Result<(), RootError> {
     let view = stage.path("lower");
     let (above, empty) = (
@@ -408,19 +409,21 @@ fn points_over_upper(
         tree::open_dir(&stage.path("points"))?,
     );
     let below = tree
-        .map(|name| tree::open_dir(&stage.path(name)))
+        .map(|_| tree::open_dir(&stage.path("tree")))
         .transpose()?;
+    // Without its content the kernel won't even look a file of the tree up.
+    let objects = tree.map(|tree| tree::open_dir(&tree.objects)).transpose()?;
     let mut lower = vec![&above];
     lower.extend(below.as_ref());
     lower.push(&empty);
     Overlay {
         what: "a look at the writable layer",
         lower: &lower,
-        objects: None,
+        objects: objects.as_ref(),
         upper: None,
         flags: MountFlags::RDONLY,
     }
-    .mount(&view.display().to_string(), false)?;
+    .mount(&view.display().to_string(), abilities.data_only)?;
     // Written to only after the look: a layer of a mounted overlay may not change.
     let scratch = stage.make("points-new")?;
     let made = points::make(&view, &scratch, points);

@@ -1,0 +1,151 @@
+//! The project that is measured, and the kiln that runs it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::Failure;
+use crate::cargo::{program, repository};
+
+pub const REPLICAS: usize = 3;
+
+const CONTAINERFILE: &str = "\
+FROM busybox AS packages
+FROM scratch
+COPY --from=packages /bin/busybox /bin/busybox
+COPY index.html /www/index.html
+EXPOSE 8000
+CMD [\"/bin/busybox\", \"httpd\", \"-f\", \"-p\", \"8000\", \"-h\", \"/www\"]
+";
+
+pub struct Bed {
+    folder: tempfile::TempDir,
+    kiln: PathBuf,
+    pub address: SocketAddr,
+    suite: String,
+}
+
+impl Bed {
+    pub fn new() -> Result<Self, Failure> {
+        let target = std::env::var_os("CARGO_TARGET_DIR")
+            .map_or_else(|| repository().join("target"), PathBuf::from);
+        let kiln = repository().join(target).join("release/kiln");
+        if !kiln.is_file() {
+            return Err(format!("{} is not built", kiln.display()).into());
+        }
+        let folder = tempfile::Builder::new().prefix("kiln-bench-").tempdir()?;
+        fs::create_dir(folder.path().join("project"))?;
+        fs::write(folder.path().join("project/Containerfile"), CONTAINERFILE)?;
+        fs::write(folder.path().join("project/index.html"), "hello\n")?;
+        Ok(Self {
+            kiln,
+            address: free_address()?,
+            suite: suite(),
+            folder,
+        })
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    pub fn scratch(&self) -> PathBuf {
+        self.folder.path().join("scratch")
+    }
+
+    pub fn program(&self) -> &PathBuf {
+        &self.kiln
+    }
+
+    fn compose(&self, revision: u64) -> String {
+        format!(
+            "name: bench\n\
+             x-kiln:\n  bases:\n    busybox: {{suite: {}, packages: [busybox-static], distroless: true}}\n\
+             services:\n  web:\n    build: .\n    environment: {{REVISION: \"{revision}\"}}\n    \
+             ports: [\"{}:8000\"]\n    deploy: {{replicas: {REPLICAS}}}\n    \
+             x-kiln: {{ready: {{http: {{port: 8000, path: /}}}}}}\n",
+            self.suite, self.address
+        )
+    }
+
+    /// Writes the project with this revision in its environment, and puts it in place.
+    pub fn up(&self, revision: u64) -> Result<String, Failure> {
+        fs::write(
+            self.folder.path().join("project/compose.yaml"),
+            self.compose(revision),
+        )?;
+        let project = self.folder.path().join("project").display().to_string();
+        self.kiln(&["up", &project])
+    }
+
+    /// What kiln prints to stdout.
+    pub fn kiln(&self, words: &[&str]) -> Result<String, Failure> {
+        let output = self.command(words).output()?;
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("kiln {}: {}\n{errors}", words.join(" "), output.status).into());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = program(&self.kiln);
+        command.args(words).env("KILN_ROOT", self.root());
+        command
+    }
+
+    /// The ids of all instances that have not been removed.
+    pub fn instances(&self) -> Result<BTreeSet<String>, Failure> {
+        let entries = fs::read_dir(self.root().join("instances"))?;
+        let folders = entries
+            .flatten()
+            .filter(|entry| entry.path().join("spec.json").exists());
+        Ok(folders
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect())
+    }
+
+    /// The daemon's and the proxy's process ids.
+    pub fn processes(&self) -> Result<Vec<u32>, Failure> {
+        let status: serde_json::Value =
+            serde_json::from_str(&self.kiln(&["--json", "daemon", "status"])?)?;
+        let pid = |key: &str| status[key].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        let daemon = pid("pid").ok_or("the daemon's status has no pid")?;
+        let proxy = pid("proxy_pid").ok_or("the daemon's status has no proxy_pid")?;
+        Ok(vec![daemon, proxy])
+    }
+}
+
+impl Drop for Bed {
+    /// Nothing of a measurement may stay: instances, networks, the daemon, the proxy.
+    fn drop(&mut self) {
+        let processes = self.processes().unwrap_or_default();
+        let project = self.folder.path().join("project").display().to_string();
+        for words in [vec!["down", &project], vec!["daemon", "stop"]] {
+            if let Err(error) = self.kiln(&words) {
+                eprintln!("warning: cleaning up: {error}");
+            }
+        }
+        for pid in processes {
+            // The proxy outlives the daemon by design.
+            let _ = program("kill").arg(pid.to_string()).output();
+        }
+    }
+}
+
+/// A port that nobody listens on just now.
+fn free_address() -> Result<SocketAddr, Failure> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// This Debian's name, so that the machine's mirrors have it.
+fn suite() -> String {
+    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .unwrap_or("bookworm")
+        .trim_matches('"')
+        .to_owned()
+}
