@@ -15,6 +15,7 @@ const CONTAINERFILE: &str = "FROM busybox AS packages
 FROM scratch
 COPY --from=packages /bin/busybox /bin/busybox
 RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]
+RUN [\"/bin/mkdir\", \"-m\", \"1777\", \"/tmp\"]
 COPY --chmod=0755 run /run.sh
 COPY www /www
 CMD [\"/run.sh\"]

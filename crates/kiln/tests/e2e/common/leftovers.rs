@@ -20,27 +20,44 @@ pub fn leftovers(root: &Path, daemon: bool) -> Vec<String> {
     found
 }
 
-/// Processes whose command line or whose own mounts name the root.
+/// Processes whose command line names the root (daemon, proxy, shims), those in its
+/// control groups, and all that these have started.
 pub fn processes(root: &Path) -> Vec<(u32, String)> {
     let name = root.to_string_lossy().into_owned();
+    let group = format!("/kiln-{}/", net::root_tag(root));
     let me = std::process::id();
-    let own_mounts = fs::read_link("/proc/self/ns/mnt").ok();
     let mut found = vec![];
+    let mut others = vec![];
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let pid = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
         let Some(pid) = pid.filter(|pid| *pid != me && super::alive(*pid)) else { continue };
         let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&words).replace('\0', " ");
-        let namespace = fs::read_link(entry.path().join("ns/mnt")).ok();
-        let inside = namespace.is_some() && namespace != own_mounts && {
-            let mounts = fs::read_to_string(entry.path().join("mountinfo"));
-            mounts.is_ok_and(|m| m.contains(&name))
-        };
-        if line.contains(&name) || inside {
-            found.push((pid, line));
+        let groups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        match line.contains(&name) || groups.contains(&group) {
+            true => found.push((pid, line)),
+            false => others.push((pid, line)),
         }
     }
+    // Where there are no control groups, descent has to do.
+    let shims: Vec<u32> =
+        found.iter().filter(|(_, line)| line.contains(" shim ")).map(|(pid, _)| *pid).collect();
+    found.extend(others.into_iter().filter(|(pid, _)| descends(*pid, &shims)));
     found
+}
+
+fn descends(mut pid: u32, from: &[u32]) -> bool {
+    // As deep as a process tree sensibly gets.
+    for _ in 0..32 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1));
+        match parent.and_then(|p| p.parse().ok()) {
+            Some(parent) if from.contains(&parent) => return true,
+            Some(parent) if parent > 1 => pid = parent,
+            _ => return false,
+        }
+    }
+    false
 }
 
 /// Mount points below the root, the newest first.

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// No command of any test takes this long, on the slowest machine: building a base
 /// from Debian packages included.
-const LONGEST: Duration = Duration::from_secs(600);
+const LONGEST: Duration = Duration::from_secs(400);
 
 /// What a command did.
 pub struct Ran {
