@@ -14,5 +14,5 @@ pub use fixture::{BUSYBOX, Page};
 pub use http::{Answer, get, request};
 pub use leftovers::leftovers;
 pub use machine::Kiln;
-pub use process::{Ran, Running, alive, kill, wait_until};
+pub use process::{Running, alive, kill, wait_until};
 pub use project::{Instance, Project};
