@@ -1,7 +1,7 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -47,6 +47,8 @@ pub struct Assembler<'a> {
     resolver: Resolver,
     builder: Builder,
     tester: Tester,
+    /// Images that were there before: building them again is no news.
+    had: BTreeSet<Digest>,
 }
 
 /// Everything of a service but its place in a release.
@@ -108,7 +110,14 @@ impl<'a> Assembler<'a> {
             runtime: runtime.clone(),
             cache,
         };
+        let had = store
+            .images()
+            .map_err(machine)?
+            .into_iter()
+            .map(|i| i.manifest)
+            .collect();
         Ok(Self {
+            had,
             context,
             loaded,
             store,
@@ -252,9 +261,11 @@ impl<'a> Assembler<'a> {
             took: began.elapsed().into(),
         });
         let digest = built.map_err(build_error)?;
-        let subject = format!("{}/{name}", self.spec().project);
-        self.context
-            .record("build", &subject, &[("digest", digest.to_string())])?;
+        if !self.had.contains(&digest) {
+            let subject = format!("{}/{name}", self.spec().project);
+            self.context
+                .record("build", &subject, &[("digest", digest.to_string())])?;
+        }
         Ok(digest)
     }
 
@@ -369,11 +380,17 @@ impl<'a> Assembler<'a> {
     ) -> Result<Verdict, Failure> {
         let task = format!("test {name}");
         let began = Instant::now();
+        let request = self.test_request(name, service, image, files)?;
+        if let Some(verdict) = self.tester.known(&request) {
+            let (how, took) = (Finish::Cached, began.elapsed().into());
+            self.progress
+                .event(ProgressEvent::Finished { task, how, took });
+            return Ok(verdict);
+        }
         self.progress.event(ProgressEvent::Started {
             task: task.clone(),
             detail: "in isolation".into(),
         });
-        let request = self.test_request(name, service, image, files)?;
         let verdict = self.tester.test_image(&request, &self.cancel);
         let how = match &verdict {
             Ok(_) => Finish::Done,
@@ -562,7 +579,7 @@ impl<'a> Assembler<'a> {
 /// doesn't resolve; connecting is refused at once.
 fn peer_names(spec: &Spec, name: &ServiceName) -> Vec<(std::net::IpAddr, String)> {
     let nobody = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
-    let mut names = std::collections::BTreeSet::new();
+    let mut names = BTreeSet::new();
     for (other, service) in spec.services.iter().filter(|(other, _)| *other != name) {
         names.insert(other.to_string());
         names.extend(service.names.container_name.clone());

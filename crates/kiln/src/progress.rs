@@ -43,7 +43,7 @@ impl Progress for Plain {
 
 fn plain_line(event: &ProgressEvent) -> Option<String> {
     Some(match event {
-        ProgressEvent::Started { task, detail } if detail.is_empty() => format!("{task}"),
+        ProgressEvent::Started { task, detail } if detail.is_empty() => task.clone(),
         ProgressEvent::Started { task, detail } => format!("{task}: {detail}"),
         ProgressEvent::Advanced { .. } => return None,
         ProgressEvent::Output { task, line } => format!("{task} | {line}"),

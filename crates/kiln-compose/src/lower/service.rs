@@ -203,9 +203,10 @@ impl Lowering<'_> {
         })
     }
 
-    /// `restart`, and over it deploy.restart_policy.
+    /// `restart`, and over it deploy.restart_policy. Where nothing is said, what fails is
+    /// replaced: a release is what should run, not what was once started. `no` is heard.
     fn restart(&mut self, node: &Node) -> RestartPolicy {
-        let mut policy = RestartPolicy::No;
+        let mut policy = RestartPolicy::OnFailure { max_retries: None };
         if let Some(said) = node.get("restart") {
             let text = said.as_str().unwrap_or_default();
             policy = match text.split_once(':').unwrap_or((text, "")) {

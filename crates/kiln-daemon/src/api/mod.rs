@@ -313,7 +313,7 @@ async fn executed(
     Json(notice): Json<ExecNotice>,
 ) -> Result<Json<()>, ApiError> {
     let engine = api.engine(&name)?;
-    let answer = engine
+    engine
         .ask(|reply| Message::Tainted {
             id,
             by: notice.by,
@@ -321,7 +321,7 @@ async fn executed(
             reply,
         })
         .await?;
-    Ok(Json(answer))
+    Ok(Json(()))
 }
 
 #[derive(Deserialize, utoipa::IntoParams)]
@@ -390,10 +390,10 @@ impl EventReader {
             if !self.follow {
                 return None;
             }
-            match tokio::time::timeout(Duration::from_secs(60), self.receiver.recv()).await {
-                Ok(Err(broadcast::error::RecvError::Closed)) => return None,
-                // Something new, too much new, or a quiet minute: look again.
-                Ok(_) | Err(_) => {}
+            // Something new, too much new, or a quiet minute: look again.
+            let news = tokio::time::timeout(Duration::from_secs(60), self.receiver.recv()).await;
+            if matches!(news, Ok(Err(broadcast::error::RecvError::Closed))) {
+                return None;
             }
         }
     }

@@ -17,7 +17,11 @@ fn settled(project: &Project, release: u64, count: usize) -> bool {
 #[test]
 fn the_daemon_killed_in_mid_rollout_drops_nothing_and_the_next_one_goes_on() {
     let Some(kiln) = Kiln::new() else { return };
-    let page = Page { keys: THREE, before: "sleep 2", ..Page::default() };
+    let page = Page {
+        keys: THREE,
+        before: "sleep 2",
+        ..Page::default()
+    };
     let project = kiln.page("mid", &page);
     project.up().ok();
     project.write("www/index.html", "two");
@@ -32,14 +36,23 @@ fn the_daemon_killed_in_mid_rollout_drops_nothing_and_the_next_one_goes_on() {
     });
     assert_eq!(report.failed(), 0, "{report}");
     assert_eq!(project.page(), "two");
-    wait_until("three copies of release 2 alone", || settled(&project, 2, 3));
-    assert_eq!(project.releases(), [(1, "proven".into()), (2, "proven".into())]);
+    wait_until("three copies of release 2 alone", || {
+        settled(&project, 2, 3)
+    });
+    assert_eq!(
+        project.releases(),
+        [(1, "proven".into()), (2, "proven".into())]
+    );
 }
 
 #[test]
 fn the_daemon_and_the_command_killed_in_mid_rollout() {
     let Some(kiln) = Kiln::new() else { return };
-    let page = Page { keys: THREE, before: "sleep 2", ..Page::default() };
+    let page = Page {
+        keys: THREE,
+        before: "sleep 2",
+        ..Page::default()
+    };
     let project = kiln.page("both", &page);
     project.up().ok();
     // Killed again and again, each time a little later: it must converge all the same.
@@ -50,7 +63,10 @@ fn the_daemon_and_the_command_killed_in_mid_rollout() {
             let up = project.start("up", &[]);
             let wanted = round + 2;
             wait_until("the release to begin", || {
-                project.instances_if_known().iter().any(|i| i.release == wanted)
+                project
+                    .instances_if_known()
+                    .iter()
+                    .any(|i| i.release == wanted)
             });
             std::thread::sleep(std::time::Duration::from_millis(900 * round));
             drop(up);
@@ -69,13 +85,22 @@ fn the_daemon_and_the_command_killed_in_mid_rollout() {
 #[test]
 fn services_outlive_the_daemon_and_the_next_one_adopts_them() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("adopt", &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        "adopt",
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let before = project.instances(None);
     let (report, ()) = under_load(project.port, Mode::NewConnection, 100, || {
         kiln.kill_daemon();
         assert_eq!(project.page(), "one");
-        assert!(before.iter().all(|i| i.pid.is_some_and(alive)), "{before:?}");
+        assert!(
+            before.iter().all(|i| i.pid.is_some_and(alive)),
+            "{before:?}"
+        );
         let daemon = kiln.start_daemon();
         wait_until("all known again", || project.instances_if_known() == before);
         drop(daemon);
@@ -101,12 +126,20 @@ fn a_stopped_daemon_leaves_services_alone() {
 #[test]
 fn the_proxy_killed_comes_back_with_the_same_ports() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("proxy", &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        "proxy",
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let before = project.instances(None);
     let proxy = kiln.proxy().expect("no proxy");
     kill(proxy, Signal::KILL);
-    wait_until("another proxy", || kiln.proxy().is_some_and(|pid| pid != proxy));
+    wait_until("another proxy", || {
+        kiln.proxy().is_some_and(|pid| pid != proxy)
+    });
     project.wait_for_page("one");
     assert_eq!(project.instances(None), before);
 }
@@ -114,7 +147,13 @@ fn the_proxy_killed_comes_back_with_the_same_ports() {
 #[test]
 fn a_killed_shim_means_another_instance() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("shim", &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        "shim",
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let before = project.instances(None);
     let lost = before[0].clone();
@@ -123,22 +162,39 @@ fn a_killed_shim_means_another_instance() {
         .filter(|l| l.starts_with("process ") && l.contains(" shim") && l.contains(&lost.id))
         .filter_map(|l| l.split([' ', ':']).nth(1)?.parse().ok())
         .collect();
-    assert_eq!(shims.len(), 1, "whose shim? {:?}", leftovers(&kiln.root, false));
+    assert_eq!(
+        shims.len(),
+        1,
+        "whose shim? {:?}",
+        leftovers(&kiln.root, false)
+    );
     kill(shims[0], Signal::KILL);
     wait_until("another instance in its place", || {
         let now = project.instances_if_known();
         settled(&project, 1, 3) && now.iter().all(|i| i.id != lost.id)
     });
-    assert!(!lost.pid.is_some_and(alive), "the program runs on without its shim");
+    assert!(
+        !lost.pid.is_some_and(alive),
+        "the program runs on without its shim"
+    );
     let now = project.instances(None);
-    assert!(before[1..].iter().all(|b| now.contains(b)), "others were touched: {now:?}");
+    assert!(
+        before[1..].iter().all(|b| now.contains(b)),
+        "others were touched: {now:?}"
+    );
     assert_eq!(project.page(), "one");
 }
 
 #[test]
 fn a_killed_program_means_another_instance() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("killed", &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        "killed",
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let lost = project.instances(None)[0].clone();
     kill(lost.pid.expect("it has a process"), Signal::KILL);
@@ -167,7 +223,9 @@ fn after_a_reboot_all_serves_again() {
     wait_until("all services again", || {
         let all = project.instances_if_known();
         let count = |name: &str| {
-            all.iter().filter(|i| i.service == name && i.pid.is_some_and(alive)).count()
+            all.iter()
+                .filter(|i| i.service == name && i.pid.is_some_and(alive))
+                .count()
         };
         count("web") == 1 && count("plain") == 1 && all.len() == 2
     });
@@ -182,7 +240,14 @@ fn after_a_reboot_all_serves_again() {
 #[test]
 fn a_reboot_in_mid_rollout_converges() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("midboot", &Page { keys: THREE, before: "sleep 2", ..Page::default() });
+    let project = kiln.page(
+        "midboot",
+        &Page {
+            keys: THREE,
+            before: "sleep 2",
+            ..Page::default()
+        },
+    );
     project.up().ok();
     project.write("www/index.html", "two");
     let up = project.start("up", &[]);
@@ -192,7 +257,9 @@ fn a_reboot_in_mid_rollout_converges() {
     drop(up);
     kiln.lose_power();
     let daemon = kiln.start_daemon();
-    wait_until("one release alone", || settled(&project, 2, 3) || settled(&project, 1, 3));
+    wait_until("one release alone", || {
+        settled(&project, 2, 3) || settled(&project, 1, 3)
+    });
     let status = project.status();
     let wanted = if status["proven"] == 2 { "two" } else { "one" };
     assert_eq!(project.page(), wanted, "{status}");

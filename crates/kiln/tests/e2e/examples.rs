@@ -12,7 +12,9 @@ use crate::load::under_load;
 /// A copy of an example, so that nothing is written where it is.
 fn example<'k>(kiln: &'k Kiln, name: &str, port: &str) -> Project<'k> {
     let mut project = kiln.project(name, &[]);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples").join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../examples")
+        .join(name);
     copy(&source, &project.folder);
     let port_number = project.port;
     project.set(port, port_number);
@@ -38,11 +40,24 @@ fn scratch_serves_and_has_nothing_else_in_it() {
     let project = example(&kiln, "scratch", "SCRATCH_PORT");
     project.up().ok();
     assert!(project.page().contains("One file serves this page"));
-    let ran =
-        project.kiln(&["exec", "-T", "-e", "@", "web", "/bin/busybox", "find", "/bin", "/www"]);
+    let ran = project.kiln(&[
+        "exec",
+        "-T",
+        "-e",
+        "@",
+        "web",
+        "/bin/busybox",
+        "find",
+        "/bin",
+        "/www",
+    ]);
     let mut files: Vec<&str> = ran.stdout.lines().collect();
     files.sort_unstable();
-    assert_eq!(files, ["/bin", "/bin/busybox", "/www", "/www/index.html"], "{ran}");
+    assert_eq!(
+        files,
+        ["/bin", "/bin/busybox", "/www", "/www/index.html"],
+        "{ran}"
+    );
 }
 
 #[test]
@@ -68,7 +83,10 @@ fn json(answer: &Answer) -> Value {
 }
 
 fn version(project: &Project) -> String {
-    json(&project.get("/version"))["version"].as_str().unwrap_or_default().to_owned()
+    json(&project.get("/version"))["version"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[test]
@@ -90,7 +108,10 @@ fn the_shop_takes_orders_and_keeps_them_through_replacements() {
 
     let before = project.instances(None);
     let of = |list: &[crate::common::Instance], service: &str| -> Vec<String> {
-        list.iter().filter(|i| i.service == service).map(|i| i.id.clone()).collect()
+        list.iter()
+            .filter(|i| i.service == service)
+            .map(|i| i.id.clone())
+            .collect()
     };
     project.set("SHOP_VERSION", 2);
     let (report, ()) = under_load(project.port, Mode::NewConnection, 50, || {
@@ -106,10 +127,17 @@ fn the_shop_takes_orders_and_keeps_them_through_replacements() {
     assert_ne!(of(&before, "web"), of(&after, "web"));
 
     // The front's config is part of the release, the secret too.
-    project.edit("compose.yaml", "access_log off;", "access_log off;\n        # changed");
+    project.edit(
+        "compose.yaml",
+        "access_log off;",
+        "access_log off;\n        # changed",
+    );
     project.write("secrets/cashier.txt", "another");
     project.up().ok();
-    assert_ne!(receipt, json(&request(project.port, "POST", "/orders", "a cup").unwrap())["receipt"]);
+    assert_ne!(
+        receipt,
+        json(&request(project.port, "POST", "/orders", "a cup").unwrap())["receipt"]
+    );
     assert_ne!(of(&project.instances(None), "front"), of(&before, "front"));
     assert_eq!(of(&project.instances(None), "redis"), of(&before, "redis"));
 
@@ -126,10 +154,17 @@ fn the_shops_redis_is_handed_over_while_it_is_used() {
     let visits = || {
         let page = project.page();
         let number = page.rsplit("number ").next().unwrap_or_default();
-        number.trim_end_matches('.').parse::<u64>().unwrap_or_else(|e| panic!("{e}: {page}"))
+        number
+            .trim_end_matches('.')
+            .parse::<u64>()
+            .unwrap_or_else(|e| panic!("{e}: {page}"))
     };
     let before = visits();
-    project.edit("compose.yaml", "--appendonly, \"yes\"", "--appendonly, \"yes\", --hz, \"20\"");
+    project.edit(
+        "compose.yaml",
+        "--appendonly, \"yes\"",
+        "--appendonly, \"yes\", --hz, \"20\"",
+    );
     let (report, ()) = under_load(project.port, Mode::NewConnection, 20, || {
         project.up().ok();
     });
@@ -145,14 +180,31 @@ fn the_shops_bad_releases_leave_it_serving() {
     project.up().ok();
     let before = project.instances(None);
     // A broken program, found by the isolated test.
-    project.edit("app/web.py", "def main():", "def main():\n    raise RuntimeError('bad glaze')");
-    project.run("up", &[]).code(&[5]).says(&["bad glaze", "web"]);
+    project.edit(
+        "app/web.py",
+        "def main():",
+        "def main():\n    raise RuntimeError('bad glaze')",
+    );
+    project
+        .run("up", &[])
+        .code(&[5])
+        .says(&["bad glaze", "web"]);
     project.edit("app/web.py", "\n    raise RuntimeError('bad glaze')", "");
     // A migration that fails only beside its peers.
     let bad = "def main():\n    resp.ask(\"PING\")\n    raise RuntimeError('cold kiln')";
     project.edit("app/migrate.py", "def main():", bad);
-    project.run("up", &[]).code(&[1]).says(&["cold kiln", "migrate"]);
+    project
+        .run("up", &[])
+        .code(&[1])
+        .says(&["cold kiln", "migrate"]);
     assert_eq!(version(&project), "1");
-    assert!(get(project.port, "/").unwrap().body.contains("The kiln shop"));
-    wait_until("only the old instances", || project.instances(None) == before);
+    assert!(
+        get(project.port, "/")
+            .unwrap()
+            .body
+            .contains("The kiln shop")
+    );
+    wait_until("only the old instances", || {
+        project.instances(None) == before
+    });
 }

@@ -16,12 +16,15 @@ const ONLY_IN_EARNEST: &str = "test \"$(hostname)\" = kiln-test || ";
 fn stays(project: &Project, codes: &[i32], says: &[&str]) {
     let before = project.instances(None);
     assert!(before.iter().all(|i| i.serving), "{before:?}");
-    let (report, ran) =
-        under_load(project.port, Mode::NewConnection, 50, || project.run("up", &[]));
+    let (report, ran) = under_load(project.port, Mode::NewConnection, 50, || {
+        project.run("up", &[])
+    });
     ran.code(codes).says(says);
     assert_eq!(report.failed(), 0, "{report}");
     assert_eq!(project.page(), "one");
-    wait_until("only the old instances", || project.instances(None) == before);
+    wait_until("only the old instances", || {
+        project.instances(None) == before
+    });
 }
 
 #[test]
@@ -29,11 +32,20 @@ fn a_program_that_crashes_at_once_never_takes_over() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("crash", &Page::default());
     project.up().ok();
-    let bad = Page { before: "echo broken on purpose; exit 7", ..Page::default() };
+    let bad = Page {
+        before: "echo broken on purpose; exit 7",
+        ..Page::default()
+    };
     project.write("run", &bad.program());
     stays(&project, &[5], &["broken on purpose", "web"]);
     // Nothing of it is in the history, or it says that it failed.
-    assert!(project.releases().iter().skip(1).all(|(_, how)| how == "failed"));
+    assert!(
+        project
+            .releases()
+            .iter()
+            .skip(1)
+            .all(|(_, how)| how == "failed")
+    );
     // And mending it works.
     project.write("run", &Page::default().program());
     project.write("www/index.html", "two");
@@ -47,9 +59,19 @@ fn a_program_that_crashes_in_earnest_never_takes_over() {
     let project = kiln.page("earnest", &Page::default());
     project.up().ok();
     let before = format!("{ONLY_IN_EARNEST}{{ echo broken on purpose; exit 7; }}");
-    project.write("run", &Page { before: &before, ..Page::default() }.program());
+    project.write(
+        "run",
+        &Page {
+            before: &before,
+            ..Page::default()
+        }
+        .program(),
+    );
     stays(&project, &[1], &["broken on purpose", "web"]);
-    assert_eq!(project.releases(), [(1, "proven".into()), (2, "failed".into())]);
+    assert_eq!(
+        project.releases(),
+        [(1, "proven".into()), (2, "failed".into())]
+    );
 }
 
 #[test]
@@ -58,7 +80,14 @@ fn a_program_that_never_gets_ready_never_takes_over() {
     let project = kiln.page("unready", &Page::default());
     project.up().ok();
     let before = format!("{ONLY_IN_EARNEST} {{ echo waiting for godot; exec sleep 1000; }}");
-    project.write("run", &Page { before: &before, ..Page::default() }.program());
+    project.write(
+        "run",
+        &Page {
+            before: &before,
+            ..Page::default()
+        }
+        .program(),
+    );
     stays(&project, &[1], &["web", "waiting for godot"]);
 }
 
@@ -67,7 +96,10 @@ fn a_healthcheck_that_fails_stops_the_release() {
     let Some(kiln) = Kiln::new() else { return };
     let keys = "    healthcheck: {test: [CMD, grep, -q, good, /www/health], interval: 1s, \
                 retries: 2, timeout: 5s}";
-    let page = Page { keys, ..Page::default() };
+    let page = Page {
+        keys,
+        ..Page::default()
+    };
     let project = kiln.page("health", &page);
     project.write("www/health", "good");
     project.up().ok();
@@ -80,19 +112,34 @@ fn a_check_that_fails_stops_the_release() {
     let Some(kiln) = Kiln::new() else { return };
     let keys = "    x-kiln: {test: [{http: {port: 8000, path: /, body: one}}, \
                 {exec: {command: [cat, /www/index.html], output: one}}]}";
-    let project = kiln.page("check", &Page { keys, ..Page::default() });
+    let project = kiln.page(
+        "check",
+        &Page {
+            keys,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     project.write("www/index.html", "two");
     stays(&project, &[5], &["x-kiln.test[0]", "web"]);
     let entries = project.kiln(&["audit", "--json"]).ok().stdout;
-    assert!(entries.contains("test"), "no word of the test in the audit log: {entries}");
+    assert!(
+        entries.contains("test"),
+        "no word of the test in the audit log: {entries}"
+    );
 }
 
 #[test]
 fn a_first_release_that_fails_leaves_nothing() {
     let Some(kiln) = Kiln::new() else { return };
     let before = format!("{ONLY_IN_EARNEST}exit 7");
-    let project = kiln.page("firstbad", &Page { before: &before, ..Page::default() });
+    let project = kiln.page(
+        "firstbad",
+        &Page {
+            before: &before,
+            ..Page::default()
+        },
+    );
     project.run("up", &[]).code(&[1]).says(&["web"]);
     wait_until("no instances", || project.instances_if_known().is_empty());
 }
@@ -103,7 +150,10 @@ fn a_port_of_another_program_is_named() {
     let project = kiln.page("taken", &Page::default());
     let _other = TcpListener::bind(("0.0.0.0", project.port)).unwrap();
     let port = project.port.to_string();
-    project.run("up", &[]).code(&[1, 6, 7]).says(&[&port, "in use"]);
+    project
+        .run("up", &[])
+        .code(&[1, 6, 7])
+        .says(&[&port, "in use"]);
     wait_until("no instances", || project.instances_if_known().is_empty());
 }
 
@@ -122,7 +172,13 @@ fn a_new_port_that_is_taken_leaves_the_old_serving() {
 #[test]
 fn two_ups_at_once_make_one_release_of_one_content() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("twice", &Page { before: "sleep 1", ..Page::default() });
+    let project = kiln.page(
+        "twice",
+        &Page {
+            before: "sleep 1",
+            ..Page::default()
+        },
+    );
     let (a, b) = (project.start("up", &[]), project.start("up", &[]));
     let (a, b) = (a.end(), b.end());
     for ran in [&a, &b] {
@@ -142,7 +198,11 @@ fn ctrl_c_while_it_rolls_out_leaves_the_old_and_says_so() {
     let project = kiln.page("interrupt", &Page::default());
     project.up().ok();
     let before = project.instances(None);
-    let slow = Page { before: "sleep 8", text: "two", ..Page::default() };
+    let slow = Page {
+        before: "sleep 8",
+        text: "two",
+        ..Page::default()
+    };
     project.write("run", &slow.program());
     project.write("www/index.html", "two");
     let up = project.start("up", &[]);
@@ -150,9 +210,13 @@ fn ctrl_c_while_it_rolls_out_leaves_the_old_and_says_so() {
         project.instances(None).iter().any(|i| i.release == 2)
     });
     up.signal(Signal::INT);
-    up.end().code(&[130]).says_one_of(&["release 1", "1 serves"]);
+    up.end()
+        .code(&[130])
+        .says_one_of(&["release 1", "1 serves"]);
     assert_eq!(project.page(), "one");
-    wait_until("only the old instances", || project.instances(None) == before);
+    wait_until("only the old instances", || {
+        project.instances(None) == before
+    });
     let status = project.status();
     assert_eq!(status["proven"], 1, "{status}");
 }
@@ -162,9 +226,17 @@ fn ctrl_c_while_it_builds_leaves_nothing_half_done() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("interruptbuild", &Page::default());
     project.up().ok();
-    project.edit("Containerfile", "COPY www", "RUN [\"/bin/sleep\", \"300\"]\nCOPY www");
+    project.edit(
+        "Containerfile",
+        "COPY www",
+        "RUN [\"/bin/sleep\", \"300\"]\nCOPY www",
+    );
     let up = project.start("up", &[]);
-    let sleeps = || leftovers(&kiln.root, false).iter().any(|l| l.contains("sleep 300"));
+    let sleeps = || {
+        leftovers(&kiln.root, false)
+            .iter()
+            .any(|l| l.contains("sleep 300"))
+    };
     wait_until("the build's step", sleeps);
     up.signal(Signal::INT);
     up.end().code(&[130]);

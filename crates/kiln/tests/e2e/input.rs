@@ -158,17 +158,36 @@ fn bad_input_names_the_place_and_touches_nothing() {
     for (number, bad) in BAD.iter().enumerate() {
         let compose = format!("{}{BUSYBOX}", bad.compose);
         let name = format!("bad{number}");
-        let files = [("compose.yaml", compose.as_str()), ("Containerfile", bad.containerfile)];
+        let files = [
+            ("compose.yaml", compose.as_str()),
+            ("Containerfile", bad.containerfile),
+        ];
         let project = kiln.project(&name, &files);
-        let _ = std::fs::copy(good.folder.join("kiln.lock"), project.folder.join("kiln.lock"));
+        let _ = std::fs::copy(
+            good.folder.join("kiln.lock"),
+            project.folder.join("kiln.lock"),
+        );
         let ran = project.run("up", &[]);
-        let missing: Vec<&&str> = bad.says.iter().filter(|s| !ran.stderr.contains(**s)).collect();
+        let missing: Vec<&&str> = bad
+            .says
+            .iter()
+            .filter(|s| !ran.stderr.contains(**s))
+            .collect();
         let code_fits = ran.code.is_some_and(|c| bad.codes.contains(&c));
         if !missing.is_empty() || !code_fits {
-            wrong.push(format!("== {}: expected {:?}, missing {missing:?}\n{ran}", bad.what, bad.codes));
+            wrong.push(format!(
+                "== {}: expected {:?}, missing {missing:?}\n{ran}",
+                bad.what, bad.codes
+            ));
         }
     }
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), BAD.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {}:\n{}",
+        wrong.len(),
+        BAD.len(),
+        wrong.join("\n")
+    );
     assert_eq!(good.instances(None), before);
     assert_eq!(good.page(), "one");
     let strange: Vec<String> = leftovers(&kiln.root, false)
@@ -183,8 +202,12 @@ fn without_a_project_it_says_where_it_looked() {
     let Some(kiln) = Kiln::new() else { return };
     let folder = kiln.folder().join("empty");
     std::fs::create_dir(&folder).unwrap();
-    kiln.run(&["up", folder.to_str().unwrap()]).code(&[3]).says(&["empty", "compose.yaml"]);
-    kiln.run(&["up", "/var/tmp/kiln/is/not/here"]).code(&[3]).says(&["/var/tmp/kiln/is/not/here"]);
+    kiln.run(&["up", folder.to_str().unwrap()])
+        .code(&[3])
+        .says(&["empty", "compose.yaml"]);
+    kiln.run(&["up", "/var/tmp/kiln/is/not/here"])
+        .code(&[3])
+        .says(&["/var/tmp/kiln/is/not/here"]);
 }
 
 #[test]
@@ -205,16 +228,27 @@ fn who_is_not_root_is_told_so() {
         use std::os::unix::process::CommandExt;
         command.uid(65534).gid(65534);
     }
-    command.arg("--root").arg(kiln.folder().join("other")).arg("up").arg(&project.folder);
+    command
+        .arg("--root")
+        .arg(kiln.folder().join("other"))
+        .arg("up")
+        .arg(&project.folder);
     command.env("PORT", "1").current_dir("/");
-    Running::start(command).end().code(&[6]).says(&["root", "sudo"]);
+    Running::start(command)
+        .end()
+        .code(&[6])
+        .says(&["root", "sudo"]);
     // What needs no root works without.
     let mut command = Command::new(&binary);
     {
         use std::os::unix::process::CommandExt;
         command.uid(65534).gid(65534);
     }
-    command.arg("config").arg(&project.folder).env("PORT", "1").current_dir("/");
+    command
+        .arg("config")
+        .arg(&project.folder)
+        .env("PORT", "1")
+        .current_dir("/");
     let ran = Running::start(command).end().ok();
     assert!(ran.stdout.contains("web"), "{ran}");
 }
@@ -223,7 +257,9 @@ fn who_is_not_root_is_told_so() {
 fn words_it_does_not_know_are_2() {
     let Some(kiln) = Kiln::new() else { return };
     kiln.run(&["upp"]).code(&[2]).says(&["upp"]);
-    kiln.run(&["up", "--nothing"]).code(&[2]).says(&["--nothing"]);
+    kiln.run(&["up", "--nothing"])
+        .code(&[2])
+        .says(&["--nothing"]);
 }
 
 #[test]
@@ -231,7 +267,13 @@ fn an_environment_that_is_not_there_is_named() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("there", &Page::default());
     project.up().ok();
-    kiln.run(&["status", "-e", "elsewhere"]).code(&[7]).says(&["elsewhere"]);
-    kiln.run(&["rollback", "-e", "elsewhere"]).code(&[7]).says(&["elsewhere"]);
-    kiln.run(&["exec", "-e", "there", "nobody", "true"]).code(&[7]).says(&["nobody"]);
+    kiln.run(&["status", "-e", "elsewhere"])
+        .code(&[7])
+        .says(&["elsewhere"]);
+    kiln.run(&["rollback", "-e", "elsewhere"])
+        .code(&[7])
+        .says(&["elsewhere"]);
+    kiln.run(&["exec", "-e", "there", "nobody", "true"])
+        .code(&[7])
+        .says(&["nobody"]);
 }

@@ -36,7 +36,13 @@ const THREE: &str = "    deploy: {replicas: 3}";
 
 fn replace_under(name: &str, mode: Mode) {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page(name, &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        name,
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let before = project.instances(Some("web"));
     assert_eq!(before.len(), 3, "{before:?}");
@@ -44,12 +50,21 @@ fn replace_under(name: &str, mode: Mode) {
     let (report, ran) = under_load(project.port, mode, RATE, || project.up());
     ran.ok();
     assert_eq!(report.failed(), 0, "{report}");
-    assert!(report.requests() > u64::from(RATE) / 2, "hardly any load: {report}");
+    assert!(
+        report.requests() > u64::from(RATE) / 2,
+        "hardly any load: {report}"
+    );
     assert_eq!(project.page(), "two");
     let after = project.instances(Some("web"));
     assert_eq!(after.len(), 3, "{after:?}");
-    assert!(after.iter().all(|i| i.serving && i.release == 2), "{after:?}");
-    assert!(before.iter().all(|b| after.iter().all(|a| a.id != b.id)), "{before:?} {after:?}");
+    assert!(
+        after.iter().all(|i| i.serving && i.release == 2),
+        "{after:?}"
+    );
+    assert!(
+        before.iter().all(|b| after.iter().all(|a| a.id != b.id)),
+        "{before:?} {after:?}"
+    );
 }
 
 #[test]
@@ -65,7 +80,13 @@ fn three_replicas_are_replaced_and_no_kept_connection_fails() {
 #[test]
 fn scaling_up_and_down_loses_nothing_and_keeps_who_stays() {
     let Some(kiln) = Kiln::new() else { return };
-    let project = kiln.page("scale", &Page { keys: THREE, ..Page::default() });
+    let project = kiln.page(
+        "scale",
+        &Page {
+            keys: THREE,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let before = ids(&project);
     let (report, ()) = under_load(project.port, Mode::NewConnection, 100, || {
@@ -88,7 +109,13 @@ fn scaling_up_and_down_loses_nothing_and_keeps_who_stays() {
 fn a_single_copy_is_replaced_and_rolled_back_without_a_failed_request() {
     let Some(kiln) = Kiln::new() else { return };
     let keys = "    container_name: only-one";
-    let project = kiln.page("single", &Page { keys, ..Page::default() });
+    let project = kiln.page(
+        "single",
+        &Page {
+            keys,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     project.write("www/index.html", "two");
     let (report, ()) = under_load(project.port, Mode::NewConnection, 200, || {
@@ -101,5 +128,9 @@ fn a_single_copy_is_replaced_and_rolled_back_without_a_failed_request() {
 }
 
 fn ids(project: &Project) -> Vec<String> {
-    project.instances(Some("web")).into_iter().map(|i| i.id).collect()
+    project
+        .instances(Some("web"))
+        .into_iter()
+        .map(|i| i.id)
+        .collect()
 }

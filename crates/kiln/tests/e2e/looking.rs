@@ -32,14 +32,28 @@ fn status_tells_health_seal_and_release() {
     };
     let web = &service("web")["instances"][0];
     assert_eq!(service("web")["state"], "serving");
-    assert!(service("web")["ports"][0].as_str().unwrap().contains(&project.port.to_string()));
+    assert!(
+        service("web")["ports"][0]
+            .as_str()
+            .unwrap()
+            .contains(&project.port.to_string())
+    );
     assert_eq!(web["health"], "healthy", "{web}");
     assert_eq!(web["sealed"], true, "{web}");
     assert_eq!(web["tainted"], false, "{web}");
     assert_eq!(web["drift"], serde_json::json!([]), "{web}");
     assert_eq!(web["serving"], true, "{web}");
-    assert!(web["since"].as_u64().is_some_and(|ms| ms > 1_600_000_000_000), "{web}");
-    assert_eq!(service("loose")["instances"][0]["sealed"], false, "{status}");
+    assert!(
+        web["since"]
+            .as_u64()
+            .is_some_and(|ms| ms > 1_600_000_000_000),
+        "{web}"
+    );
+    assert_eq!(
+        service("loose")["instances"][0]["sealed"],
+        false,
+        "{status}"
+    );
     let text = project.run("status", &[]).ok().stdout;
     assert!(text.contains("unsealed"), "{text}");
     let id = web["id"].as_str().unwrap();
@@ -64,7 +78,10 @@ fn exec_is_allowed_recorded_and_shown() {
     assert!(text.contains("tainted"), "{text}");
     let audit = project.kiln(&["audit", "--json"]).ok().json();
     let entry = audit.as_array().unwrap().last().unwrap().to_string();
-    assert!(entry.contains("exec") && entry.contains("tester"), "{entry}");
+    assert!(
+        entry.contains("exec") && entry.contains("tester"),
+        "{entry}"
+    );
     // The next release's instances are clean.
     project.write("www/index.html", "two");
     project.up().ok();
@@ -98,8 +115,12 @@ fn from_inside_nothing_of_the_image_can_be_changed() {
     assert_eq!(works("cat /run/secrets/key"), "hazelnut");
     // Scratch and volumes take writes, but nothing written can be run.
     for place in ["/tmp", "/work", "/data", "/dev/shm"] {
-        works(&format!("cp /bin/busybox {place}/program && rm {place}/program"));
-        fails(&format!("cp /bin/busybox {place}/program && {place}/program true"));
+        works(&format!(
+            "cp /bin/busybox {place}/program && rm {place}/program"
+        ));
+        fails(&format!(
+            "cp /bin/busybox {place}/program && {place}/program true"
+        ));
     }
     // Scratch shows what the image has there.
     assert_eq!(works("cat /work/index.html"), "one");
@@ -107,8 +128,14 @@ fn from_inside_nothing_of_the_image_can_be_changed() {
     fails(&format!("ls {}", kiln.root.display()));
     let processes = works("ls /proc | grep -c '^[0-9]'");
     assert!(processes.trim().parse::<u32>().unwrap() < 8, "{processes}");
-    assert_eq!(works("cat /proc/self/status | grep NoNewPrivs").trim(), "NoNewPrivs:\t1");
-    assert_eq!(works("grep Seccomp: /proc/self/status").trim(), "Seccomp:\t2");
+    assert_eq!(
+        works("cat /proc/self/status | grep NoNewPrivs").trim(),
+        "NoNewPrivs:\t1"
+    );
+    assert_eq!(
+        works("grep Seccomp: /proc/self/status").trim(),
+        "Seccomp:\t2"
+    );
     // CAP_SYS_ADMIN is bit 21.
     let caps = works("grep CapEff /proc/self/status");
     let caps = u64::from_str_radix(caps.trim().trim_start_matches("CapEff:").trim(), 16).unwrap();
@@ -123,7 +150,10 @@ fn from_inside_nothing_of_the_image_can_be_changed() {
 #[test]
 fn what_the_program_writes_is_learned_and_becomes_scratch() {
     let Some(kiln) = Kiln::new() else { return };
-    let page = Page { before: "echo x > /state/file || exit 9", ..Page::default() };
+    let page = Page {
+        before: "echo x > /state/file || exit 9",
+        ..Page::default()
+    };
     let project = kiln.page("learn", &page);
     project.write("state/.keep", "");
     project.edit("Containerfile", "COPY www", "COPY state /state\nCOPY www");
@@ -139,12 +169,25 @@ fn what_the_program_writes_is_learned_and_becomes_scratch() {
 #[test]
 fn logs_show_what_instances_print() {
     let Some(kiln) = Kiln::new() else { return };
-    let project =
-        kiln.page("logs", &Page { before: "echo to out; echo to err >&2", ..Page::default() });
+    let project = kiln.page(
+        "logs",
+        &Page {
+            before: "echo to out; echo to err >&2",
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let ran = project.run("logs", &[]).ok();
-    assert!(ran.stdout.contains("to out") && ran.stdout.contains("to err"), "{ran}");
-    let lines = project.run("logs", &["-n", "1"]).ok().stdout.lines().count();
+    assert!(
+        ran.stdout.contains("to out") && ran.stdout.contains("to err"),
+        "{ran}"
+    );
+    let lines = project
+        .run("logs", &["-n", "1"])
+        .ok()
+        .stdout
+        .lines()
+        .count();
     assert_eq!(lines, 1);
     let json = project.run("logs", &["--json"]).ok().stdout;
     let first: Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
@@ -167,7 +210,11 @@ fn the_audit_log_shows_all_and_shows_tampering() {
     }
     let entries = audit.as_array().unwrap().len();
     let verified = project.kiln(&["audit", "verify", "--json"]).ok().json();
-    assert_eq!(verified["entries"].as_u64(), Some(entries as u64), "{verified}");
+    assert_eq!(
+        verified["entries"].as_u64(),
+        Some(entries as u64),
+        "{verified}"
+    );
     // One letter changed in the middle.
     let mut changed = 0;
     for file in fs::read_dir(kiln.root.join("audit")).unwrap().flatten() {
@@ -207,7 +254,11 @@ fn gc_removes_what_nobody_needs_and_keeps_what_can_be_gone_back_to() {
     if ran.code == Some(0) {
         assert_eq!(project.page(), "one", "it said it went back");
     } else {
-        assert_eq!(project.page(), "three", "it refused, but something happened");
+        assert_eq!(
+            project.page(),
+            "three",
+            "it refused, but something happened"
+        );
     }
     kiln.run(&["fsck"]).ok();
 }
@@ -245,7 +296,13 @@ fn gc_while_it_builds_takes_nothing_away() {
 fn fsck_finds_a_changed_byte_and_repair_lets_it_be_built_anew() {
     let Some(kiln) = Kiln::new() else { return };
     let text = "a text that is long enough to be an object of its own\n".repeat(400);
-    let project = kiln.page("fsck", &Page { text: &text, ..Page::default() });
+    let project = kiln.page(
+        "fsck",
+        &Page {
+            text: &text,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     kiln.run(&["fsck"]).ok();
     let object = find(&kiln.root.join("store/objects"), text.as_bytes()).expect("no object");
@@ -255,7 +312,10 @@ fn fsck_finds_a_changed_byte_and_repair_lets_it_be_built_anew() {
     fs::write(&object, &bytes).unwrap();
     let name = object.file_name().unwrap().to_string_lossy().into_owned();
     let ran = kiln.run(&["fsck"]).code(&[8]);
-    assert!(format!("{}{}", ran.stdout, ran.stderr).contains(&name), "{ran}");
+    assert!(
+        format!("{}{}", ran.stdout, ran.stderr).contains(&name),
+        "{ran}"
+    );
     kiln.run(&["fsck", "--repair"]);
     project.run("down", &[]).ok();
     project.up().ok();
@@ -282,7 +342,14 @@ fn a_process_that_is_not_from_the_image_is_drift() {
     let Some(kiln) = Kiln::new() else { return };
     let keys = "    volumes: [{type: volume, source: data, target: /data, x-kiln: {exec: true}}]";
     let more = "volumes: {data: {}}";
-    let project = kiln.page("drift", &Page { keys, more, ..Page::default() });
+    let project = kiln.page(
+        "drift",
+        &Page {
+            keys,
+            more,
+            ..Page::default()
+        },
+    );
     project.up().ok();
     let line = "cp /bin/busybox /data/sleep; /data/sleep 1000 >/dev/null 2>&1 &";
     project.inside("web", line).ok();

@@ -17,7 +17,14 @@ networks:
 ";
 
 fn peers<'k>(kiln: &'k Kiln, name: &str) -> Project<'k> {
-    kiln.page(name, &Page { more: PEERS, text: name, ..Page::default() })
+    kiln.page(
+        name,
+        &Page {
+            more: PEERS,
+            text: name,
+            ..Page::default()
+        },
+    )
 }
 
 #[test]
@@ -33,10 +40,16 @@ fn services_find_each_other_by_name() {
     let ran = project.inside("web", "wget -T 5 -q -O - http://stranger:8000/");
     assert_ne!(ran.code, Some(0), "{ran}");
     // The name holds while what is behind it is replaced.
-    let before = project.inside("web", "nslookup peer | tail -n +3").ok().stdout;
+    let before = project
+        .inside("web", "nslookup peer | tail -n +3")
+        .ok()
+        .stdout;
     project.write("www/index.html", "other");
     project.up().ok();
-    let after = project.inside("web", "nslookup peer | tail -n +3").ok().stdout;
+    let after = project
+        .inside("web", "nslookup peer | tail -n +3")
+        .ok()
+        .stdout;
     assert_eq!(before, after, "a service's address is stable");
     let ran = project.inside("web", "wget -q -O - http://peer:8000/").ok();
     assert_eq!(ran.stdout.trim(), "other", "{ran}");
@@ -59,17 +72,35 @@ fn networks_do_not_meet() {
     let (peer, stranger) = (address(&a, "peer"), address(&b, "peer"));
     assert!(!peer.is_empty() && peer != stranger, "{peer} {stranger}");
     assert!(reach(&a, "web", &peer), "the test itself is wrong");
-    assert!(!reach(&a, "web", &stranger), "another project's instance is in reach");
-    assert!(!reach(&a, "inner", &peer), "another network's instance is in reach");
-    assert!(!reach(&a, "lonely", &peer), "without a network there is a way out");
-    assert!(!reach(&a, "inner", "web"), "names of another network resolve");
+    assert!(
+        !reach(&a, "web", &stranger),
+        "another project's instance is in reach"
+    );
+    assert!(
+        !reach(&a, "inner", &peer),
+        "another network's instance is in reach"
+    );
+    assert!(
+        !reach(&a, "lonely", &peer),
+        "without a network there is a way out"
+    );
+    assert!(
+        !reach(&a, "inner", "web"),
+        "names of another network resolve"
+    );
     let lookup = |name: &str| b.inside("web", &format!("nslookup {name} | tail -n +3"));
-    assert!(!lookup("peer").stdout.contains(&peer), "the other project's peer was named");
+    assert!(
+        !lookup("peer").stdout.contains(&peer),
+        "the other project's peer was named"
+    );
     // The host reaches both; an instance's own loopback is its own.
     assert_eq!(a.page(), "left");
     assert_eq!(b.page(), "right");
     let port = b.port;
-    let ran = a.inside("web", &format!("wget -T 4 -q -O - http://127.0.0.1:{port}/"));
+    let ran = a.inside(
+        "web",
+        &format!("wget -T 4 -q -O - http://127.0.0.1:{port}/"),
+    );
     assert_ne!(ran.code, Some(0), "{ran}");
 }
 
@@ -83,9 +114,15 @@ fn down_leaves_nothing_running_or_mounted() {
     };
     let project = kiln.page("down", &page);
     project.up().ok();
-    assert!(!leftovers(&kiln.root, false).is_empty(), "the test itself is blind");
+    assert!(
+        !leftovers(&kiln.root, false).is_empty(),
+        "the test itself is blind"
+    );
     project.run("down", &[]).ok();
-    assert!(crate::common::get(project.port, "/").is_err(), "the port still answers");
+    assert!(
+        crate::common::get(project.port, "/").is_err(),
+        "the port still answers"
+    );
     let rest = || -> Vec<String> {
         let all = leftovers(&kiln.root, false);
         all.into_iter().filter(|l| !l.contains(" proxy")).collect()
@@ -98,8 +135,13 @@ fn down_leaves_nothing_running_or_mounted() {
 
 #[test]
 fn two_roots_do_not_meet() {
-    let (Some(one), Some(two)) = (Kiln::new(), Kiln::new()) else { return };
-    let (a, b) = (one.page("same", &Page::default()), two.page("same", &Page::default()));
+    let (Some(one), Some(two)) = (Kiln::new(), Kiln::new()) else {
+        return;
+    };
+    let (a, b) = (
+        one.page("same", &Page::default()),
+        two.page("same", &Page::default()),
+    );
     a.up().ok();
     b.write("www/index.html", "two");
     b.up().ok();
@@ -119,7 +161,17 @@ fn what_an_instance_reaches_outside_is_not_the_daemons_api() {
     let project = kiln.project("plain", &[("compose.yaml", &compose)]);
     project.up().ok();
     let ran = project.kiln(&[
-        "exec", "-T", "-e", "@", "web", "/bin/busybox", "find", "/", "-xdev", "-name", "*.sock",
+        "exec",
+        "-T",
+        "-e",
+        "@",
+        "web",
+        "/bin/busybox",
+        "find",
+        "/",
+        "-xdev",
+        "-name",
+        "*.sock",
     ]);
     assert_eq!(ran.stdout, "", "{ran}");
 }

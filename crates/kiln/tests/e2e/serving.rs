@@ -13,13 +13,22 @@ fn first_up_builds_and_serves() {
     let project = kiln.page("first", &Page::default());
     let ran = project.up().ok();
     let said = format!("{}{}", ran.stdout, ran.stderr);
-    assert!(said.contains(&format!(":{}", project.port)), "the address is not told: {said}");
+    assert!(
+        said.contains(&format!(":{}", project.port)),
+        "the address is not told: {said}"
+    );
     assert_eq!(project.page(), "one");
     let instances = project.instances(None);
     assert_eq!(instances.len(), 1, "{instances:?}");
-    assert!(instances[0].serving && instances[0].release == 1, "{instances:?}");
+    assert!(
+        instances[0].serving && instances[0].release == 1,
+        "{instances:?}"
+    );
     assert_eq!(project.releases(), [(1, "proven".to_owned())]);
-    assert!(project.folder.join("kiln.lock").exists(), "no lock was written");
+    assert!(
+        project.folder.join("kiln.lock").exists(),
+        "no lock was written"
+    );
 }
 
 #[test]
@@ -28,15 +37,30 @@ fn up_without_a_change_does_nothing() {
     let project = kiln.page("same", &Page::default());
     project.up().ok();
     let before = project.instances(None);
-    let audited = project.kiln(&["audit", "--json"]).ok().json().as_array().unwrap().len();
+    let audited = project
+        .kiln(&["audit", "--json"])
+        .ok()
+        .json()
+        .as_array()
+        .unwrap()
+        .len();
     project.up().ok();
     // Touched, but with the same content.
     project.write("www/index.html", "one");
     project.up().ok();
     assert_eq!(project.instances(None), before);
     assert_eq!(project.releases().len(), 1);
-    let now = project.kiln(&["audit", "--json"]).ok().json().as_array().unwrap().len();
-    assert_eq!(now, audited, "something was recorded although nothing was done");
+    let now = project
+        .kiln(&["audit", "--json"])
+        .ok()
+        .json()
+        .as_array()
+        .unwrap()
+        .len();
+    assert_eq!(
+        now, audited,
+        "something was recorded although nothing was done"
+    );
 }
 
 #[test]
@@ -116,7 +140,10 @@ fn environment_and_secret_make_releases_and_are_never_shown() {
     for file in ["audit/log", "state.db", "state.db-wal"] {
         let bytes = fs::read(kiln.root.join(file)).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes);
-        assert!(!text.contains("hazelnut") && !text.contains("chestnut"), "{file}");
+        assert!(
+            !text.contains("hazelnut") && !text.contains("chestnut"),
+            "{file}"
+        );
     }
     // And it comes back with its release.
     project.kiln(&["rollback", "1", "-e", "@"]).ok();
@@ -148,10 +175,17 @@ fn rollback_needs_neither_project_nor_network_nor_cache() {
     assert_eq!(project.page(), "first words");
     // History is only added to.
     let releases = project.kiln(&["releases", "--json", "-e", "@"]).ok().json();
-    let numbers: Vec<u64> =
-        releases.as_array().unwrap().iter().filter_map(|r| r["number"].as_u64()).collect();
+    let numbers: Vec<u64> = releases
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|r| r["number"].as_u64())
+        .collect();
     assert_eq!(numbers.len(), 5, "{releases}");
-    assert!(numbers.is_sorted() || numbers.iter().rev().is_sorted(), "{numbers:?}");
+    assert!(
+        numbers.is_sorted() || numbers.iter().rev().is_sorted(),
+        "{numbers:?}"
+    );
     // What is not there can't be gone back to, and nothing changes.
     back(&["77"]).code(&[7]).says(&["77"]);
     assert_eq!(project.page(), "first words");
@@ -203,7 +237,10 @@ fn volumes_outlive_down_and_up() {
     project.run("down", &[]).ok();
     project.up().ok();
     let count = fs::read_to_string(volume(&project, "keep_data").join("count")).unwrap();
-    assert_eq!(count, "once\nonce\n", "the isolated test must not write to the volume either");
+    assert_eq!(
+        count, "once\nonce\n",
+        "the isolated test must not write to the volume either"
+    );
 }
 
 fn volume(project: &Project, name: &str) -> std::path::PathBuf {

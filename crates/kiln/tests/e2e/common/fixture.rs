@@ -35,7 +35,12 @@ pub struct Page<'a> {
 
 impl Default for Page<'_> {
     fn default() -> Self {
-        Self { text: "one", before: "", keys: "", more: "" }
+        Self {
+            text: "one",
+            before: "",
+            keys: "",
+            more: "",
+        }
     }
 }
 

@@ -31,9 +31,15 @@ pub fn request(port: u16, method: &str, path: &str, body: &str) -> Result<Answer
     );
     stream.write_all(head.as_bytes()).map_err(text)?;
     let mut bytes = Vec::new();
-    stream.take(LONGEST_ANSWER).read_to_end(&mut bytes).map_err(text)?;
+    stream
+        .take(LONGEST_ANSWER)
+        .read_to_end(&mut bytes)
+        .map_err(text)?;
     parse(&bytes).ok_or_else(|| {
-        format!("{address}{path}: not an answer: {:?}", String::from_utf8_lossy(&bytes))
+        format!(
+            "{address}{path}: not an answer: {:?}",
+            String::from_utf8_lossy(&bytes)
+        )
     })
 }
 
@@ -41,8 +47,14 @@ fn parse(bytes: &[u8]) -> Option<Answer> {
     let text = String::from_utf8_lossy(bytes);
     let (head, body) = text.split_once("\r\n\r\n")?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
-    let body = if chunked { unchunk(body)? } else { body.to_owned() };
+    let chunked = head
+        .to_ascii_lowercase()
+        .contains("transfer-encoding: chunked");
+    let body = if chunked {
+        unchunk(body)?
+    } else {
+        body.to_owned()
+    };
     Some(Answer { status, body })
 }
 

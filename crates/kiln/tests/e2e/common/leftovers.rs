@@ -13,10 +13,22 @@ pub fn leftovers(root: &Path, daemon: bool) -> Vec<String> {
         .filter(|(_, line)| daemon || !line.contains("daemon run"))
         .map(|(pid, line)| format!("process {pid}: {line}"))
         .collect();
-    found.extend(mounts(root).into_iter().map(|m| format!("mount {}", m.display())));
+    found.extend(
+        mounts(root)
+            .into_iter()
+            .map(|m| format!("mount {}", m.display())),
+    );
     found.extend(bridges(root).into_iter().map(|b| format!("bridge {b}")));
-    found.extend(cgroups(root).into_iter().map(|c| format!("cgroup {}", c.display())));
-    found.extend(instances(root).into_iter().map(|i| format!("instance folder {i}")));
+    found.extend(
+        cgroups(root)
+            .into_iter()
+            .map(|c| format!("cgroup {}", c.display())),
+    );
+    found.extend(
+        instances(root)
+            .into_iter()
+            .map(|i| format!("instance folder {i}")),
+    );
     found
 }
 
@@ -29,8 +41,13 @@ pub fn processes(root: &Path) -> Vec<(u32, String)> {
     let mut found = vec![];
     let mut others = vec![];
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let pid = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
-        let Some(pid) = pid.filter(|pid| *pid != me && super::alive(*pid)) else { continue };
+        let pid = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<u32>().ok());
+        let Some(pid) = pid.filter(|pid| *pid != me && super::alive(*pid)) else {
+            continue;
+        };
         let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&words).replace('\0', " ");
         let groups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
@@ -64,15 +81,21 @@ fn descends(mut pid: u32, from: &[u32]) -> bool {
 pub fn mounts(root: &Path) -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let points = text.lines().filter_map(|line| line.split(' ').nth(4));
-    let mut points: Vec<PathBuf> =
-        points.map(PathBuf::from).filter(|p| p.starts_with(root)).collect();
+    let mut points: Vec<PathBuf> = points
+        .map(PathBuf::from)
+        .filter(|p| p.starts_with(root))
+        .collect();
     points.reverse();
     points
 }
 
 pub fn bridges(root: &Path) -> Vec<String> {
     let prefix = format!("kn{}", net::root_tag(root));
-    net::bridges(&prefix).unwrap().into_iter().map(|b| b.name).collect()
+    net::bridges(&prefix)
+        .unwrap()
+        .into_iter()
+        .map(|b| b.name)
+        .collect()
 }
 
 /// Groups of instances; the common parent may stay while shims end.
@@ -80,7 +103,11 @@ pub fn cgroups(root: &Path) -> Vec<PathBuf> {
     let name = format!("kiln-{}", net::root_tag(root));
     let mut found = vec![];
     let top = Path::new("/sys/fs/cgroup");
-    let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|e| e.path());
+    let hierarchies = fs::read_dir(top)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path());
     for parent in hierarchies.chain([top.to_owned()]).map(|h| h.join(&name)) {
         for group in fs::read_dir(parent).into_iter().flatten().flatten() {
             let is_group = group.file_type().is_ok_and(|t| t.is_dir());
@@ -93,7 +120,10 @@ pub fn cgroups(root: &Path) -> Vec<PathBuf> {
 }
 
 pub fn instances(root: &Path) -> Vec<String> {
-    let folder = fs::read_dir(root.join("instances")).into_iter().flatten().flatten();
+    let folder = fs::read_dir(root.join("instances"))
+        .into_iter()
+        .flatten()
+        .flatten();
     folder
         .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
         .map(|e| e.file_name().to_string_lossy().into_owned())

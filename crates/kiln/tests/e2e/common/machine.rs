@@ -33,13 +33,20 @@ impl Kiln {
             return None;
         }
         let turn = turn();
-        let folder = tempfile::Builder::new().prefix("kiln-e2e-").tempdir_in("/var/tmp").unwrap();
+        let folder = tempfile::Builder::new()
+            .prefix("kiln-e2e-")
+            .tempdir_in("/var/tmp")
+            .unwrap();
         let root = folder.path().join("root");
         fs::create_dir_all(root.join("cache")).unwrap();
         fs::create_dir_all(shared().join("debian")).unwrap();
         // Debian's packages are fetched once for all tests.
         std::os::unix::fs::symlink(shared().join("debian"), root.join("cache/debian")).unwrap();
-        Some(Self { root, folder, _turn: turn })
+        Some(Self {
+            root,
+            folder,
+            _turn: turn,
+        })
     }
 
     /// A folder of this test's own.
@@ -127,7 +134,12 @@ impl Kiln {
             let _ = net::remove_bridge(&bridge);
         }
         let table = format!("kiln-{}", net::root_tag(&self.root));
-        let _ = net::Firewall { table, networks: vec![], catch_all_port: 0 }.remove();
+        let _ = net::Firewall {
+            table,
+            networks: vec![],
+            catch_all_port: 0,
+        }
+        .remove();
         for group in leftovers::cgroups(&self.root) {
             remove_groups(&group);
         }
@@ -153,7 +165,11 @@ impl Drop for Kiln {
         self.lose_power();
         let tag = format!("kiln-{}", net::root_tag(&self.root));
         let top = Path::new("/sys/fs/cgroup");
-        let hierarchies = fs::read_dir(top).into_iter().flatten().flatten().map(|e| e.path());
+        let hierarchies = fs::read_dir(top)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path());
         for hierarchy in hierarchies.chain([top.to_owned()]) {
             remove_groups(&hierarchy.join(&tag));
         }
@@ -180,7 +196,12 @@ fn turn() -> File {
     let slots: Vec<File> = (0..AT_A_TIME)
         .map(|n| {
             let path = shared().join(format!("turn-{n}"));
-            OpenOptions::new().create(true).truncate(false).write(true).open(path).unwrap()
+            OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(path)
+                .unwrap()
         })
         .collect();
     loop {

@@ -84,8 +84,10 @@ pub struct Running {
 
 impl Running {
     pub fn start(mut command: Command) -> Self {
-        let what: Vec<String> =
-            command.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
+        let what: Vec<String> = command
+            .get_args()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect();
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -94,7 +96,13 @@ impl Running {
             .unwrap();
         let stdout = child.stdout.take().map(reader);
         let stderr = child.stderr.take().map(reader);
-        Self { child, stdout, stderr, what: what.join(" "), begun: Instant::now() }
+        Self {
+            child,
+            stdout,
+            stderr,
+            what: what.join(" "),
+            begun: Instant::now(),
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -125,7 +133,12 @@ impl Running {
             std::thread::sleep(Duration::from_millis(10));
         };
         let (stdout, stderr) = self.output();
-        Ran { code: status.code(), stdout, stderr, what: std::mem::take(&mut self.what) }
+        Ran {
+            code: status.code(),
+            stdout,
+            stderr,
+            what: std::mem::take(&mut self.what),
+        }
     }
 
     fn output(&mut self) -> (String, String) {
@@ -161,7 +174,10 @@ pub fn kill(pid: u32, signal: Signal) {
 /// Is it there, and not just unreaped?
 pub fn alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        let state = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.chars().next());
         !matches!(state, Some('Z' | 'X') | None)
     })
 }

@@ -34,8 +34,13 @@ pub struct Instance {
 impl<'k> Project<'k> {
     pub fn new(kiln: &'k Kiln, name: &str, files: &[(&str, &str)]) -> Self {
         let folder = kiln.folder().join(name);
-        let project =
-            Self { kiln, folder, name: name.into(), port: free_port(), variables: vec![] };
+        let project = Self {
+            kiln,
+            folder,
+            name: name.into(),
+            port: free_port(),
+            variables: vec![],
+        };
         fs::create_dir_all(&project.folder).unwrap();
         for (path, text) in files {
             project.write(path, text);
@@ -76,8 +81,10 @@ impl<'k> Project<'k> {
     /// `kiln <words>`, with the environment named where the words have `@`.
     #[track_caller]
     pub fn kiln(&self, words: &[&str]) -> Ran {
-        let words: Vec<&str> =
-            words.iter().map(|w| if *w == "@" { self.name.as_str() } else { *w }).collect();
+        let words: Vec<&str> = words
+            .iter()
+            .map(|w| if *w == "@" { self.name.as_str() } else { *w })
+            .collect();
         Running::start(self.with_variables(&words)).end()
     }
 
@@ -137,8 +144,15 @@ impl<'k> Project<'k> {
     pub fn releases(&self) -> Vec<(u64, String)> {
         let releases = self.run("releases", &["--json"]).ok().json();
         let list = releases.as_array().expect("a list of releases");
-        let outcome = |r: &Value| r["outcome"]["outcome"].as_str().unwrap_or_default().to_owned();
-        list.iter().map(|r| (r["number"].as_u64().unwrap_or_default(), outcome(r))).collect()
+        let outcome = |r: &Value| {
+            r["outcome"]["outcome"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        list.iter()
+            .map(|r| (r["number"].as_u64().unwrap_or_default(), outcome(r)))
+            .collect()
     }
 
     #[track_caller]
