@@ -57,8 +57,11 @@ pub fn processes(root: &Path) -> Vec<(u32, String)> {
         }
     }
     // Where there are no control groups, descent has to do.
-    let shims: Vec<u32> =
-        found.iter().filter(|(_, line)| line.contains(" shim ")).map(|(pid, _)| *pid).collect();
+    let shims: Vec<u32> = found
+        .iter()
+        .filter(|(_, line)| line.contains(" shim "))
+        .map(|(pid, _)| *pid)
+        .collect();
     found.extend(others.into_iter().filter(|(pid, _)| descends(*pid, &shims)));
     found
 }
@@ -67,7 +70,10 @@ fn descends(mut pid: u32, from: &[u32]) -> bool {
     // As deep as a process tree sensibly gets.
     for _ in 0..32 {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let parent = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1));
+        let parent = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.split(' ').nth(1));
         match parent.and_then(|p| p.parse().ok()) {
             Some(parent) if from.contains(&parent) => return true,
             Some(parent) if parent > 1 => pid = parent,
