@@ -7,9 +7,7 @@
 //! torn by a full disk spoils only itself. Appended while holding the publishing lock,
 //! emptied by `gc` while holding the removing lock and when nobody else has a lease.
 
-use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
 
 use kiln_model::Digest;
 
@@ -17,18 +15,14 @@ use crate::layout::{Layout, PathError, Shelf, at};
 
 /// Appends a record; the caller holds the publishing lock.
 pub(crate) fn note(layout: &Layout, shelf: Shelf, digest: &Digest) -> Result<(), PathError> {
-    let path = layout.sub("journal");
     let mut record = Vec::with_capacity(66);
     record.push(b'\n');
     record.push(shelf.letter());
     record.extend_from_slice(digest.hex().as_bytes());
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(&path)
-        .and_then(|mut journal| journal.write_all(&record))
-        .map_err(at("write", &path))
+    let mut journal = layout.journal()?;
+    journal
+        .write_all(&record)
+        .map_err(|source| at("write", &layout.sub("journal"))(source))
 }
 
 /// Its length in bytes: where a lease taken now begins.
@@ -59,11 +53,10 @@ pub(crate) fn since(layout: &Layout, from: u64) -> Result<(Vec<(Shelf, Digest)>,
 
 /// Empties it; the caller holds the removing lock and knows that no lease needs it.
 pub(crate) fn clear(layout: &Layout) -> Result<(), PathError> {
-    let path = layout.sub("journal");
-    match crate::store::open(&path)? {
-        None => Ok(()),
-        Some(_) => File::create(&path).map(drop).map_err(at("write", &path)),
-    }
+    let journal = layout.journal()?;
+    journal
+        .set_len(0)
+        .map_err(|source| at("empty", &layout.sub("journal"))(source))
 }
 
 fn parse(line: &[u8]) -> Option<(Shelf, Digest)> {

@@ -5,6 +5,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_model::Digest;
@@ -75,13 +76,59 @@ impl Shelf {
     }
 }
 
-/// The store's folder.
-#[derive(Clone, Debug)]
+/// The store's folder, and the files in it that are kept open because every
+/// publication needs them.
+#[derive(Debug)]
 pub(crate) struct Layout {
     pub(crate) root: PathBuf,
+    /// Handles of `lock` that nobody holds. One for each concurrent holder, because a
+    /// lock belongs to the handle.
+    idle_locks: Mutex<Vec<File>>,
+    journal: OnceLock<File>,
+}
+
+/// The store's lock, while held.
+pub(crate) struct Held<'a> {
+    layout: &'a Layout,
+    file: Option<File>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let Some(file) = self.file.take() else {
+            return;
+        };
+        // A handle that can't be unlocked is closed, which unlocks it.
+        if flock(&file, FlockOperation::Unlock).is_ok() {
+            locked(&self.layout.idle_locks).push(file);
+        }
+    }
 }
 
 impl Layout {
+    pub(crate) fn new(root: PathBuf) -> Self {
+        Self {
+            root,
+            idle_locks: Mutex::new(Vec::new()),
+            journal: OnceLock::new(),
+        }
+    }
+
+    /// The journal, for appending.
+    pub(crate) fn journal(&self) -> Result<&File, PathError> {
+        if let Some(journal) = self.journal.get() {
+            return Ok(journal);
+        }
+        let path = self.sub("journal");
+        let journal = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(at("open", &path))?;
+        Ok(self.journal.get_or_init(|| journal))
+    }
+
     pub(crate) fn folder(&self, shelf: Shelf) -> PathBuf {
         self.root.join(shelf.folder())
     }
@@ -163,22 +210,31 @@ impl Layout {
 
     /// Held by whoever puts something in its place: many at once, but none while
     /// something is taken away.
-    pub(crate) fn publishing(&self) -> Result<File, PathError> {
+    pub(crate) fn publishing(&self) -> Result<Held<'_>, PathError> {
         self.lock(FlockOperation::NonBlockingLockShared)
     }
 
     /// Held by whoever takes something away.
-    pub(crate) fn removing(&self) -> Result<File, PathError> {
+    pub(crate) fn removing(&self) -> Result<Held<'_>, PathError> {
         self.lock(FlockOperation::NonBlockingLockExclusive)
     }
 
-    fn lock(&self, how: FlockOperation) -> Result<File, PathError> {
+    fn lock(&self, how: FlockOperation) -> Result<Held<'_>, PathError> {
         let path = self.sub("lock");
-        let file = open_lock(&path)?;
+        let idle = locked(&self.idle_locks).pop();
+        let file = match idle {
+            Some(file) => file,
+            None => open_lock(&path)?,
+        };
         let deadline = Instant::now() + LOCK_WAIT;
         loop {
             match flock(&file, how) {
-                Ok(()) => return Ok(file),
+                Ok(()) => {
+                    return Ok(Held {
+                        layout: self,
+                        file: Some(file),
+                    });
+                }
                 Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
                     std::thread::sleep(LOCK_POLL);
                 }
@@ -187,6 +243,11 @@ impl Layout {
             }
         }
     }
+}
+
+/// What a panicking thread left in these is still good.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens a file that only serves for locking.

@@ -10,7 +10,9 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tempfile::TempDir;
 
 use crate::journal;
-use crate::layout::{FORMAT, Layout, PathError, Shelf, at, read_file, remove_file, try_lock};
+use crate::layout::{
+    FORMAT, Layout, PathError, Shelf, at, locked, read_file, remove_file, try_lock,
+};
 
 /// Content up to this size is looked up by its digest before any file is made.
 const SMALL: usize = 1 << 20;
@@ -61,21 +63,23 @@ pub enum PutError {
 pub(crate) struct Unfinished {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
+    /// It has got its place.
+    moved: bool,
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        // Gone when it was published; else gc removes it with its session.
-        let _ = fs::remove_file(&self.path);
+        if !self.moved {
+            // Where that fails, gc removes it with its session.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
 impl Store {
     /// Opens the store in `<root>/store`, and makes it if there is none.
     pub fn open(root: &Path) -> Result<Self, OpenError> {
-        let layout = Layout {
-            root: root.join("store"),
-        };
+        let layout = Layout::new(root.join("store"));
         let version = layout.sub("version");
         match read_file(&version)? {
             Some(found) if found == FORMAT.as_bytes() => {}
@@ -197,19 +201,24 @@ impl Store {
         shelf: Shelf,
         digest: &Digest,
         size: u64,
-        unfinished: Unfinished,
+        mut unfinished: Unfinished,
     ) -> Result<(), PathError> {
         let path = self.layout.path(shelf, digest);
         let _lock = self.layout.publishing()?;
         journal::note(&self.layout, shelf, digest)?;
         match renameat_with(CWD, &unfinished.path, CWD, &path, RenameFlags::NOREPLACE) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                unfinished.moved = true;
+                return Ok(());
+            }
             // A file of another size is what a power cut left: replaced.
             Err(rustix::io::Errno::EXIST) if file_size(&path)? == Some(size) => return Ok(()),
             Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL) => {}
             Err(error) => return Err(at("write", &path)(error.into())),
         }
-        fs::rename(&unfinished.path, &path).map_err(at("write", &path))
+        fs::rename(&unfinished.path, &path).map_err(at("write", &path))?;
+        unfinished.moved = true;
+        Ok(())
     }
 
     /// Replaces a small file atomically and durably. For records, which promise that
@@ -221,6 +230,7 @@ impl Store {
             .and_then(|()| unfinished.file.sync_all())
             .map_err(write)?;
         fs::rename(&unfinished.path, path).map_err(at("write", path))?;
+        unfinished.moved = true;
         let folder = path.parent().unwrap_or(&self.layout.root);
         File::open(folder)
             .and_then(|folder| folder.sync_all())
@@ -238,14 +248,15 @@ impl Store {
             .mode(0o444)
             .open(&path)
             .map_err(at("make", &path))?;
-        Ok(Unfinished { path, file })
+        Ok(Unfinished {
+            path,
+            file,
+            moved: false,
+        })
     }
 
     fn session_folder(&self) -> Result<PathBuf, PathError> {
-        let mut session = self
-            .session
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut session = locked(&self.session);
         if let Some(session) = &*session {
             return Ok(session.folder.path().into());
         }
