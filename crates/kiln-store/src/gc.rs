@@ -284,3 +284,29 @@ fn remove(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// What happens between two batches, made to happen.
+    #[test]
+    fn what_becomes_a_root_between_batches_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let put = |content: &str| store.put_object(&mut content.as_bytes()).unwrap().0;
+        let (found_again, garbage) = (put("found again"), put("garbage"));
+        let mut marks = Marks {
+            journal: journal::end(&store.layout).unwrap(),
+            ..Marks::default()
+        };
+        let mut report = GcReport::default();
+        store.mark_new(&mut marks).unwrap();
+        store.remove_named(&mut marks, &mut report).unwrap();
+        put("found again");
+        store.remove_objects(&mut marks, &mut report).unwrap();
+        assert!(store.open_object(&found_again).unwrap().is_some());
+        assert!(store.open_object(&garbage).unwrap().is_none());
+    }
+}

@@ -63,6 +63,14 @@ impl Tree {
         Ok(())
     }
 
+    /// Sees to it that `path` leads to a directory (mount points): makes what is missing,
+    /// follows links, changes nothing that is there.
+    pub fn make_dirs(&mut self, path: impl AsRef<[u8]>) -> Result<(), TreeEditError> {
+        let path = path.as_ref();
+        check_path(path)?;
+        self.directory(path, path).map(drop)
+    }
+
     /// Makes `path` another name of what is at `target` (a hard link). Symbolic links on
     /// the way to either are followed, the last ones are not.
     pub fn link(
@@ -139,24 +147,36 @@ impl Tree {
                 problem: "it is the root",
             });
         };
-        let reached = self.reach(&parents.join(&b'/'), true)?;
-        let long: usize = reached.found.iter().map(|(name, _)| name.len() + 1).sum();
-        let longer: usize = reached.missing.iter().map(|name| name.len() + 1).sum();
-        if long + longer + name.len() > MAX_PATH_BYTES {
-            return Err(LookupError::TooLong { path: path.into() }.into());
+        let parent = self.directory(&parents.join(&b'/'), path)?;
+        Ok((parent, name.into()))
+    }
+
+    /// The directory at `path`, made where missing, on the way to `target`.
+    fn directory(&mut self, path: &[u8], target: &[u8]) -> Result<InodeId, TreeEditError> {
+        let reached = self.reach(path, true)?;
+        let names = reached.found.iter().map(|(name, _)| name);
+        let length: usize = names
+            .chain(&reached.missing)
+            .map(|name| name.len() + 1)
+            .sum();
+        let name = components(target).next_back().map_or(0, <[u8]>::len);
+        if length + name > MAX_PATH_BYTES {
+            let path = target.into();
+            return Err(LookupError::TooLong { path }.into());
         }
         let mut parent = reached.last();
         if !self.inode(parent).node.is_dir() {
-            return Err(LookupError::NotADirectory { path: path.into() }.into());
+            let path = target.into();
+            return Err(LookupError::NotADirectory { path }.into());
         }
         for missing in reached.missing {
-            check_name(path, &missing)?;
+            check_name(target, &missing)?;
             self.charge(1, missing.len())?;
             let id = self.allocate(Node::dir(0o755))?;
             self.inodes[parent.index()].children.insert(missing, id);
             parent = id;
         }
-        Ok((parent, name.into()))
+        Ok(parent)
     }
 
     fn allocate(&mut self, node: Node) -> Result<InodeId, TreeEditError> {

@@ -107,6 +107,27 @@ fn lookups_follow_links_inside_only() {
 }
 
 #[test]
+fn mount_points_are_made_where_nothing_is() {
+    let mut tree = Tree::new();
+    tree.insert("usr/lib", Node::dir(0o700)).unwrap();
+    tree.insert("lib", symlink("usr/lib")).unwrap();
+    tree.insert("var", symlink("not/yet")).unwrap();
+    tree.insert("file", file("")).unwrap();
+    for path in ["/lib", "/lib/a/b", "/var", "/", "x"] {
+        tree.make_dirs(path).unwrap();
+        assert!(tree.resolve(path).unwrap().1.is_dir(), "{path}");
+    }
+    assert_eq!(tree.get("usr/lib").unwrap().meta.mode, 0o700);
+    assert!(tree.get("usr/lib/a/b").is_some() && tree.get("not/yet").is_some());
+    assert_eq!(tree.get("lib"), Some(&symlink("usr/lib")));
+    let error = tree.make_dirs("file").unwrap_err();
+    let expected = LookupError::NotADirectory {
+        path: b"file".into(),
+    };
+    assert_eq!(error, expected.into());
+}
+
+#[test]
 fn a_long_way_round_is_bounded() {
     let mut tree = Tree::new();
     tree.insert("d", Node::dir(0o755)).unwrap();

@@ -95,14 +95,15 @@ fn an_index_keeps_its_images_and_a_tree_its_objects() {
 #[test]
 fn an_image_naming_another_as_its_layer_does_not_unprotect_it() {
     let (_dir, store) = store();
-    let victim = image(&store, "victim");
+    // Pulled, not yet added: nothing but its manifest tells what it needs.
+    let needed = layer(&store, &[file("needed", "needed")]);
+    let victim = manifest(&store, &[needed]);
     let mut fake = layer(&store, &[file("x", "x")]);
     fake.digest = victim;
     let attacker = manifest(&store, &[fake]);
-    store.set_ref("a", &attacker).unwrap();
-    store.set_ref("b", &victim).unwrap();
-    store.gc(&[], false).unwrap();
-    assert!(whole(&store, &victim));
+    store.gc(&[attacker, victim], false).unwrap();
+    assert!(store.contains(&needed.digest).unwrap());
+    store.add_image(&victim).unwrap();
 }
 
 #[test]
