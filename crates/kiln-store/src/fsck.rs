@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use kiln_model::{Digest, Hasher};
 use serde::Serialize;
 
-use crate::layout::{PathError, Shelf, at, entries, remove_file};
+use crate::layout::{PathError, Shelf, at, remove_file};
 use crate::refs::RefError;
 use crate::store::{Store, file_size, open};
 use crate::tree::Kind;
@@ -214,15 +214,9 @@ impl Store {
         Ok(Some(target))
     }
 
-    /// Forgets what was known of the damaged images and adds them again.
+    /// Forgets the damaged images and adds them again. Chains that lead to damage are
+    /// not taken: `add_image` looks at what they need.
     fn heal(&self, damaged: BTreeSet<Digest>, report: &mut FsckReport) -> Result<(), FsckError> {
-        if damaged.is_empty() {
-            return Ok(());
-        }
-        // Chains are a cache; which of them lead to damaged trees is not worth telling.
-        for (_, path) in entries(&self.layout.sub("chains"))? {
-            remove_file(&path)?;
-        }
         for manifest in damaged {
             let record = self.layout.path(Shelf::Images, &manifest);
             let old = record.with_extension("damaged");
