@@ -62,7 +62,7 @@ pub enum FsckError {
     Path(#[from] PathError),
     #[error(transparent)]
     Ref(#[from] RefError),
-    #[error("a garbage collection, or another repair, is running; try again when it has ended")]
+    #[error("a garbage collection, or another check, is running; try again when it has ended")]
     Busy,
 }
 
@@ -70,11 +70,9 @@ impl Store {
     /// Reads and hashes everything. With `repair`, what is bad is moved aside into
     /// `quarantine/`, and images that need it are made again from their layers.
     pub fn fsck(&self, repair: bool) -> Result<FsckReport, FsckError> {
-        // While a damaged image has no record, nothing protects what is left of it.
-        let _only = match repair {
-            true => Some(self.collecting()?.ok_or(FsckError::Busy)?),
-            false => None,
-        };
+        // What is collected meanwhile would look missing; and while a damaged image has no
+        // record, nothing protects what is left of it.
+        let _only = self.collecting()?.ok_or(FsckError::Busy)?;
         let mut report = FsckReport::default();
         for shelf in [Shelf::Blobs, Shelf::Objects, Shelf::Trees] {
             for (digest, path) in self.layout.list(shelf)? {

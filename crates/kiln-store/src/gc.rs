@@ -49,7 +49,9 @@ pub struct GcReport {
 pub enum GcError {
     #[error(transparent)]
     Path(#[from] PathError),
-    #[error("another garbage collection, or repair, is running; try again when it has ended")]
+    #[error(
+        "another garbage collection, or a check (fsck), is running; try again when it has ended"
+    )]
     Busy,
     #[error(transparent)]
     Ref(#[from] RefError),
@@ -94,19 +96,13 @@ impl Store {
     pub fn gc(&self, extra_roots: &[Digest], dry_run: bool) -> Result<GcReport, GcError> {
         let _only = self.collecting()?.ok_or(GcError::Busy)?;
         let _lease = self.lease()?;
-        let mut marks = Marks {
-            journal: {
-                let _lock = self.layout.removing()?;
-                living(&self.layout)?.since
-            },
-            ..Marks::default()
-        };
+        let (mut marks, complete) = self.begin()?;
         for root in extra_roots {
             if !self.mark(root, &mut marks)? {
                 marks.dangling.push(root.to_string());
             }
         }
-        self.mark_new(&mut marks)?;
+        self.mark_new(&mut marks, complete)?;
         let mut report = GcReport {
             dry_run,
             ..GcReport::default()
@@ -117,15 +113,29 @@ impl Store {
         Ok(report)
     }
 
-    /// `None`: another process collects, or repairs.
+    /// `None`: somebody else collects, or checks.
     pub(crate) fn collecting(&self) -> Result<Option<File>, PathError> {
         let path = self.layout.sub("gc.lock");
         let file = open_lock(&path)?;
         Ok(try_lock(&file).map_err(at("lock", &path))?.then_some(file))
     }
 
-    /// Marks refs and journal records that were not marked before.
-    fn mark_new(&self, marks: &mut Marks) -> Result<(), GcError> {
+    /// Marks that begin where the earliest lease does, and the place in the journal up
+    /// to which what it says has happened. (What comes in is noted just *before* it gets
+    /// its name; but both are done under the publishing lock, and here nobody has it.)
+    fn begin(&self) -> Result<(Marks, u64), PathError> {
+        let _lock = self.layout.removing()?;
+        let marks = Marks {
+            journal: living(&self.layout)?.since,
+            ..Marks::default()
+        };
+        Ok((marks, journal::end(&self.layout)?))
+    }
+
+    /// Marks refs, and journal records up to byte `complete`, that were not marked
+    /// before. Past a record whose content has no name yet nothing may be marked: it
+    /// would count as done, and what the content needs would never be.
+    fn mark_new(&self, marks: &mut Marks, complete: u64) -> Result<(), GcError> {
         for (name, digest) in self.refs("")? {
             let entry = (name, digest);
             if marks.refs.contains(&entry) {
@@ -136,8 +146,8 @@ impl Store {
             }
             marks.refs.insert(entry);
         }
-        let (records, end) = journal::since(&self.layout, marks.journal)?;
-        marks.journal = end;
+        let records = journal::between(&self.layout, marks.journal, complete)?;
+        marks.journal = complete;
         for (shelf, digest) in records {
             match shelf {
                 Shelf::Objects => drop(marks.objects.insert(digest)),
@@ -202,10 +212,16 @@ impl Store {
         Ok(true)
     }
 
+    /// [`Self::mark_new`] of everything; for holders of the removing lock.
+    fn mark_all_new(&self, marks: &mut Marks) -> Result<(), GcError> {
+        let complete = journal::end(&self.layout)?;
+        self.mark_new(marks, complete)
+    }
+
     /// The first batch: records, trees and blobs.
     fn remove_named(&self, marks: &mut Marks, report: &mut GcReport) -> Result<(), GcError> {
         let _lock = self.layout.removing()?;
-        self.mark_new(marks)?;
+        self.mark_all_new(marks)?;
         for shelf in [Shelf::Images, Shelf::Trees, Shelf::Blobs] {
             let garbage = self.garbage(shelf, marks)?;
             remove(shelf, garbage, report)?;
@@ -229,7 +245,7 @@ impl Store {
         let mut garbage = self.garbage(Shelf::Objects, marks)?;
         loop {
             let _lock = self.layout.removing()?;
-            self.mark_new(marks)?;
+            self.mark_all_new(marks)?;
             let rest = garbage.split_off(garbage.len().min(BATCH));
             garbage.retain(|(digest, _)| !marks.objects.contains(digest));
             remove(Shelf::Objects, garbage, report)?;
@@ -297,16 +313,39 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         let put = |content: &str| store.put_object(&mut content.as_bytes()).unwrap().0;
         let (found_again, garbage) = (put("found again"), put("garbage"));
-        let mut marks = Marks {
-            journal: journal::end(&store.layout).unwrap(),
-            ..Marks::default()
-        };
+        let (mut marks, complete) = store.begin().unwrap();
         let mut report = GcReport::default();
-        store.mark_new(&mut marks).unwrap();
+        store.mark_new(&mut marks, complete).unwrap();
         store.remove_named(&mut marks, &mut report).unwrap();
         put("found again");
         store.remove_objects(&mut marks, &mut report).unwrap();
         assert!(store.open_object(&found_again).unwrap().is_some());
         assert!(store.open_object(&garbage).unwrap().is_none());
+    }
+    /// Marking goes on while something is noted but not yet there.
+    #[test]
+    fn what_is_noted_too_early_is_not_taken_for_done() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let _lease = store.lease().unwrap();
+        let mut tree = crate::Tree::new();
+        let digest = Digest::of("content");
+        let kind = Kind::File { digest, size: 7 };
+        let node = crate::tree::Node::plain(0o644, kind);
+        tree.insert("file", node).unwrap();
+        let (mut marks, complete) = store.begin().unwrap();
+        // Publishing a tree, stopped in the middle. (Its object was there before the
+        // lease, and is noted by nobody.)
+        let image = crate::erofs::write(&tree).unwrap();
+        let name = Digest::of(&image);
+        journal::note(&store.layout, Shelf::Trees, &name).unwrap();
+        store.mark_new(&mut marks, complete).unwrap();
+        std::fs::write(store.object_path(&digest), "content").unwrap();
+        std::fs::write(store.layout.path(Shelf::Trees, &name), image).unwrap();
+        let mut report = GcReport::default();
+        store.remove_named(&mut marks, &mut report).unwrap();
+        store.remove_objects(&mut marks, &mut report).unwrap();
+        assert_eq!((report.trees, report.objects), (0, 0));
+        assert_eq!(store.load_tree(&name).unwrap(), tree);
     }
 }

@@ -30,25 +30,21 @@ pub(crate) fn end(layout: &Layout) -> Result<u64, PathError> {
     Ok(crate::store::file_size(&layout.sub("journal"))?.unwrap_or(0))
 }
 
-/// The records from byte `from` on, and where they end.
-pub(crate) fn since(layout: &Layout, from: u64) -> Result<(Vec<(Shelf, Digest)>, u64), PathError> {
+/// The records between two places in it.
+pub(crate) fn between(
+    layout: &Layout,
+    from: u64,
+    to: u64,
+) -> Result<Vec<(Shelf, Digest)>, PathError> {
     let path = layout.sub("journal");
     let Some(mut file) = crate::store::open(&path)? else {
-        return Ok((Vec::new(), 0));
+        return Ok(Vec::new());
     };
     let mut bytes = Vec::new();
     file.seek(SeekFrom::Start(from))
-        .and_then(|_| file.read_to_end(&mut bytes))
+        .and_then(|_| file.take(to.saturating_sub(from)).read_to_end(&mut bytes))
         .map_err(at("read", &path))?;
-    // A last record that is still being written is read the next time.
-    let mut end = bytes.len();
-    while end > 0 && parse(bytes[..end].rsplit(|b| *b == b'\n').next().unwrap_or(b"")).is_none() {
-        end = bytes[..end].iter().rposition(|b| *b == b'\n').unwrap_or(0);
-    }
-    let records = (bytes[..end].split(|b| *b == b'\n'))
-        .filter_map(parse)
-        .collect();
-    Ok((records, from + end as u64))
+    Ok(bytes.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
 /// Empties it; the caller holds the removing lock and knows that no lease needs it.

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::journal;
 use crate::layout::{
-    FORMAT, Layout, PathError, Shelf, at, locked, read_file, remove_file, try_lock,
+    FORMAT, Layout, PathError, Shelf, at, entries, locked, read_file, remove_file, try_lock,
 };
 
 /// Content up to this size is looked up by its digest before any file is made.
@@ -278,20 +278,35 @@ impl Store {
     /// removing.
     pub(crate) fn clean_sessions(&self) -> Result<u64, PathError> {
         let mut bytes = 0;
-        for (_, folder) in crate::layout::entries(&self.layout.sub("tmp"))? {
-            let Ok(lock) = File::open(&folder) else {
-                continue;
-            };
-            if !try_lock(&lock).map_err(at("lock", &folder))? {
-                continue;
-            }
-            for (_, path) in crate::layout::entries(&folder)? {
-                bytes += file_size(&path)?.unwrap_or(0);
-                remove_file(&path)?;
-            }
-            fs::remove_dir(&folder).map_err(at("remove", &folder))?;
+        for (_, folder) in entries(&self.layout.sub("tmp"))? {
+            bytes += clean_session(&folder)?;
         }
         Ok(bytes)
+    }
+}
+
+/// Removes a session's folder if its owner is gone; says how many bytes.
+fn clean_session(folder: &Path) -> Result<u64, PathError> {
+    let Some(lock) = open(folder)? else {
+        return Ok(0);
+    };
+    if !try_lock(&lock).map_err(at("lock", folder))? {
+        return Ok(0);
+    }
+    let files = match entries(folder) {
+        Ok(files) => files,
+        // Its owner has just removed it.
+        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = 0;
+    for (_, path) in files {
+        bytes += file_size(&path)?.unwrap_or(0);
+        remove_file(&path)?;
+    }
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", folder)(error)),
+        _ => Ok(bytes),
     }
 }
 

@@ -200,36 +200,41 @@ fn collecting_while_others_import_loses_nothing() {
     let (dir, store) = store();
     let child = || {
         Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "collect::child_adds_images"])
+            .args(["--exact", "--nocapture", "collect::child_adds_images"])
             .env("KILN_STORE_TEST_CHILD", dir.path())
-            .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap()
     };
     let mut children = [child(), child()];
+    put(&store, "for the collector");
+    // Says so whatever happens, or the collector would never end.
     let done = AtomicBool::new(false);
     let removed = std::thread::scope(|scope| {
         let collector = scope.spawn(|| {
             let mut removed = 0;
-            while !done.load(Ordering::Relaxed) {
+            loop {
                 removed += store.gc(&[], false).unwrap().objects;
+                if done.load(Ordering::Relaxed) {
+                    return removed;
+                }
             }
-            removed
         });
-        let writer = Store::open(dir.path()).unwrap();
-        for n in 0..30 {
-            let _lease = writer.lease().unwrap();
-            let manifest = image(&writer, &format!("image {}", n % 5));
-            writer.set_ref("mine", &manifest).unwrap();
-            assert!(whole(&writer, &manifest), "{n}");
-        }
-        for child in &mut children {
-            assert!(child.wait().unwrap().success());
-        }
+        let imported = std::panic::catch_unwind(|| {
+            let writer = Store::open(dir.path()).unwrap();
+            for n in 0..30 {
+                let _lease = writer.lease().unwrap();
+                let manifest = image(&writer, &format!("image {}", n % 5));
+                writer.set_ref("mine", &manifest).unwrap();
+                assert!(whole(&writer, &manifest), "{n}");
+            }
+        });
+        let ended = children.each_mut().map(|child| child.wait().unwrap());
         done.store(true, Ordering::Relaxed);
+        imported.unwrap();
+        assert!(ended.iter().all(|status| status.success()), "{ended:?}");
         collector.join().unwrap()
     });
-    assert!(removed > 0, "it collected something meanwhile");
+    assert!(removed > 0);
     for (name, manifest) in store.refs("").unwrap() {
         assert!(whole(&store, &manifest), "{name}");
     }
