@@ -202,6 +202,7 @@ fn collecting_while_others_import_loses_nothing() {
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "--nocapture", "collect::child_adds_images"])
             .env("KILN_STORE_TEST_CHILD", dir.path())
+            .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap()
     };
