@@ -15,9 +15,9 @@ use crate::{output, progress, project, rollout};
 pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     context.need_root()?;
     context.make_root()?;
-    let (environment, release) = assembled(context, &args.project).await?;
-    // Held until the daemon has pinned what the release needs.
+    // Held from the first write until the daemon has pinned what the release needs.
     let _lease = context.store()?.lease().map_err(machine)?;
+    let (environment, release) = assembled(context, &args.project).await?;
     context.need_daemon().await?;
     let request = ReleaseRequest {
         release,
@@ -54,6 +54,7 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
 pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
     context.need_root()?;
     context.make_root()?;
+    let _lease = context.store()?.lease().map_err(machine)?;
     let (_, release) = assembled(context, args).await?;
     if context.json {
         return output::json(&release);
@@ -78,7 +79,6 @@ async fn assembled(
     let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
     let cancel = Arc::new(AtomicBool::new(false));
     let assembler = Assembler::new(context, &loaded, progress, cancel.clone())?;
-    let _lease = context.store()?.lease().map_err(machine)?;
     tokio::select! {
         release = assembler.release(&environment) => Ok((environment, release?)),
         _ = interrupted(cancel) => Err(Failure::new(
