@@ -106,7 +106,11 @@ pub(crate) fn wanted(world: &World, releases: &Releases) -> RoutingTable {
         generation: next_generation(world),
         services,
         published: published(&definitions, &world.layout),
-        networks: network_names(world, &definitions),
+        // Where nothing is wanted nothing is named: the networks are about to go.
+        networks: match definitions.is_empty() {
+            true => Vec::new(),
+            false => network_names(world, &definitions),
+        },
     }
 }
 
