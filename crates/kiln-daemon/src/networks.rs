@@ -2,6 +2,7 @@
 //! and the one firewall table of this root.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -9,6 +10,13 @@ use kiln_model::network::{BridgeNetwork, Subnet};
 use kiln_model::{Digest, EnvironmentName, NetworkName, Release};
 use kiln_plan::{Layout, World};
 use kiln_runtime::net;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, bind, socket, sockopt};
+
+/// Where a network's gateway answers for names.
+const DNS_PORT: u16 = 53;
+/// Its place in its subnet.
+const GATEWAY: u32 = 1;
 
 pub struct Networks {
     tag: String,
@@ -109,7 +117,7 @@ impl Networks {
                 "network `{key}`: {subnet} overlaps another network of kiln's"
             )),
             Some(subnet) => Ok(subnet),
-            None => net::free_subnet(taken).map_err(|e| format!("network `{key}`: {e}")),
+            None => free_subnet(taken).map_err(|e| format!("network `{key}`: {e}")),
         }
     }
 
@@ -165,5 +173,69 @@ impl Networks {
         }
         .apply()
         .map_err(|e| e.to_string())
+    }
+}
+
+/// So many subnets are tried before one is taken whose gateway's name server's port is
+/// not free: a name server on all addresses makes no subnet better than another.
+const SUBNETS_TRIED: usize = 32;
+
+/// A subnet nobody uses. Another root's bridge may be gone while its proxy still listens
+/// on the gateway's address, so that is looked at, too.
+fn free_subnet(taken: &[Subnet]) -> Result<Subnet, net::FreeSubnetError> {
+    let first = net::free_subnet(taken)?;
+    let mut taken = taken.to_vec();
+    let mut subnet = first;
+    for _ in 0..SUBNETS_TRIED {
+        if names_can_be_served(subnet.nth(GATEWAY)) {
+            return Ok(subnet);
+        }
+        taken.push(subnet);
+        match net::free_subnet(&taken) {
+            Ok(next) => subnet = next,
+            Err(_) => break,
+        }
+    }
+    Ok(first)
+}
+
+/// Nobody listens on port 53 of this address, which need not exist yet.
+fn names_can_be_served(gateway: Ipv4Addr) -> bool {
+    let address = SocketAddrV4::new(gateway, DNS_PORT);
+    [SocketType::DGRAM, SocketType::STREAM]
+        .into_iter()
+        .all(|kind| {
+            let Ok(socket) = socket(AddressFamily::INET, kind, None) else {
+                return true;
+            };
+            // What ended connections leave behind is no listener.
+            let reuse = kind == SocketType::STREAM;
+            let bound = sockopt::set_ip_freebind(&socket, true)
+                .and_then(|()| sockopt::set_socket_reuseaddr(&socket, reuse))
+                .and_then(|()| bind(&socket, &address));
+            bound != Err(Errno::ADDRINUSE)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn a_gateway_where_someone_listens_is_seen_though_its_bridge_is_gone() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "needs root");
+            eprintln!("SKIPPED: needs root");
+            return;
+        }
+        let gateway = Ipv4Addr::new(192, 0, 2, 77);
+        assert!(names_can_be_served(gateway));
+        let other = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+        sockopt::set_ip_freebind(&other, true).unwrap();
+        bind(&other, &SocketAddrV4::new(gateway, DNS_PORT)).unwrap();
+        assert!(!names_can_be_served(gateway));
+        drop(other);
+        assert!(names_can_be_served(gateway));
     }
 }
