@@ -59,11 +59,12 @@ impl Bed {
         &self.kiln
     }
 
+    /// `init`: busybox has no handler for SIGTERM, which a first process then ignores.
     fn compose(&self, revision: u64) -> String {
         format!(
             "name: bench\n\
              x-kiln:\n  bases:\n    busybox: {{suite: {}, packages: [busybox-static], distroless: true}}\n\
-             services:\n  web:\n    build: .\n    environment: {{REVISION: \"{revision}\"}}\n    \
+             services:\n  web:\n    build: .\n    init: true\n    environment: {{REVISION: \"{revision}\"}}\n    \
              ports: [\"{}:8000\"]\n    deploy: {{replicas: {REPLICAS}}}\n    \
              x-kiln: {{ready: {{http: {{port: 8000, path: /}}}}}}\n",
             self.suite, self.address
