@@ -62,6 +62,9 @@ fn start(cli: &Cli) -> Result<ExitCode, Failure> {
 }
 
 async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> {
+    if speaks_with_the_daemon(command) {
+        context.need_daemon().await?;
+    }
     match command {
         Command::Up(args) => up::up(context, args).await?,
         Command::Plan(args) => up::plan(context, args).await?,
@@ -89,6 +92,23 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Shim { .. } | Command::Proxy => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// These start it if none answers: whoever asks what runs after a crash wants an answer.
+/// `up` does so itself, after building; `gc` and `daemon` must see what there is.
+fn speaks_with_the_daemon(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Status(_)
+            | Command::Releases(_)
+            | Command::Diff(_)
+            | Command::Events(_)
+            | Command::Explain(_)
+            | Command::Logs(_)
+            | Command::Exec(_)
+            | Command::Rollback(_)
+            | Command::Down(_)
+    )
 }
 
 fn print(cli: &Cli, failure: &Failure) {

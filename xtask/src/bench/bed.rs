@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::Failure;
 use crate::cargo::{program, repository};
 
 pub const REPLICAS: usize = 3;
+/// For the daemon, and then the proxy, to end when measuring is over.
+const END_LIMIT: Duration = Duration::from_secs(15);
 
 const CONTAINERFILE: &str = "\
 FROM busybox AS packages
@@ -59,11 +62,12 @@ impl Bed {
         &self.kiln
     }
 
+    /// `init`: busybox has no handler for SIGTERM, which a first process then ignores.
     fn compose(&self, revision: u64) -> String {
         format!(
             "name: bench\n\
              x-kiln:\n  bases:\n    busybox: {{suite: {}, packages: [busybox-static], distroless: true}}\n\
-             services:\n  web:\n    build: .\n    environment: {{REVISION: \"{revision}\"}}\n    \
+             services:\n  web:\n    build: .\n    init: true\n    environment: {{REVISION: \"{revision}\"}}\n    \
              ports: [\"{}:8000\"]\n    deploy: {{replicas: {REPLICAS}}}\n    \
              x-kiln: {{ready: {{http: {{port: 8000, path: /}}}}}}\n",
             self.suite, self.address
@@ -128,10 +132,19 @@ impl Drop for Bed {
                 eprintln!("warning: cleaning up: {error}");
             }
         }
-        for pid in processes {
-            // The proxy outlives the daemon by design.
-            let _ = program("kill").arg(pid.to_string()).output();
+        // The proxy outlives the daemon by design, and a living daemon starts it again.
+        if let [daemon, proxy] = processes[..] {
+            wait_for_end(daemon);
+            let _ = program("kill").arg(proxy.to_string()).output();
+            wait_for_end(proxy);
         }
+    }
+}
+
+fn wait_for_end(pid: u32) {
+    let begun = Instant::now();
+    while Path::new("/proc").join(pid.to_string()).exists() && begun.elapsed() < END_LIMIT {
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

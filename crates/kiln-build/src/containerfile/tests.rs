@@ -449,37 +449,3 @@ proptest::proptest! {
         let _ = Lexer::new('\\').words(&text, &variables());
     }
 }
-
-/// Every file below the folder `KILN_DOCKERFILES` that holds Dockerfiles parses.
-#[test]
-fn a_folder_of_real_files_parses() {
-    let Ok(folder) = std::env::var("KILN_DOCKERFILES") else {
-        eprintln!("SKIPPED: KILN_DOCKERFILES names no folder");
-        return;
-    };
-    let mut folders = vec![std::path::PathBuf::from(folder)];
-    let (mut files, mut failed) = (0, Vec::new());
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path
-                .file_name()
-                .is_some_and(|n| n.to_string_lossy().contains("ockerfile"))
-            {
-                files += 1;
-                if let Err(errors) = parse(&std::fs::read(&path).unwrap()) {
-                    failed.push(format!("{}: {errors}", path.display()));
-                }
-            }
-        }
-    }
-    assert!(
-        failed.is_empty(),
-        "{} of {files}:\n{}",
-        failed.len(),
-        failed.join("\n")
-    );
-    assert!(files > 0);
-}
