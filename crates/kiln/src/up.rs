@@ -79,12 +79,20 @@ async fn assembled(
     let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
     let cancel = Arc::new(AtomicBool::new(false));
     let assembler = Assembler::new(context, &loaded, progress, cancel.clone())?;
-    tokio::select! {
-        release = assembler.release(&environment) => Ok((environment, release?)),
-        _ = interrupted(cancel) => Err(Failure::new(
+    let stopped = || {
+        Failure::new(
             Kind::Interrupted,
             "interrupted while building; nothing that runs was touched",
-        )),
+        )
+    };
+    tokio::select! {
+        release = assembler.release(&environment) => match release {
+            Ok(release) => Ok((environment, release)),
+            // What was cut off fails, too, but that is not why.
+            Err(_) if cancel.load(Ordering::SeqCst) => Err(stopped()),
+            Err(failure) => Err(failure),
+        },
+        _ = interrupted(cancel.clone()) => Err(stopped()),
     }
 }
 
