@@ -44,7 +44,7 @@ fn replace_under(name: &str, mode: Mode) {
         },
     );
     project.up().ok();
-    let before = project.instances(Some("web"));
+    let before = project.settled(Some("web"));
     assert_eq!(before.len(), 3, "{before:?}");
     project.write("www/index.html", "two");
     let (report, ran) = under_load(project.port, mode, RATE, || project.up());
@@ -55,7 +55,7 @@ fn replace_under(name: &str, mode: Mode) {
         "hardly any load: {report}"
     );
     assert_eq!(project.page(), "two");
-    let after = project.instances(Some("web"));
+    let after = project.settled(Some("web"));
     assert_eq!(after.len(), 3, "{after:?}");
     assert!(
         after.iter().all(|i| i.serving && i.release == 2),
@@ -129,7 +129,7 @@ fn a_single_copy_is_replaced_and_rolled_back_without_a_failed_request() {
 
 fn ids(project: &Project) -> Vec<String> {
     project
-        .instances(Some("web"))
+        .settled(Some("web"))
         .into_iter()
         .map(|i| i.id)
         .collect()

@@ -85,6 +85,7 @@ fn exec_is_allowed_recorded_and_shown() {
     // The next release's instances are clean.
     project.write("www/index.html", "two");
     project.up().ok();
+    project.settled(None);
     assert_eq!(first_instance(&project.status())["tainted"], false);
 }
 

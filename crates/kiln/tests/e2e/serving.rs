@@ -18,7 +18,7 @@ fn first_up_builds_and_serves() {
         "the address is not told: {said}"
     );
     assert_eq!(project.page(), "one");
-    let instances = project.instances(None);
+    let instances = project.settled(None);
     assert_eq!(instances.len(), 1, "{instances:?}");
     assert!(
         instances[0].serving && instances[0].release == 1,
@@ -36,7 +36,7 @@ fn up_without_a_change_does_nothing() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("same", &Page::default());
     project.up().ok();
-    let before = project.instances(None);
+    let before = project.settled(None);
     let audited = project
         .kiln(&["audit", "--json"])
         .ok()
@@ -48,7 +48,7 @@ fn up_without_a_change_does_nothing() {
     // Touched, but with the same content.
     project.write("www/index.html", "one");
     project.up().ok();
-    assert_eq!(project.instances(None), before);
+    assert_eq!(project.settled(None), before);
     assert_eq!(project.releases().len(), 1);
     let now = project
         .kiln(&["audit", "--json"])
@@ -68,13 +68,13 @@ fn a_dry_run_and_a_plan_change_nothing() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("dry", &Page::default());
     project.up().ok();
-    let before = project.instances(None);
+    let before = project.settled(None);
     project.write("www/index.html", "two");
     let planned = project.run("plan", &[]).ok();
     assert!(planned.stdout.contains("web"), "{planned}");
     project.run("up", &["--dry-run"]).ok();
     assert_eq!(project.page(), "one");
-    assert_eq!(project.instances(None), before);
+    assert_eq!(project.settled(None), before);
     assert_eq!(project.releases().len(), 1);
 }
 
@@ -92,12 +92,12 @@ fn a_configs_content_alone_makes_a_release() {
     let project = kiln.page("config", &CONFIGURED);
     project.up().ok();
     assert_eq!(project.page(), "first words");
-    let before = project.instances(None);
+    let before = project.settled(None);
     project.edit("compose.yaml", "first words", "other words");
     project.up().ok();
     assert_eq!(project.page(), "other words");
     assert_eq!(project.releases().len(), 2);
-    let after = project.instances(None);
+    let after = project.settled(None);
     assert_eq!(after.len(), 1, "{after:?}");
     assert_ne!(after[0].id, before[0].id);
     let diff = project.kiln(&["diff", "1", "2", "-e", "@"]).ok();
@@ -256,12 +256,12 @@ fn services_that_did_not_change_are_not_touched() {
     };
     let project = kiln.page("partly", &page);
     project.up().ok();
-    let web = project.instances(Some("web"));
-    let other = project.instances(Some("other"));
+    let web = project.settled(Some("web"));
+    let other = project.settled(Some("other"));
     project.edit("compose.yaml", "A: \"1\"", "A: \"2\"");
     project.up().ok();
-    assert_eq!(project.instances(Some("web")), web);
-    assert_ne!(project.instances(Some("other"))[0].id, other[0].id);
+    assert_eq!(project.settled(Some("web")), web);
+    assert_ne!(project.settled(Some("other"))[0].id, other[0].id);
 }
 
 #[test]

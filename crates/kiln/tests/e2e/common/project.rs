@@ -130,6 +130,17 @@ impl<'k> Project<'k> {
         instances_in(&self.status(), service)
     }
 
+    /// Like [`Project::instances`], once nobody is on the way in or out: `up` returns when
+    /// the new ones serve, the old ones may still drain.
+    #[track_caller]
+    pub fn settled(&self, service: Option<&str>) -> Vec<Instance> {
+        wait_until("instances that are all ready", || {
+            let all = self.instances_if_known();
+            !all.is_empty() && all.iter().all(|i| i.phase == "ready")
+        });
+        self.instances(service)
+    }
+
     /// Like [`Project::instances`], but nothing while the daemon does not answer.
     pub fn instances_if_known(&self) -> Vec<Instance> {
         let ran = self.run("status", &["--json"]);
