@@ -630,9 +630,10 @@ pub(crate) fn waits_for(
     goal: &Prepared,
     released: &ReleasedService,
 ) -> Option<String> {
-    if !world.networks_ready {
+    // Until the proxy has a table, no name resolves.
+    let Some(routes) = world.routes.as_ref().filter(|_| world.networks_ready) else {
         return Some("for its networks".into());
-    }
+    };
     released
         .service
         .depends_on
@@ -653,7 +654,12 @@ pub(crate) fn waits_for(
                 }
                 Condition::Healthy => {
                     let ready = current.iter().filter(|(_, i)| i.phase.ready()).count();
-                    (ready as u32 >= batch(other), "to be healthy")
+                    // Healthy, and reached by its name.
+                    let reached = routes
+                        .services
+                        .get(dependency)
+                        .is_some_and(|r| !r.backends.is_empty());
+                    (ready as u32 >= batch(other) && reached, "to be healthy")
                 }
                 Condition::CompletedSuccessfully => (completed, "to complete"),
             };
