@@ -94,7 +94,7 @@ fn services_outlive_the_daemon_and_the_next_one_adopts_them() {
     );
     project.up().ok();
     let before = project.instances(None);
-    let (report, ()) = under_load(project.port, Mode::NewConnection, 100, || {
+    let (report, _daemon) = under_load(project.port, Mode::NewConnection, 100, || {
         kiln.kill_daemon();
         assert_eq!(project.page(), "one");
         assert!(
@@ -103,7 +103,7 @@ fn services_outlive_the_daemon_and_the_next_one_adopts_them() {
         );
         let daemon = kiln.start_daemon();
         wait_until("all known again", || project.instances_if_known() == before);
-        drop(daemon);
+        daemon
     });
     assert_eq!(report.failed(), 0, "{report}");
     assert_eq!(project.releases().len(), 1);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kiln_testkit::load::{Load, Mode, Report};
 use tokio::sync::oneshot;
 
-use crate::common::{Kiln, Page, Project, get};
+use crate::common::{Kiln, Page, Project, get, wait_until};
 
 /// Requests a second.
 const RATE: u32 = 500;
@@ -92,13 +92,13 @@ fn scaling_up_and_down_loses_nothing_and_keeps_who_stays() {
     let (report, ()) = under_load(project.port, Mode::NewConnection, 100, || {
         project.edit("compose.yaml", "replicas: 3", "replicas: 1");
         project.up().ok();
+        wait_until("one copy", || ids(&project).len() == 1);
         let one = ids(&project);
-        assert_eq!(one.len(), 1, "{one:?}");
         assert!(before.contains(&one[0]), "{one:?} is not of {before:?}");
         project.edit("compose.yaml", "replicas: 1", "replicas: 2");
         project.up().ok();
+        wait_until("two copies", || ids(&project).len() == 2);
         let two = ids(&project);
-        assert_eq!(two.len(), 2, "{two:?}");
         assert!(two.contains(&one[0]), "{one:?} is not in {two:?}");
     });
     assert_eq!(report.failed(), 0, "{report}");
