@@ -11,7 +11,7 @@ use crate::debian;
 use crate::tally::{Libtest, Nextest, Runner, Tally};
 
 /// For all tests together. A single test has its own limit in `.config/nextest.toml`.
-const TEST_LIMIT: Duration = Duration::from_secs(30 * 60);
+const TEST_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// For fetching the advisory database.
 const ADVISORIES_LIMIT: Duration = Duration::from_secs(120);
 
