@@ -8,10 +8,8 @@ use std::process::Command;
 
 /// Hosts that everyone knows, which configurations may name and so may we.
 const PUBLIC: &[&str] = &[
-    "deb.debian.org",
     "security.debian.org",
     "ftp.debian.org",
-    "snapshot.debian.org",
     "archive.debian.org",
     "debian.org",
     "crates.io",
