@@ -159,18 +159,21 @@ fn service_route(
     }
 }
 
-/// The new copies; as long as they are too few, old ones beside them; unhealthy ones
-/// only when there is nothing better.
+/// The new copies; as long as they are too few, old ones beside them, and those beyond
+/// the wanted count, which are on their way out, too; unhealthy ones only when there is
+/// nothing better.
 fn chosen<'w>(
     new: Vec<(&'w InstanceId, &'w Instance)>,
     old: Vec<(&'w InstanceId, &'w Instance)>,
     replicas: u32,
 ) -> Vec<(&'w InstanceId, &'w Instance)> {
     let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
+    let (surplus, new): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.index > replicas);
     let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));
     let mut serving = well;
     let lacking = (replicas as usize).saturating_sub(serving.len());
-    serving.extend(old.into_iter().filter(|(_, i)| !sick(i)).take(lacking));
+    let others = surplus.into_iter().chain(old);
+    serving.extend(others.filter(|(_, i)| !sick(i)).take(lacking));
     if serving.is_empty() { ill } else { serving }
 }
 

@@ -370,6 +370,38 @@ fn an_unchanged_release_replaces_nothing() {
 }
 
 #[test]
+fn fewer_replicas_end_the_surplus_and_leave_the_others_alone() {
+    let mut outside = Outside::new(11);
+    outside.up(1, shop("1"));
+    outside.settle();
+    let all = |outside: &Outside| -> Vec<(InstanceId, u32)> {
+        let web = name("web");
+        let of_web = outside
+            .world
+            .of_service(&web)
+            .filter(|(_, i)| i.phase.alive());
+        of_web.map(|(id, i)| (id.clone(), i.index)).collect()
+    };
+    let before = all(&outside);
+    assert_eq!(before.len(), 3);
+    let mut fewer = shop("1");
+    fewer
+        .services
+        .get_mut(&name("web"))
+        .unwrap()
+        .service
+        .replicas = 1;
+    outside.up(2, fewer);
+    outside.settle();
+    let first: Vec<_> = before
+        .into_iter()
+        .filter(|(_, index)| *index == 1)
+        .collect();
+    assert_eq!(all(&outside), first);
+    assert_eq!(outside.serving("web").len(), 1);
+}
+
+#[test]
 fn a_crash_at_any_step_converges_to_the_new_release() {
     for seed in 1..400 {
         let mut outside = Outside::new(seed);
