@@ -230,7 +230,7 @@ fn implicit_dependencies(service: &mut Map) {
             Node::map(
                 Map::from([
                     ("condition".into(), Node::str("service_started", span)),
-                    ("restart".into(), Node::bool(restart, span)),
+                    ("restart".into(), Node::bool(restart, Span::NONE)),
                     ("required".into(), Node::bool(true, span)),
                 ]),
                 span,

@@ -22,6 +22,14 @@ const MODELS: &str = "kiln runs no language models; run one as a service with an
 const GPUS: &str = "kiln cannot give GPUs to services; pass single device files with `devices`";
 const PLACEMENT: &str = "there is one host only; take it out";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
+const NO_HOOKS: &str = "kiln runs no hooks yet; do it in the service's own entrypoint, or in a \
+     service of its own that this one depends on";
+const NO_SHARED_NETWORK: &str =
+    "networks are not shared between projects yet; publish a port and connect to that";
+const NO_NAMED_FILES: &str =
+    "kiln has no store of named configs and secrets yet; use `file:` or `environment:`";
+const ALL_OR_NOTHING: &str =
+    "every new instance must prove itself, or the release that serves stays";
 const WATCH: &str = "it only concerns watching for changes during development";
 const NO_DRIVER: &str =
     "kiln reads configs and secrets from files, the environment or its own store";
@@ -40,7 +48,27 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.attach",
         Note("it only says whose output a terminal shows"),
     ),
+    (
+        "services.*.depends_on.*.restart",
+        Note("a replaced service keeps its address, so that nothing needs a restart"),
+    ),
     ("services.*.deploy.placement", Refused(PLACEMENT)),
+    (
+        "services.*.deploy.update_config.failure_action",
+        Note(ALL_OR_NOTHING),
+    ),
+    (
+        "services.*.deploy.update_config.max_failure_ratio",
+        Note(ALL_OR_NOTHING),
+    ),
+    (
+        "services.*.deploy.update_config.monitor",
+        Note("instances are judged before they get traffic, not yet after"),
+    ),
+    (
+        "services.*.deploy.rollback_config",
+        Note("a rollback is a rollout like any other: `update_config` says how"),
+    ),
     (
         "services.*.deploy.resources.reservations.cpus",
         Note("on one host a reservation of CPUs has no effect; docker compose ignores it, too"),
@@ -114,6 +142,10 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
     ),
     ("services.*.isolation", Refused(WINDOWS)),
     (
+        "services.*.networks.*.gw_priority",
+        Refused("the first network that is not internal, by name, is the way out"),
+    ),
+    (
         "services.*.networks.*.ipv6_address",
         Refused("kiln's networks are IPv4 only"),
     ),
@@ -125,6 +157,8 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.networks.*.driver_opts",
         Refused("kiln's bridge has no options for an endpoint; use `sysctls`"),
     ),
+    ("services.*.post_start", Refused(NO_HOOKS)),
+    ("services.*.pre_stop", Refused(NO_HOOKS)),
     (
         "services.*.pull_refresh_after",
         Refused("use `pull_policy: every_<time>`"),
@@ -165,13 +199,72 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "networks.*.ipam.options",
         Refused("kiln has one way to give out addresses; take it out"),
     ),
+    ("networks.*.external", Refused(NO_SHARED_NETWORK)),
     ("networks.*.attachable", Note("it only matters in a swarm")),
+    ("secrets.*.external", Refused(NO_NAMED_FILES)),
     ("secrets.*.labels", Note(NO_LABELS)),
     ("secrets.*.driver", Refused(NO_DRIVER)),
     ("secrets.*.driver_opts", Refused(NO_DRIVER)),
     ("secrets.*.template_driver", Refused(NO_DRIVER)),
+    ("configs.*.external", Refused(NO_NAMED_FILES)),
     ("configs.*.labels", Note(NO_LABELS)),
     ("configs.*.template_driver", Refused(NO_DRIVER)),
+];
+
+/// Keys that are honoured but for some values, which are refused where they stand.
+pub const LIMITS: &[(&str, &str)] = &[
+    ("networks.*.driver", "bridge only"),
+    (
+        "networks.*.driver_opts",
+        "com.docker.network.driver.mtu only",
+    ),
+    ("networks.*.enable_ipv4", "true only"),
+    ("networks.*.enable_ipv6", "false only"),
+    ("networks.*.ipam.config.[].subnet", "one, of IPv4"),
+    ("networks.*.ipam.driver", "default only"),
+    ("services.*.build.context", "folders only"),
+    ("services.*.build.network", "host, none or the default"),
+    ("services.*.deploy.endpoint_mode", "vip only"),
+    ("services.*.expose", "tcp and udp"),
+    ("services.*.ipc", NO_SHARED),
+    ("services.*.logging.driver", "json-file, local or none"),
+    ("services.*.logging.options", "max-size and max-file"),
+    ("services.*.network_mode", "none, host or service:NAME"),
+    ("services.*.pid", NO_SHARED),
+    ("services.*.ports.[].mode", "ingress or host"),
+    ("services.*.ports.[].protocol", "tcp or udp"),
+    (
+        "services.*.pull_policy",
+        "no others than the specification's",
+    ),
+    (
+        "services.*.security_opt",
+        "no-new-privileges, seccomp and apparmor",
+    ),
+    ("services.*.tmpfs", "size, mode, ro, rw, exec, noexec"),
+    ("services.*.userns_mode", "host only"),
+    ("services.*.uts", NO_SHARED),
+    ("services.*.volumes.[].bind.recursive", "enabled only"),
+    ("services.*.volumes.[].source", "Linux paths"),
+    (
+        "services.*.volumes.[].type",
+        "bind, volume, tmpfs and image",
+    ),
+    ("services.*.volumes_from", "services only"),
+    ("volumes.*.driver", "local only"),
+    ("volumes.*.driver_opts", "bind mounts (`o: bind`) only"),
+];
+
+const NO_SHARED: &str = "host or private; not yet service:NAME";
+
+/// Refusals that cannot be ignored: nothing could be put in the place of what is said.
+pub const NEEDED: &[&str] = &[
+    "configs.*.external",
+    "secrets.*.external",
+    "services.*.build.context",
+    "services.*.provider",
+    "services.*.volumes.[].source",
+    "services.*.volumes.[].type",
 ];
 
 /// The keys that kiln honours: sorted, one a line. A test holds that this list, with the
@@ -208,7 +301,10 @@ pub fn support_table() -> String {
     let mut out = String::from("| key | kiln | why |\n|---|---|---|\n");
     for key in crate::schema::all_keys() {
         let (word, why) = match support(&key) {
-            Some(Honoured) | None => ("honoured", ""),
+            Some(Honoured) | None => {
+                let limit = LIMITS.iter().find(|(pattern, _)| *pattern == key);
+                ("honoured", limit.map_or("", |(_, values)| *values))
+            }
             Some(Refused(why)) => ("refused", why),
             Some(Note(why)) => ("no effect", why),
         };
@@ -242,6 +338,21 @@ mod tests {
         for key in honoured.iter().chain(EXCEPTIONS.iter().map(|(key, _)| key)) {
             assert!(keys.iter().any(|k| k == key), "{key} is not in the schema");
         }
-        assert!(support_table().contains("| `services.*.image` | honoured |"));
+        for (key, _) in LIMITS {
+            assert!(
+                honoured.contains(key),
+                "{key} has limits but is not honoured"
+            );
+        }
+        for key in NEEDED {
+            let refused = matches!(support(key), Some(Refused(_)));
+            let limited = LIMITS.iter().any(|(limited, _)| limited == key);
+            assert!(refused || limited, "{key} is never refused");
+        }
+        let table = support_table();
+        assert!(table.contains("| `services.*.image` | honoured |"));
+        assert!(table.contains("| `services.*.post_start` | refused |"));
+        assert!(table.contains("| `networks.*.external` | refused |"));
+        assert!(table.contains("| `services.*.pid` | honoured | host or private"));
     }
 }

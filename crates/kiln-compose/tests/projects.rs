@@ -93,7 +93,7 @@ services:
     expose: [3000, "4000-4001/udp"]
     networks: {front: {aliases: [w], ipv4_address: 10.5.0.9, priority: 2}, default: {}}
     mac_address: "02:42:ac:11:00:02"
-    depends_on: {db: {condition: service_healthy, restart: true}, extra: {condition: service_started, required: false}}
+    depends_on: {db: {condition: service_healthy}, extra: {condition: service_started, required: false}}
     links: ["db:database"]
     healthcheck: {test: ["CMD", "curl", "x"], interval: 5s, retries: 4}
     restart: on-failure:3
@@ -117,7 +117,7 @@ services:
     shm_size: 8m
     pids_limit: 100
     pid: host
-    ipc: service:db
+    ipc: host
     logging: {driver: local, options: {max-size: 1m, max-file: "2"}}
     deploy: {replicas: 2, labels: {d: 1}, update_config: {parallelism: 1, delay: 2s, order: start-first, max_failure_ratio: 0.25}}
     labels: {l: 1}
@@ -145,7 +145,7 @@ networks:
   front: {ipam: {config: [{subnet: 10.5.0.0/16, gateway: 10.5.0.1}]}, internal: true, driver_opts: {com.docker.network.driver.mtu: 1400}}
 volumes: {data: {name: real}}
 configs: {conf: {file: ./conf}, inline: {content: "a=$${b}"}}
-secrets: {key: {environment: KEY}, token: {external: true, name: tok}}
+secrets: {key: {environment: KEY}, token: {environment: TOK, name: tok}}
 "#;
 
 fn everything() -> Loaded {
@@ -304,7 +304,7 @@ fn mounts_files_networks_and_x_kiln_are_carried_over() {
     );
     assert_eq!(
         loaded.spec.secrets["token"],
-        FileSource::External("tok".into())
+        FileSource::Environment("TOK".into())
     );
     assert_eq!(web.kiln.root, RootSetting::Scratch);
     assert_eq!(web.kiln.scratch[1].size, Some(3 << 20));
@@ -631,4 +631,127 @@ fn broken_files_end_in_one_error() {
         let found = errors(&[("compose.yaml", text)]);
         assert!(!found.is_empty(), "{text:?}");
     }
+}
+
+/// What the model has a place for, but nothing carries out.
+const LATER: &str = r#"
+services:
+  web:
+    image: x
+    post_start: [{command: echo}]
+    pre_stop: [{command: echo}]
+    pid: service:db
+    ipc: service:db
+    uts: service:db
+    networks: {shared: {gw_priority: 1}}
+    volumes: ["nfs:/nfs"]
+    configs: [conf]
+    secrets: [key]
+    deploy: {update_config: {failure_action: pause}, rollback_config: {parallelism: 1}}
+  db: {image: y}
+networks: {shared: {external: true}}
+volumes: {nfs: {driver_opts: {type: nfs, o: addr=host, device: ":/x"}}}
+configs: {conf: {external: true}}
+secrets: {key: {external: true}}
+"#;
+
+#[test]
+fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
+    let files = Files::new(&[("compose.yaml", LATER)]);
+    let error = files.load().expect_err("refused");
+    let mut shown: Vec<_> = error
+        .errors()
+        .map(|d| {
+            assert!(d.hint.is_some(), "{d:?}");
+            let place = error.sources.place(d.span).unwrap();
+            (place.line, d.key.clone().unwrap_or_default().into_string())
+        })
+        .collect();
+    shown.sort();
+    let expected = [
+        (5, "services.*.post_start"),
+        (6, "services.*.pre_stop"),
+        (7, "services.*.pid"),
+        (8, "services.*.ipc"),
+        (9, "services.*.uts"),
+        (10, "services.*.networks.*.gw_priority"),
+        (16, "networks.*.external"),
+        (17, "volumes.*.driver_opts"),
+        (18, "configs.*.external"),
+        (19, "secrets.*.external"),
+    ];
+    let shown: Vec<_> = shown.iter().map(|(n, key)| (*n, key.as_str())).collect();
+    assert_eq!(shown, expected);
+    let options = files.options();
+    let reader = |path: &Path| -> io::Result<Vec<u8>> {
+        let text = files.0.get(path).ok_or(io::ErrorKind::NotFound)?;
+        Ok(text.clone().into_bytes())
+    };
+    let resolved = kiln_compose::resolve(&options, &reader).expect("docker compose prints it");
+    let printed = resolved.project.config_json();
+    assert_eq!(
+        printed["services"]["web"]["post_start"][0]["command"][0],
+        "echo"
+    );
+    assert_eq!(printed["networks"]["shared"]["external"], true);
+}
+
+#[test]
+fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
+    let files = Files::new(&[("compose.yaml", LATER)]);
+    let mut options = files.options();
+    options.allow_ignored = [
+        "post_start",
+        "pre_stop",
+        "pid",
+        "ipc",
+        "uts",
+        "gw_priority",
+        "driver_opts",
+        "external",
+    ]
+    .map(Into::into)
+    .to_vec();
+    let error = files
+        .load_with(&options)
+        .expect_err("no content for a config");
+    let keys: Vec<_> = error
+        .errors()
+        .map(|d| d.key.as_deref().unwrap().to_owned())
+        .collect();
+    assert_eq!(keys, ["configs.*.external", "secrets.*.external"]);
+    let text = LATER.replace("{conf: {external: true}}", "{conf: {content: c}}");
+    let text = text.replace("{key: {external: true}}", "{key: {environment: K}}");
+    let files = Files::new(&[("compose.yaml", &text)]);
+    let loaded = files.load_with(&options).expect("ignored");
+    let web = &loaded.spec.services["web"];
+    assert_eq!(web.namespaces.pid, kiln_model::spec::NamespaceMode::Private);
+    assert!(!loaded.spec.networks["shared"].external);
+    assert!(loaded.spec.volumes["nfs"].driver_opts.is_empty());
+    let noted = |key: &str| loaded.notes.iter().any(|n| n.key.as_deref() == Some(key));
+    assert!(noted("services.*.deploy.update_config.failure_action"));
+    assert!(noted("services.*.deploy.rollback_config"));
+}
+
+#[test]
+fn a_local_volume_that_binds_a_folder_is_a_bind_mount() {
+    let loaded = one(
+        "services: {a: {image: x, volumes: ['data:/d', {type: volume, source: data, target: /s, volume: {subpath: s}}]}}\nvolumes: {data: {driver: local, driver_opts: {type: none, o: 'bind,ro', device: /srv/d}}}",
+    );
+    let mounts = &loaded.spec.services["a"].mounts;
+    let bind = |path: &str| MountSource::Bind {
+        path: path.into(),
+        create: false,
+        propagation: None,
+    };
+    assert_eq!(mounts[0].source, bind("/srv/d"));
+    assert_eq!(mounts[1].source, bind("/srv/d/s"));
+    assert!(mounts.iter().all(|m| m.read_only));
+    assert!(loaded.spec.volumes.is_empty());
+}
+
+#[test]
+fn links_say_nothing_of_restarts() {
+    let loaded = one("services: {a: {image: x, links: [b]}, b: {image: y}}");
+    assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
 }

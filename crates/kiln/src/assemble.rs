@@ -135,7 +135,6 @@ impl<'a> Assembler<'a> {
 
     /// The whole release. `kiln.lock` is written when it has learned something.
     pub async fn release(&self, environment: &EnvironmentName) -> Result<Release, Failure> {
-        refuse_what_is_not_there(self.spec())?;
         let lock_path = self.spec().folder.join("kiln.lock");
         let mut lock = Lock::load(&lock_path).map_err(input)?;
         let result = self.services(&mut lock).await;
@@ -357,9 +356,8 @@ impl<'a> Assembler<'a> {
                 .get(name)
                 .map(|value| value.clone().into_bytes())
                 .ok_or_else(|| wrong(format!("the variable {name} is not set"))),
-            Some(FileSource::External(name)) => Err(wrong(format!(
-                "`{name}` is external: kiln has no store of named {what}s yet; use `file:`"
-            ))),
+            // The compose file was refused before, with the place.
+            Some(FileSource::External(_)) => Err(wrong("it is external".into())),
             Some(FileSource::File(path)) => {
                 let size = std::fs::metadata(path)
                     .map_err(|e| wrong(format!("{}: {e}", path.display())))?
@@ -573,33 +571,6 @@ impl<'a> Assembler<'a> {
             mounted_images,
             service,
         }
-    }
-}
-
-/// What the model carries and nothing carries out yet: better refused than ignored.
-fn refuse_what_is_not_there(spec: &Spec) -> Result<(), Failure> {
-    let refuse = |what: String| {
-        Err(
-            Failure::new(Kind::Input, format!("{what} is not there yet"))
-                .hint("take it out of the file"),
-        )
-    };
-    for (name, service) in &spec.services {
-        if !service.post_start.is_empty() {
-            return refuse(format!("service `{name}`: post_start"));
-        }
-        if !service.pre_stop.is_empty() {
-            return refuse(format!("service `{name}`: pre_stop"));
-        }
-    }
-    for (key, volume) in &spec.volumes {
-        if !volume.driver_opts.is_empty() {
-            return refuse(format!("volume `{key}`: driver_opts"));
-        }
-    }
-    match spec.networks.iter().find(|(_, network)| network.external) {
-        Some((key, _)) => refuse(format!("network `{key}`: external")),
-        None => Ok(()),
     }
 }
 

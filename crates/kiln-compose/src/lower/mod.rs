@@ -8,11 +8,12 @@ mod resources;
 mod security;
 mod service;
 mod storage;
+mod volume;
 
 use std::path::{Path, PathBuf};
 
 use kiln_model::spec::FileSource;
-use kiln_model::{Millis, ServiceName, Spec, VolumeName};
+use kiln_model::{Millis, ServiceName, Spec};
 
 use crate::diag::{Code, Diagnostic, Diagnostics, Severity};
 use crate::keys::{self, Support};
@@ -90,12 +91,13 @@ fn allow(diagnostic: &mut Diagnostic, allow_ignored: &[String]) {
     if diagnostic.severity != Severity::Error || diagnostic.code != Code::Unsupported {
         return;
     }
-    let chosen = allow_ignored.iter().any(|allowed| {
-        **key == **allowed
-            || key
-                .strip_suffix(allowed.as_str())
-                .is_some_and(|before| before.ends_with('.'))
-    });
+    let chosen = !keys::NEEDED.contains(&&**key)
+        && allow_ignored.iter().any(|allowed| {
+            **key == **allowed
+                || key
+                    .strip_suffix(allowed.as_str())
+                    .is_some_and(|before| before.ends_with('.'))
+        });
     if chosen {
         diagnostic.severity = Severity::Warning;
         diagnostic.message = format!("{} (ignored, as allowed)", diagnostic.message);
@@ -132,7 +134,7 @@ impl Lowering<'_> {
                     };
                     match support {
                         Support::Honoured => self.support(inner, next),
-                        _ if is_empty(inner) => {}
+                        _ if is_empty(inner) || inner.key.is_none() => {}
                         Support::Refused(hint) => self.refuse(&next, key, inner.key, hint),
                         Support::Note(why) => self.diagnostics.push(
                             Diagnostic::note(inner.key, format!("`{key}` has no effect: {why}"))
@@ -151,6 +153,11 @@ impl Lowering<'_> {
     }
 
     fn refuse(&mut self, pattern: &str, what: &str, span: Span, hint: &str) {
+        debug_assert!(
+            !matches!(keys::support(pattern), Some(Support::Honoured))
+                || keys::LIMITS.iter().any(|(key, _)| *key == pattern),
+            "{pattern} is refused, but the table doesn't say so"
+        );
         self.diagnostics.push(
             Diagnostic::error(
                 Code::Unsupported,
@@ -235,33 +242,6 @@ impl Lowering<'_> {
                 continue;
             };
             out.insert(key.to_owned(), source);
-        }
-        out
-    }
-
-    fn volumes(&mut self) -> std::collections::BTreeMap<String, kiln_model::spec::Volume> {
-        let mut out = std::collections::BTreeMap::new();
-        for (key, node) in self.project.section("volumes") {
-            if let Some(driver) = node.get("driver")
-                && !matches!(driver.as_str(), Some("local" | ""))
-            {
-                self.refuse_value("volumes.*.driver", driver, "kiln has local volumes only");
-            }
-            let name = node.get("name");
-            let text = name.and_then(Node::text).unwrap_or_else(|| key.to_owned());
-            let span = name.map_or(node.key, |node| node.span);
-            let Some(name) = self.id::<VolumeName>(&text, span) else {
-                continue;
-            };
-            out.insert(
-                key.to_owned(),
-                kiln_model::spec::Volume {
-                    name,
-                    external: node.get("external").and_then(Node::as_bool) == Some(true),
-                    driver_opts: self.pairs(node.get("driver_opts")),
-                    labels: self.pairs(node.get("labels")),
-                },
-            );
         }
         out
     }

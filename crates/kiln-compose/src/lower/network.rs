@@ -19,14 +19,14 @@ impl Lowering<'_> {
             let Some(name) = self.id::<NetworkName>(key, node.key) else {
                 continue;
             };
-            let external = flag(node, "external");
-            if !external {
+            if !flag(node, "external") {
                 self.network_values(node);
             }
             let (subnet, gateway) = self.ipam(node);
             let network = Network {
                 name: text(node, "name").unwrap_or_else(|| key.to_owned()),
-                external,
+                // Refused; where that is ignored, the network is the project's own.
+                external: false,
                 internal: flag(node, "internal"),
                 subnet,
                 gateway,

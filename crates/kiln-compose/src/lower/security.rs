@@ -82,23 +82,16 @@ impl Lowering<'_> {
             return NamespaceMode::Private;
         };
         match said.as_str().unwrap_or_default() {
-            // Any instance may let others join its IPC namespace: service:<name> asks for it.
             "" | "private" | "shareable" => NamespaceMode::Private,
             "host" => NamespaceMode::Host,
-            text => match text.strip_prefix("service:") {
-                Some(name) => match self.service_ref(name, said.span) {
-                    Some(name) => NamespaceMode::Service(name),
-                    None => NamespaceMode::Private,
-                },
-                None => {
-                    self.refuse_value(
-                        &format!("services.*.{key}"),
-                        said,
-                        "use host, private or service:<name>",
-                    );
-                    NamespaceMode::Private
+            text => {
+                if let Some(name) = text.strip_prefix("service:") {
+                    self.service_ref(name, said.span);
                 }
-            },
+                let hint = "instances share this with the host or with nobody: use host or private";
+                self.refuse_value(&format!("services.*.{key}"), said, hint);
+                NamespaceMode::Private
+            }
         }
     }
 }

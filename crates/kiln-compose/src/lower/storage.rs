@@ -52,11 +52,28 @@ impl Lowering<'_> {
 
     fn mount(&mut self, node: &Node) -> Option<Mount> {
         let target = self.target(node)?;
-        let source = self.mount_source(node)?;
+        let mut read_only = flag(node, "read_only");
+        let bound = match (
+            node.get("type").and_then(Node::as_str),
+            text(node, "source"),
+        ) {
+            (Some("volume"), Some(key)) => self.bound_volume(&key),
+            _ => None,
+        };
+        let source = match bound {
+            Some(bound) => {
+                read_only |= bound.read_only;
+                bound.source(
+                    node.get("volume")
+                        .and_then(|volume| text(volume, "subpath")),
+                )
+            }
+            None => self.mount_source(node)?,
+        };
         Some(Mount {
             source,
             target,
-            read_only: flag(node, "read_only"),
+            read_only,
             exec: self.mount_extension(node.get("x-kiln")),
         })
     }
