@@ -348,7 +348,10 @@ fn ports(node: &mut Node, diagnostics: &mut Diagnostics) {
         let text = item.text().unwrap_or_default();
         match short::ports(&text) {
             Ok(ports) => out.extend(ports.into_iter().map(|port| long_port(port, &item))),
-            Err(what) => diagnostics.error(Code::Schema, item.span, format!("ports: {what}")),
+            Err(what) => {
+                diagnostics.error(Code::Schema, item.span, format!("ports: {what}"));
+                out.push(item);
+            }
         }
     }
     *seq = out;

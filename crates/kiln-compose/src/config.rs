@@ -17,11 +17,23 @@ impl Project {
     /// compose file.
     pub fn config(&self, format: ConfigFormat) -> String {
         match format {
+            _ if self.raw => self.raw_config(format),
             ConfigFormat::Json => {
                 let json = self.config_json();
                 serde_json::to_string_pretty(&json).unwrap_or_else(|_| json.to_string())
             }
             ConfigFormat::Yaml => self.to_config_yaml(),
+        }
+    }
+
+    /// The tree with its `${…}`, keys sorted; dollars stay as they are.
+    fn raw_config(&self, format: ConfigFormat) -> String {
+        let json = output::sorted(output::to_json(&self.tree));
+        match format {
+            ConfigFormat::Json => {
+                serde_json::to_string_pretty(&json).unwrap_or_else(|_| json.to_string())
+            }
+            ConfigFormat::Yaml => output::to_yaml(&json),
         }
     }
 

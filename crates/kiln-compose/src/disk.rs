@@ -8,7 +8,7 @@ use crate::dotenv::{self, Variables};
 use crate::interpolate::Environment;
 use crate::load::{Loaded, load};
 use crate::paths;
-use crate::project::{LoadError, LoadOptions, Resolved, resolve};
+use crate::project::{LoadError, LoadOptions, Resolved, Skip, resolve};
 use crate::units;
 
 /// In order of preference.
@@ -44,6 +44,7 @@ pub struct DiskOptions {
     pub profiles: Vec<String>,
     pub services: Vec<String>,
     pub keep_env_files: bool,
+    pub skip: Skip,
     pub allow_ignored: Vec<String>,
     /// The caller's environment.
     pub environment: Environment,
@@ -140,6 +141,7 @@ pub fn prepare(options: &DiskOptions) -> Result<LoadOptions, LoadError> {
         profiles,
         services: options.services.clone(),
         keep_env_files: options.keep_env_files,
+        skip: options.skip,
         allow_ignored: options.allow_ignored.clone(),
     })
 }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use crate::canonical;
 use crate::diag::{Code, Diagnostic, did_you_mean};
-use crate::interpolate::{Environment, Interpolation};
+use crate::interpolate::Environment;
 use crate::merge;
 use crate::node::{Map, Node, Value};
 use crate::paths;
@@ -233,12 +233,7 @@ impl Extender<'_, '_> {
         let documents = self.session.documents(path, Some((Via::Extends, from)))?;
         let mut root = Node::map(Map::new(), Span::NONE);
         for mut document in documents {
-            Interpolation {
-                environment: self.environment,
-                diagnostics: &mut self.session.diagnostics,
-                warned: &mut self.session.warned,
-            }
-            .run(&mut document);
+            self.session.interpolate(&mut document, self.environment);
             merge::apply_tags(&mut root, &document);
             merge::strip_tags(&mut document);
             merge::merge(
@@ -249,7 +244,8 @@ impl Extender<'_, '_> {
             );
         }
         merge::unique(&mut root, &mut vec![]);
-        canonical::canonical(&mut root, &mut self.session.diagnostics);
+        self.session
+            .lenient(|diagnostics| canonical::canonical(&mut root, diagnostics));
         let folder = paths::parent(path);
         paths::resolve(
             &mut root,

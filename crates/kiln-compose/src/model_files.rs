@@ -10,7 +10,7 @@ use crate::defaults;
 use crate::diag::{Code, Diagnostic};
 use crate::extends::Extender;
 use crate::include;
-use crate::interpolate::{Environment, Interpolation};
+use crate::interpolate::Environment;
 use crate::merge;
 use crate::node::{Map, Node};
 use crate::paths;
@@ -50,13 +50,17 @@ pub(crate) fn load_model(
         }
     }
     defaults::set(&mut root);
-    check::tree(&root, &mut session.diagnostics);
-    let base = paths::Base {
-        folder: model.folder,
-        home: model.home(),
-    };
-    paths::resolve(&mut root, base);
-    defaults::list_environment(&mut root, model.environment);
+    session.lenient(|diagnostics| check::tree(&root, diagnostics));
+    if !session.skip.paths {
+        let base = paths::Base {
+            folder: model.folder,
+            home: model.home(),
+        };
+        paths::resolve(&mut root, base);
+    }
+    if !session.skip.interpolation {
+        defaults::list_environment(&mut root, model.environment);
+    }
     Some(root)
 }
 
@@ -78,12 +82,7 @@ fn add_document(
         );
         return;
     }
-    Interpolation {
-        environment: model.environment,
-        diagnostics: &mut session.diagnostics,
-        warned: &mut session.warned,
-    }
-    .run(&mut document);
+    session.interpolate(&mut document, model.environment);
     let mut chain = model.chain.clone();
     chain.push(path.to_owned());
     let here = Model {
@@ -107,9 +106,9 @@ fn add_document(
     }
     merge::merge(root, document, &mut vec![], &mut session.diagnostics);
     merge::unique(root, &mut vec![]);
-    schema::validate(root, &mut session.diagnostics);
+    session.lenient(|diagnostics| schema::validate(root, diagnostics));
     drop_version(root, session);
-    canonical(root, &mut session.diagnostics);
+    session.lenient(|diagnostics| canonical(root, diagnostics));
     merge::unique(root, &mut vec![]);
 }
 

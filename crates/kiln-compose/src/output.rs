@@ -21,6 +21,19 @@ pub fn to_json(node: &Node) -> Json {
     }
 }
 
+/// With the keys of every mapping in order.
+pub fn sorted(json: Json) -> Json {
+    match json {
+        Json::Object(map) => {
+            let mut entries: Vec<(String, Json)> = map.into_iter().collect();
+            entries.sort_by(|(a, _), (b, _)| a.cmp(b));
+            Json::Object(entries.into_iter().map(|(k, v)| (k, sorted(v))).collect())
+        }
+        Json::Array(list) => Json::Array(list.into_iter().map(sorted).collect()),
+        other => other,
+    }
+}
+
 /// Doubles every dollar sign, so that what is printed can be read as a compose file again.
 pub fn escape_dollars(json: &mut Json) {
     match json {

@@ -35,8 +35,23 @@ pub struct LoadOptions {
     pub services: Vec<String>,
     /// `--no-env-resolution`: leave `env_file` and `label_file` as they are.
     pub keep_env_files: bool,
+    pub skip: Skip,
     /// Keys kiln doesn't honour that are taken as a warning: `services.*.gpus` or just `gpus`.
     pub allow_ignored: Vec<String>,
+}
+
+/// Steps that may be left out for printing. Nothing but printing may be done with what
+/// comes of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Skip {
+    /// Leave `${…}` as they are, and with them profiles and env files.
+    pub interpolation: bool,
+    /// Leave out what compose fills in: default networks, names, dependencies.
+    pub normalization: bool,
+    /// Leave relative paths as they are.
+    pub paths: bool,
+    /// Leave names that nothing defines.
+    pub consistency: bool,
 }
 
 /// A project as compose would understand it.
@@ -50,6 +65,8 @@ pub struct Project {
     /// Services whose profile is not active.
     pub disabled: Map,
     pub environment: Environment,
+    /// `${…}` are still in it: see [`Skip::interpolation`].
+    pub raw: bool,
 }
 
 /// [`resolve`]'s result.
@@ -140,6 +157,7 @@ pub(crate) fn finish(
 
 /// `None`: nothing to go on with. A project that comes with errors is for finding more.
 pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Option<Project> {
+    session.skip = options.skip;
     let mut files = vec![];
     for path in &options.files {
         if let Some(documents) = session.documents(path, None) {
@@ -164,7 +182,9 @@ pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Op
             .error(Code::Schema, tree.span, "the compose file is empty");
         return None;
     }
-    defaults::normalize(&mut tree, &name, &environment);
+    if !options.skip.normalization {
+        defaults::normalize(&mut tree, &name, &environment);
+    }
     if let Some(map) = tree.as_map_mut() {
         map.insert("name".into(), Node::str(name.clone(), Span::NONE));
     }
@@ -174,9 +194,15 @@ pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Op
         tree,
         disabled: Map::new(),
         environment,
+        raw: options.skip.interpolation,
     };
+    if project.raw {
+        return Some(project);
+    }
     project.choose_profiles(options);
-    check::project(&project.tree, &project.disabled, &mut session.diagnostics);
+    if !options.skip.consistency {
+        check::project(&project.tree, &project.disabled, &mut session.diagnostics);
+    }
     project.choose_services(&options.services, session);
     project.scale();
     project.prune();
@@ -374,12 +400,13 @@ impl Project {
             return;
         }
         let environment = self.environment.clone();
+        let folder = self.folder.clone();
         for service in self.services_mut().into_iter().flat_map(Map::values_mut) {
             let Some(service) = service.as_map_mut() else {
                 continue;
             };
-            service_environment(service, &environment, session);
-            service_labels(service, session);
+            service_environment(service, &environment, &folder, session);
+            service_labels(service, &folder, session);
         }
     }
 
@@ -476,7 +503,12 @@ fn source(node: &Node) -> Option<String> {
 }
 
 /// Puts the variables of the service's env files below its own, and takes the files out.
-fn service_environment(service: &mut Map, outer: &Environment, session: &mut Session<'_>) {
+fn service_environment(
+    service: &mut Map,
+    outer: &Environment,
+    folder: &Path,
+    session: &mut Session<'_>,
+) {
     let own_node = service.get("environment").cloned();
     let span = own_node.as_ref().map_or(Span::NONE, |node| node.span);
     let own = match own_node.as_ref().map(values::key_values) {
@@ -495,7 +527,7 @@ fn service_environment(service: &mut Map, outer: &Environment, session: &mut Ses
     };
     let files = service.shift_remove("env_file");
     for file in files.iter().filter_map(Node::as_seq).flatten() {
-        read_env_file(file, &lookup, &mut variables, session);
+        read_env_file(file, folder, &lookup, &mut variables, session);
     }
     if files.is_none() && own_node.is_none() {
         return;
@@ -515,6 +547,7 @@ fn service_environment(service: &mut Map, outer: &Environment, session: &mut Ses
 
 fn read_env_file(
     file: &Node,
+    folder: &Path,
     lookup: &dyn Fn(&str) -> Option<String>,
     variables: &mut Variables,
     session: &mut Session<'_>,
@@ -524,10 +557,12 @@ fn read_env_file(
     let required = file
         .get("required")
         .is_none_or(|node| values::boolean(node).unwrap_or(true));
+    // Absolute already, unless paths are printed as they are.
+    let at = folder.join(&text);
     let bytes = if required {
-        session.read(Path::new(&text), path.span, "the env file")
+        session.read(&at, path.span, "the env file")
     } else {
-        session.read_optional(Path::new(&text), path.span, "the env file")
+        session.read_optional(&at, path.span, "the env file")
     };
     let Some(bytes) = bytes else { return };
     let format = file.get("format").and_then(Node::text).unwrap_or_default();
@@ -554,14 +589,14 @@ fn read_env_file(
 }
 
 /// Puts the labels of the service's label files below its own.
-fn service_labels(service: &mut Map, session: &mut Session<'_>) {
+fn service_labels(service: &mut Map, folder: &Path, session: &mut Session<'_>) {
     let Some(files) = service.shift_remove("label_file") else {
         return;
     };
     let mut labels = Variables::new();
     for file in files.as_seq().unwrap_or_default() {
         let path = file.text().unwrap_or_default();
-        let Some(bytes) = session.read(Path::new(&path), file.span, "the label file") else {
+        let Some(bytes) = session.read(&folder.join(&path), file.span, "the label file") else {
             continue;
         };
         // What an earlier file says comes before this one's own.

@@ -5,7 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::diag::{Code, Diagnostics};
+use crate::interpolate::{Environment, Interpolation};
 use crate::node::Node;
+use crate::project::Skip;
 use crate::span::{Source, Sources, Span, Via};
 use crate::yaml;
 
@@ -36,6 +38,7 @@ pub(crate) struct Session<'a> {
     pub warned: BTreeSet<String>,
     /// Everything that was read and exists.
     pub files_read: Vec<PathBuf>,
+    pub skip: Skip,
     opened: usize,
     nodes: usize,
     /// A bound was reached and told; what follows is not worth doing.
@@ -50,6 +53,7 @@ impl<'a> Session<'a> {
             diagnostics: Diagnostics::default(),
             warned: BTreeSet::new(),
             files_read: vec![],
+            skip: Skip::default(),
             opened: 0,
             nodes: 0,
             exhausted: false,
@@ -133,6 +137,35 @@ impl<'a> Session<'a> {
             Err(diagnostic) => {
                 self.diagnostics.push(diagnostic);
                 None
+            }
+        }
+    }
+
+    /// Fills variables in, unless they are to stay.
+    pub fn interpolate(&mut self, document: &mut Node, environment: &Environment) {
+        if self.skip.interpolation {
+            return;
+        }
+        Interpolation {
+            environment,
+            diagnostics: &mut self.diagnostics,
+            warned: &mut self.warned,
+        }
+        .run(document);
+    }
+
+    /// Runs a check or change. Where variables stay, what it says about them is no error:
+    /// `${PORT}:80` may well be a port.
+    pub fn lenient(&mut self, check: impl FnOnce(&mut Diagnostics)) {
+        if !self.skip.interpolation {
+            return check(&mut self.diagnostics);
+        }
+        let mut found = Diagnostics::default();
+        check(&mut found);
+        for diagnostic in found.into_list() {
+            let text = self.sources.text(diagnostic.span);
+            if !text.is_some_and(|text| text.contains('$')) {
+                self.diagnostics.push(diagnostic);
             }
         }
     }

@@ -77,6 +77,12 @@ impl Sources {
         self.files.iter().map(|f| f.path.as_path())
     }
 
+    /// What stands there.
+    pub fn text(&self, span: Span) -> Option<&str> {
+        let range = usize::try_from(span.start).ok()?..usize::try_from(span.end).ok()?;
+        self.get(span.file)?.text.get(range)
+    }
+
     /// `None` for [`Span::NONE`].
     pub fn place(&self, span: Span) -> Option<Place> {
         let source = self.get(span.file)?;

@@ -171,17 +171,85 @@ fn closing(text: &str) -> Option<usize> {
     text.rfind('}')
 }
 
-/// The names of all variables a template uses, in order, with those of nested defaults.
-pub fn variables(template: &str) -> Vec<String> {
-    let names = std::cell::RefCell::new(vec![]);
-    let lookup = |name: &str| {
-        names.borrow_mut().push(name.to_owned());
-        None
-    };
-    let mut unset = vec![];
-    // A required variable ends the walk early, which is enough for a listing.
-    let _ = substitute(template, &lookup, &mut unset);
-    names.into_inner()
+/// A variable as a template asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    pub name: String,
+    /// `?`: without a value it is an error.
+    pub required: bool,
+    /// What follows `-`; empty where nothing does.
+    pub default: String,
+    /// What follows `+`.
+    pub alternate: String,
+}
+
+/// All variables a template asks for, in order, with those in their defaults. Those deeper
+/// than [`MAX_NESTING`], and what is no template, are left out.
+pub fn variables(template: &str) -> Vec<Variable> {
+    let mut out = vec![];
+    collect(template, 0, &mut out);
+    out
+}
+
+fn collect(template: &str, depth: usize, out: &mut Vec<Variable>) {
+    if depth > MAX_NESTING {
+        return;
+    }
+    let mut rest = template;
+    while let Some(at) = rest.find('$') {
+        let after = &rest[at + 1..];
+        rest = if let Some(after) = after.strip_prefix('$') {
+            after
+        } else if let Some(text) = after.strip_prefix('{') {
+            let Some(rest) = collect_braced(text, depth, out) else {
+                return;
+            };
+            rest
+        } else {
+            let name = name_of(after);
+            if !name.is_empty() {
+                out.push(variable(name));
+            }
+            &after[name.len()..]
+        };
+    }
+}
+
+fn variable(name: &str) -> Variable {
+    Variable {
+        name: name.to_owned(),
+        required: false,
+        default: String::new(),
+        alternate: String::new(),
+    }
+}
+
+/// `text` follows `${`; returns what follows the closing brace. `None`: not a template.
+fn collect_braced<'t>(text: &'t str, depth: usize, out: &mut Vec<Variable>) -> Option<&'t str> {
+    let name = name_of(text);
+    let after = &text[name.len()..];
+    if name.is_empty() {
+        return None;
+    }
+    let mut found = variable(name);
+    if let Some(rest) = after.strip_prefix('}') {
+        out.push(found);
+        return Some(rest);
+    }
+    let operator = after.strip_prefix(':').unwrap_or(after);
+    let end = closing(operator)?;
+    let word = operator.get(1..end)?;
+    match operator.as_bytes().first() {
+        Some(b'-') => found.default = word.to_owned(),
+        Some(b'+') => found.alternate = word.to_owned(),
+        Some(b'?') => found.required = true,
+        _ => return None,
+    }
+    out.push(found);
+    if operator.as_bytes().first() != Some(&b'?') {
+        collect(word, depth + 1, out);
+    }
+    operator.get(end + 1..)
 }
 
 #[cfg(test)]
@@ -260,7 +328,26 @@ mod tests {
     }
 
     #[test]
-    fn names_are_listed() {
-        assert_eq!(variables("${N:-$A} ${B2?x}"), ["N", "A", "B2"]);
+    fn variables_are_listed_as_they_are_asked_for() {
+        let found = variables("${N:-$A} ${B2?x} ${Y:+alt${Z-zz}} $$no ${é");
+        let shown: Vec<_> = found
+            .iter()
+            .map(|v| {
+                let (default, alternate) = (v.default.as_str(), v.alternate.as_str());
+                (v.name.as_str(), v.required, default, alternate)
+            })
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                ("N", false, "$A", ""),
+                ("A", false, "", ""),
+                ("B2", true, "", ""),
+                ("Y", false, "", "alt${Z-zz}"),
+                ("Z", false, "zz", ""),
+            ]
+        );
+        let deep = format!("{}x{}", "${N:-".repeat(500), "}".repeat(500));
+        assert_eq!(variables(&deep).len(), MAX_NESTING + 1);
     }
 }

@@ -80,9 +80,19 @@ pub enum Command {
     Proxy,
 }
 
-/// Which project, and how it is read.
+/// Which project, and which environment.
 #[derive(Args, Debug, Clone)]
 pub struct ProjectArgs {
+    #[command(flatten)]
+    pub read: ReadArgs,
+    /// The environment to act on (default: the project's name)
+    #[arg(short, long, env = "KILN_ENVIRONMENT")]
+    pub environment: Option<String>,
+}
+
+/// Which project, and how it is read.
+#[derive(Args, Debug, Clone, Default)]
+pub struct ReadArgs {
     /// The project's folder, or its compose file
     #[arg(default_value = ".")]
     pub project: PathBuf,
@@ -92,9 +102,6 @@ pub struct ProjectArgs {
     /// The project's name
     #[arg(short, long, env = "COMPOSE_PROJECT_NAME")]
     pub project_name: Option<String>,
-    /// The environment to act on (default: the project's name)
-    #[arg(short, long, env = "KILN_ENVIRONMENT")]
-    pub environment: Option<String>,
     /// Enable a profile
     #[arg(long, value_name = "PROFILE")]
     pub profile: Vec<String>,
@@ -243,9 +250,41 @@ pub struct AtArgs {
 #[derive(Args, Debug)]
 pub struct ConfigArgs {
     #[command(flatten)]
-    pub project: ProjectArgs,
+    pub project: ReadArgs,
+    /// Only these services, and what they depend on
+    #[arg(value_name = "SERVICE")]
+    pub only: Vec<String>,
     #[arg(long, value_enum, default_value_t = ConfigFormat::Yaml)]
     pub format: ConfigFormat,
+    #[command(flatten)]
+    pub select: SelectArgs,
+    /// Write to this file instead of printing
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Leave env_file keys as they are
+    #[arg(long)]
+    pub no_env_resolution: bool,
+    /// Leave variables as they are
+    #[arg(long)]
+    pub no_interpolate: bool,
+    /// Leave out what is filled in: default networks, names, dependencies
+    #[arg(long)]
+    pub no_normalize: bool,
+    /// Leave relative paths as they are
+    #[arg(long)]
+    pub no_path_resolution: bool,
+    /// Do not check that what is referred to exists
+    #[arg(long)]
+    pub no_consistency: bool,
+    /// Pin images to the digests of kiln.lock
+    #[arg(long)]
+    pub resolve_image_digests: bool,
+}
+
+/// What to print instead of the whole model; one of them.
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+pub struct SelectArgs {
     /// Only the services' names
     #[arg(long)]
     pub services: bool,
@@ -255,9 +294,30 @@ pub struct ConfigArgs {
     /// Only the volumes' names
     #[arg(long)]
     pub volumes: bool,
-    /// Leave env_file keys as they are
+    /// Only the networks' names
     #[arg(long)]
-    pub no_env_resolution: bool,
+    pub networks: bool,
+    /// Only the language models' names
+    #[arg(long)]
+    pub models: bool,
+    /// Only the profiles' names
+    #[arg(long)]
+    pub profiles: bool,
+    /// A hash of each of these services' configuration (`a,b`, or `*`)
+    #[arg(long, value_name = "SERVICES")]
+    pub hash: Option<String>,
+    /// The variables that the files are read with
+    #[arg(long)]
+    pub environment: bool,
+    /// The variables that the files ask for
+    #[arg(long)]
+    pub variables: bool,
+    /// An override file that pins images to the digests of kiln.lock
+    #[arg(long)]
+    pub lock_image_digests: bool,
+    /// Print nothing; only say what is wrong
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

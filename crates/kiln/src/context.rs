@@ -15,7 +15,7 @@ use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
 use kiln_trust::{AuditLog, AuditSink, Fact};
 
-use crate::cli::{AtArgs, Cli, ProjectArgs};
+use crate::cli::{AtArgs, Cli, ProjectArgs, ReadArgs};
 use crate::failure::{Failure, Kind, machine};
 use crate::project;
 
@@ -170,13 +170,11 @@ impl ProjectArgs {
     /// The project in the present folder.
     pub fn here() -> Self {
         Self {
-            project: ".".into(),
-            files: vec![],
-            project_name: None,
+            read: ReadArgs {
+                project: ".".into(),
+                ..ReadArgs::default()
+            },
             environment: None,
-            profile: vec![],
-            env_file: vec![],
-            allow_ignored: vec![],
         }
     }
 }

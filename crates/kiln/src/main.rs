@@ -3,6 +3,7 @@
 
 mod assemble;
 mod cli;
+mod config;
 mod context;
 mod failure;
 mod machine;
@@ -83,7 +84,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Images => ops::images(context)?,
         Command::Gc(args) => ops::gc(context, args).await?,
         Command::Fsck(args) => ops::fsck(context, args)?,
-        Command::Config(args) => ops::config(context, args).await?,
+        Command::Config(args) => config::config(context, args).await?,
         Command::Daemon(args) => machine::daemon(context, &args.command).await?,
         Command::Doctor => machine::doctor(context)?,
         Command::Completion { shell } => machine::completion(*shell),

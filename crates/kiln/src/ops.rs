@@ -1,4 +1,4 @@
-//! `logs`, `exec`, `images`, `gc`, `fsck`, `config`: around instances and the store.
+//! `logs`, `exec`, `images`, `gc`, `fsck`: around instances and the store.
 
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
@@ -13,11 +13,11 @@ use kiln_model::{Digest, EnvironmentName, InstanceId};
 use kiln_runtime::log::{Reader, Record, Stream};
 use kiln_runtime::{ExecIo, ExecSpec};
 
-use crate::cli::{ConfigArgs, ConfigFormat, ExecArgs, FsckArgs, GcArgs, LogsArgs};
+use crate::cli::{ExecArgs, FsckArgs, GcArgs, LogsArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
+use crate::output;
 use crate::progress::human_bytes;
-use crate::{output, project};
 
 /// Between looks for new lines and new instances.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -313,68 +313,4 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
         true => failure.hint("what was damaged is moved aside; kiln up fetches or builds it anew"),
         false => failure.hint("kiln fsck --repair moves it aside"),
     })
-}
-
-pub async fn config(context: &Context, args: &ConfigArgs) -> Result<(), Failure> {
-    let options = kiln_compose::disk::DiskOptions {
-        keep_env_files: args.no_env_resolution,
-        ..project::options(&args.project)
-    };
-    let loaded = kiln_compose::disk::load_from_disk(&options).map_err(|e| project::failure(&e))?;
-    let spec = &loaded.spec;
-    if args.services {
-        spec.services.keys().for_each(|name| println!("{name}"));
-        return Ok(());
-    }
-    if args.images {
-        for (name, service) in &spec.services {
-            match &service.image {
-                kiln_model::spec::ImageSource::Reference(reference) => println!("{reference}"),
-                kiln_model::spec::ImageSource::Build { tag: Some(tag), .. } => println!("{tag}"),
-                kiln_model::spec::ImageSource::Build { .. } => {
-                    println!("{}-{name}", spec.project);
-                }
-            }
-        }
-        return Ok(());
-    }
-    if args.volumes {
-        spec.volumes.keys().for_each(|name| println!("{name}"));
-        return Ok(());
-    }
-    let format = match args.format {
-        ConfigFormat::Json => kiln_compose::ConfigFormat::Json,
-        ConfigFormat::Yaml if context.json => kiln_compose::ConfigFormat::Json,
-        ConfigFormat::Yaml => kiln_compose::ConfigFormat::Yaml,
-    };
-    println!("{}", loaded.config(format).trim_end());
-    print_write_sets(context, &loaded, format).await
-}
-
-/// What the isolated tests have learned, as comments behind the YAML.
-async fn print_write_sets(
-    context: &Context,
-    loaded: &kiln_compose::Loaded,
-    format: kiln_compose::ConfigFormat,
-) -> Result<(), Failure> {
-    if format == kiln_compose::ConfigFormat::Json {
-        return Ok(());
-    }
-    let Ok(environment) = loaded.spec.project.as_str().parse::<EnvironmentName>() else {
-        return Ok(());
-    };
-    // Before the first release, or without a daemon, nothing has been learned yet.
-    let Ok(status) = context.client.status(&environment).await else {
-        return Ok(());
-    };
-    let Some(number) = status.goal else {
-        return Ok(());
-    };
-    let release = context.client.release(&environment, number).await?;
-    println!("# scratch (learned in the isolated test, release {number}):");
-    for (name, service) in &release.services {
-        let paths: Vec<&str> = service.scratch.iter().map(|s| s.path.as_str()).collect();
-        println!("#   {name}: {}", paths.join(" "));
-    }
-    Ok(())
 }

@@ -3,17 +3,17 @@
 use kiln_compose::disk::{DiskOptions, load_from_disk};
 use kiln_compose::{Diagnostic, LoadError, Loaded, RenderOptions, Sources, render};
 
-use crate::cli::ProjectArgs;
+use crate::cli::{ProjectArgs, ReadArgs};
 use crate::failure::{Failure, Kind};
 
 /// Notes and warnings are printed; errors stop, all of them shown.
 pub fn load(args: &ProjectArgs) -> Result<Loaded, Failure> {
-    let loaded = load_from_disk(&options(args)).map_err(|e| failure(&e))?;
+    let loaded = load_from_disk(&options(&args.read)).map_err(|e| failure(&e))?;
     print_notes(&loaded.notes, &loaded.sources);
     Ok(loaded)
 }
 
-pub fn options(args: &ProjectArgs) -> DiskOptions {
+pub fn options(args: &ReadArgs) -> DiskOptions {
     DiskOptions {
         files: args.files.clone(),
         project_name: args.project_name.clone(),
@@ -33,7 +33,7 @@ pub fn failure(error: &LoadError) -> Failure {
     Failure::new(Kind::Input, text.join("\n"))
 }
 
-fn print_notes(notes: &[Diagnostic], sources: &Sources) {
+pub fn print_notes(notes: &[Diagnostic], sources: &Sources) {
     for note in notes {
         eprintln!("{}", kiln_compose::one_line(note, sources));
     }
