@@ -247,13 +247,13 @@ impl Extender<'_, '_> {
         self.session
             .lenient(|diagnostics| canonical::canonical(&mut root, diagnostics));
         let folder = paths::parent(path);
-        paths::resolve(
-            &mut root,
-            paths::Base {
+        if !self.session.skip.paths || folder != self.folder {
+            let base = paths::Base {
                 folder: &folder,
                 home: self.home,
-            },
-        );
+            };
+            paths::resolve(&mut root, base);
+        }
         match root
             .as_map_mut()
             .and_then(|map| map.shift_remove("services"))

@@ -51,7 +51,8 @@ pub(crate) fn load_model(
     }
     defaults::set(&mut root);
     session.lenient(|diagnostics| check::tree(&root, diagnostics));
-    if !session.skip.paths {
+    // Paths of an included project only mean something to itself.
+    if !session.skip.paths || !model.chain.is_empty() {
         let base = paths::Base {
             folder: model.folder,
             home: model.home(),

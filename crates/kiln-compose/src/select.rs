@@ -32,7 +32,6 @@ pub fn keys(project: &Project, section: &str) -> Vec<String> {
 pub fn images(project: &Project) -> BTreeMap<String, String> {
     project
         .services()
-        .filter(|(_, service)| service.get("provider").is_none())
         .map(|(name, service)| {
             let said = service.get("image").and_then(Node::text);
             let image = said.filter(|image| !image.is_empty());

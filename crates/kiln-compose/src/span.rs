@@ -83,6 +83,14 @@ impl Sources {
         self.get(span.file)?.text.get(range)
     }
 
+    /// The place after its last character. `None` for [`Span::NONE`].
+    pub fn end(&self, span: Span) -> Option<Place> {
+        self.place(Span {
+            start: span.end,
+            ..span
+        })
+    }
+
     /// `None` for [`Span::NONE`].
     pub fn place(&self, span: Span) -> Option<Place> {
         let source = self.get(span.file)?;

@@ -59,6 +59,17 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Print the project as kiln understands it
     Config(ConfigArgs),
+    /// Say what is wrong with a project, or hurts immutability
+    ///
+    /// Exit code 0: nothing at or above --fail-on; 3: something. Errors of the files
+    /// themselves always count.
+    Check(CheckArgs),
+    /// Make a project of a folder: write compose.yaml, or say what to change in the one there
+    ///
+    /// A folder without a compose file gets one, and a Containerfile if it has none. A file
+    /// that is there is never overwritten; with --write, the changes shown are made in the
+    /// compose files.
+    Init(InitArgs),
     /// Write kiln.lock, or move what it pins
     Lock(LockArgs),
     /// Run or control the daemon
@@ -318,6 +329,51 @@ pub struct SelectArgs {
     /// Print nothing; only say what is wrong
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub project: ReadArgs,
+    /// How to say it
+    #[arg(long, value_enum, default_value_t = CheckFormat::Text)]
+    pub format: CheckFormat,
+    /// The least severity that makes the exit code 3
+    #[arg(long, value_enum, default_value_t = FailOn::Warning)]
+    pub fail_on: FailOn,
+    /// Leave this rule out
+    #[arg(long, value_name = "RULE")]
+    pub skip: Vec<String>,
+    /// List the rules and end
+    #[arg(long)]
+    pub rules: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckFormat {
+    /// With the source text, for people
+    Text,
+    /// Annotations of GitHub Actions
+    Github,
+    /// SARIF 2.1.0, for code scanners
+    Sarif,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailOn {
+    Error,
+    Warning,
+    Note,
+}
+
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// The folder
+    #[arg(default_value = ".")]
+    pub folder: PathBuf,
+    /// Make the changes that are shown
+    #[arg(long)]
+    pub write: bool,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

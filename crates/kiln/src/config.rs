@@ -6,7 +6,7 @@ use kiln_build::lock::Lock;
 use kiln_compose::disk::{DiskOptions, resolve_from_disk};
 use kiln_compose::node::Node;
 use kiln_compose::template::Variable;
-use kiln_compose::{ConfigFormat as Format, Project, Skip, select};
+use kiln_compose::{ConfigFormat as Format, Project, Skip, lint, select};
 use kiln_model::EnvironmentName;
 use kiln_oci::reference::Reference;
 
@@ -195,7 +195,7 @@ fn pinned(project: &Project) -> Result<BTreeMap<String, String>, Failure> {
         let Some(image) = node.get("image").and_then(Node::text) else {
             continue;
         };
-        if node.get("build").is_some() || is_local(project, &image) {
+        if node.get("build").is_some() || lint::is_local(project, &image) {
             continue;
         }
         let reference: Reference = image
@@ -215,13 +215,6 @@ fn pinned(project: &Project) -> Result<BTreeMap<String, String>, Failure> {
         out.insert(service.to_owned(), format!("{reference}@{digest}"));
     }
     Ok(out)
-}
-
-/// Bases that kiln composes, layouts and archives have no registry's digest.
-fn is_local(project: &Project, image: &str) -> bool {
-    image.starts_with("oci:")
-        || image.starts_with("docker-archive:")
-        || project.tree.at(&["x-kiln", "bases", image]).is_some()
 }
 
 fn set_image(project: &mut Project, service: &str, image: String) {

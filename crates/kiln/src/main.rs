@@ -2,15 +2,18 @@
 //! is in the other crates.
 
 mod assemble;
+mod check;
 mod cli;
 mod config;
 mod context;
 mod failure;
+mod init;
 mod machine;
 mod ops;
 mod output;
 mod progress;
 mod project;
+mod report;
 mod rollout;
 mod see;
 mod up;
@@ -84,6 +87,8 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Images => ops::images(context)?,
         Command::Gc(args) => ops::gc(context, args).await?,
         Command::Fsck(args) => ops::fsck(context, args)?,
+        Command::Check(args) => check::check(context, args)?,
+        Command::Init(args) => init::init(args)?,
         Command::Config(args) => config::config(context, args).await?,
         Command::Daemon(args) => machine::daemon(context, &args.command).await?,
         Command::Doctor => machine::doctor(context)?,
