@@ -233,19 +233,8 @@ fn only_what_is_needed_is_built_and_read() {
 
 /// A context with Debian's static busybox, and a Containerfile's first lines with it.
 fn busybox() -> (tempfile::TempDir, String) {
-    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox");
-    let program = kept.join("bin/busybox");
-    if !program.exists() {
-        fs::create_dir_all(&kept).unwrap();
-        let script = "apt-get download busybox-static >&2 && dpkg-deb -x busybox-static_*.deb .";
-        let mut fetch = Command::new("sh");
-        fetch.args(["-c", script]).current_dir(&kept);
-        assert!(fetch.status().unwrap().success());
-        if !program.exists() {
-            fs::create_dir_all(program.parent().unwrap()).unwrap();
-            fs::copy(kept.join("usr/bin/busybox"), &program).unwrap();
-        }
-    }
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let program = kiln_testkit::busybox::busybox(kept).unwrap();
     let folder = context(&[("f", "from context")]);
     fs::copy(program, folder.path().join("busybox")).unwrap();
     let busybox = folder.path().join("busybox");

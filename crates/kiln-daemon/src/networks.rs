@@ -124,7 +124,12 @@ impl Networks {
     /// At most 15 bytes: `kn`, the root's tag, and a hash of whose network it is.
     fn bridge_name(&self, environment: &EnvironmentName, key: &NetworkName) -> String {
         let hash = Digest::of(format!("{environment}/{key}")).hex();
-        format!("kn{}{}", self.tag, hash.get(..6).unwrap_or_default())
+        format!(
+            "{}{}{}",
+            net::BRIDGE_PREFIX,
+            self.tag,
+            hash.get(..6).unwrap_or_default()
+        )
     }
 
     /// Makes an environment's networks stand, and the firewall fit them.
@@ -135,7 +140,15 @@ impl Networks {
         catch_all_port: u16,
     ) -> Result<(), String> {
         for network in &networks {
-            net::ensure_bridge(network).map_err(|e| e.to_string())?;
+            for note in net::ensure_bridge(network)
+                .map_err(|e| e.to_string())?
+                .notes
+            {
+                tracing::warn!(network = %network.name, note);
+            }
+        }
+        for table in net::remove_stale_tables().map_err(|e| e.to_string())? {
+            tracing::info!(table, "removed the firewall table of a root that is gone");
         }
         let mut standing = self.standing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = standing
@@ -167,7 +180,7 @@ impl Networks {
     ) -> Result<(), String> {
         let networks = standing.values().flatten().cloned().collect();
         net::Firewall {
-            table: format!("kiln-{}", self.tag),
+            table: format!("{}{}", net::TABLE_PREFIX, self.tag),
             networks,
             catch_all_port,
         }

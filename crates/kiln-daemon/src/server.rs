@@ -58,6 +58,11 @@ pub fn socket_path(root: &Path) -> PathBuf {
     root.join("run/kiln.sock")
 }
 
+/// Locked as long as a daemon runs on the root; holds its pid.
+pub fn lock_path(root: &Path) -> PathBuf {
+    root.join("run/daemon.lock")
+}
+
 /// Runs until SIGTERM, SIGINT or a call to shut down. Services go on.
 pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let root = config.root.clone();
@@ -95,7 +100,7 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
 
 /// One daemon per root; the lock goes with the process, however it ends.
 fn lock(root: &Path) -> Result<File, DaemonError> {
-    let path = root.join("run/daemon.lock");
+    let path = lock_path(root);
     let io = |source| DaemonError::Io {
         what: "locking",
         path: path.clone(),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kiln_model::InstanceId;
+use kiln_model::instance::InstanceNetwork;
 use rustix::mount::UnmountFlags;
 
 use crate::cgroup::{Cgroup, Layout};
@@ -72,6 +73,7 @@ impl Runtime {
             )));
         }
         cgroup.remove().map_err(fail(paths.dir()))?;
+        self.detach(id).map_err(fail(&paths.netns()))?;
         net::delete_netns(&paths.netns()).map_err(|e| fail(&paths.netns())(io::Error::other(e)))?;
         // Never there by our doing (mounts are the shim's own), but a mount below a
         // folder about to be emptied would take the host's files with it.
@@ -89,6 +91,18 @@ impl Runtime {
             }
         }
         Ok(())
+    }
+
+    /// Takes the interfaces away now: the kernel takes a namespace's apart some time
+    /// after its last process, and until then the bridge has the port and the address.
+    fn detach(&self, id: &InstanceId) -> io::Result<()> {
+        let Some(InstanceNetwork::Bridged(interfaces)) = self.spec(id).map(|s| s.network) else {
+            return Ok(());
+        };
+        let netns = self.paths(id).netns();
+        interfaces
+            .iter()
+            .try_for_each(|interface| net::detach(&netns, interface).map_err(io::Error::other))
     }
 }
 

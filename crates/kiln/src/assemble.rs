@@ -1,6 +1,8 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod prove;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -11,28 +13,23 @@ use kiln_build::build::{BuildRequest, Builder, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
 use kiln_build::resolve::Resolver;
-use kiln_build::test::{Outcome, TestFailure, TestRequest, Tester, Verdict};
+use kiln_build::test::{TestRequest, Tester, Verdict};
 use kiln_compose::Loaded;
-use kiln_model::instance::{InstanceMount, InstanceMountSource, InstanceNetwork, Scratch};
+use kiln_model::instance::{InstanceNetwork, Scratch};
 use kiln_model::progress::Finish;
 use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::{
     FileKind, FileSource, FileVersion, ImageSource, MountSource, Protocol, PullPolicy, Service,
     Spec,
 };
-use kiln_model::{Digest, EnvironmentName, Millis, Progress, ProgressEvent, Release, ServiceName};
+use kiln_model::{Digest, EnvironmentName, Progress, ProgressEvent, Release, ServiceName};
 use kiln_oci::{BlobWrite, registry};
-use kiln_plan::process;
 use kiln_store::{Image, Store};
 use kiln_trust::SecretStore;
 
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
 
-/// How long a service must stay up in its test; how long a job may take.
-const SETTLE: Millis = Millis(1500);
-const JOB_LIMIT: Millis = Millis(60_000);
-const TEST_GRACE: Millis = Millis(500);
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
 /// Largest config, as in Docker Swarm and Kubernetes' order of size.
@@ -55,6 +52,16 @@ pub struct Assembler<'a> {
 struct Found {
     image: Image,
     verdict: Verdict,
+}
+
+/// A service whose image is there, to be tested.
+struct Candidate<'a> {
+    name: ServiceName,
+    service: &'a Service,
+    image: Image,
+    files: BTreeMap<String, FileVersion>,
+    mounted_images: BTreeMap<String, Digest>,
+    request: TestRequest,
 }
 
 impl<'a> Assembler<'a> {
@@ -200,19 +207,31 @@ impl<'a> Assembler<'a> {
                 .ok_or_else(|| machine(format!("the image {digest} left the store")))?;
             images.insert(name.clone(), image);
         }
-        let mut released = BTreeMap::new();
+        let mut candidates = Vec::new();
         for (name, image) in images {
             let Some(service) = self.spec().services.get(&name) else {
                 continue;
             };
             let files = self.files(service)?;
-            let mounted_images = self.mounted_images(service, lock).await?;
-            let verdict = self.test(&name, service, &image, &files)?;
-            let found = Found { image, verdict };
-            let one = self.released(&name, service, found, files, mounted_images);
-            released.insert(name, one);
+            candidates.push(Candidate {
+                mounted_images: self.mounted_images(service, lock).await?,
+                request: self.test_request(&name, service, &image, &files)?,
+                name,
+                service,
+                image,
+                files,
+            });
         }
-        Ok(released)
+        let verdicts = self.test_all(&candidates)?;
+        let released = candidates.into_iter().zip(verdicts).map(|(c, verdict)| {
+            let found = Found {
+                image: c.image,
+                verdict,
+            };
+            let one = self.released(&c.name, c.service, found, c.files, c.mounted_images);
+            (c.name, one)
+        });
+        Ok(released.collect())
     }
 
     async fn image_of(
@@ -370,167 +389,6 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    fn test(
-        &self,
-        name: &ServiceName,
-        service: &Service,
-        image: &Image,
-        files: &BTreeMap<String, FileVersion>,
-    ) -> Result<Verdict, Failure> {
-        let task = format!("test {name}");
-        let began = Instant::now();
-        let request = self.test_request(name, service, image, files)?;
-        if let Some(verdict) = self.tester.known(&request) {
-            let (how, took) = (Finish::Cached, began.elapsed().into());
-            self.progress
-                .event(ProgressEvent::Finished { task, how, took });
-            return Ok(verdict);
-        }
-        self.progress.event(ProgressEvent::Started {
-            task: task.clone(),
-            detail: "in isolation".into(),
-        });
-        let verdict = self.tester.test_image(&request, &self.cancel);
-        let how = match &verdict {
-            Ok(_) => Finish::Done,
-            Err(_) => Finish::Failed {
-                cause: "it did not prove itself".into(),
-            },
-        };
-        let took = began.elapsed().into();
-        self.progress.event(ProgressEvent::Finished {
-            task: task.clone(),
-            how,
-            took,
-        });
-        let subject = format!("{}/{name}", self.spec().project);
-        let digest = ("digest", image.manifest.to_string());
-        match &verdict {
-            Ok(verdict) => {
-                for text in &verdict.warnings {
-                    let warning = ProgressEvent::Warning {
-                        task: task.clone(),
-                        text: text.clone(),
-                    };
-                    self.progress.event(warning);
-                }
-                let outcome = match &verdict.outcome {
-                    Outcome::Passed => "passed".to_owned(),
-                    Outcome::Inconclusive(why) => format!("inconclusive: {why}"),
-                };
-                self.context
-                    .record("test", &subject, &[digest, ("verdict", outcome)])?;
-            }
-            Err(error) => {
-                let cause = error
-                    .to_string()
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_owned();
-                self.context
-                    .record("test", &subject, &[digest, ("failed", cause)])?;
-            }
-        }
-        verdict.map_err(|e| test_failure(&e))
-    }
-
-    fn test_request(
-        &self,
-        name: &ServiceName,
-        service: &Service,
-        image: &Image,
-        files: &BTreeMap<String, FileVersion>,
-    ) -> Result<TestRequest, Failure> {
-        let argv = process::command(service, &image.config);
-        if argv.is_empty() {
-            return Err(Failure::new(
-                Kind::Input,
-                format!("service `{name}`: neither its image nor the file says what to run"),
-            )
-            .hint("add `command:`"));
-        }
-        let spec = self.spec();
-        let completes = spec.services.values().any(|other| {
-            other
-                .depends_on
-                .get(name)
-                .is_some_and(|d| d.condition == kiln_model::spec::Condition::CompletedSuccessfully)
-        }) || service.mode == kiln_model::spec::ServiceMode::Job;
-        let mut mounts: Vec<InstanceMount> = service.mounts.iter().filter_map(stand_in).collect();
-        mounts.extend(self.file_mounts(service, files)?);
-        Ok(TestRequest {
-            name: name.to_string(),
-            image: image.manifest,
-            argv,
-            env: process::environment(service, &image.config, name.as_str()),
-            cwd: service
-                .process
-                .working_dir
-                .clone()
-                .or_else(|| Some(image.config.working_dir.clone()).filter(|d| !d.is_empty()))
-                .unwrap_or_else(|| "/".into()),
-            user: service
-                .process
-                .user
-                .clone()
-                .unwrap_or_else(|| image.config.user.clone()),
-            group_add: service.process.group_add.clone(),
-            stop_signal: service
-                .process
-                .stop_signal
-                .clone()
-                .or_else(|| image.config.stop_signal.clone())
-                .unwrap_or_else(|| "SIGTERM".into()),
-            // Nothing depends on how a test instance ends.
-            stop_grace: TEST_GRACE,
-            mounts,
-            volumes: image.config.volumes.clone(),
-            security: process::security(service),
-            limits: process::limits(&service.limits),
-            healthcheck: kiln_plan::merged_check(
-                &service.health,
-                image.config.healthcheck.as_ref(),
-            ),
-            shell: image.config.shell.clone(),
-            checks: service.kiln.test.clone(),
-            completes,
-            peers: spec.services.len() > 1,
-            hosts: peer_names(spec, name),
-            settle: if completes { JOB_LIMIT } else { SETTLE },
-        })
-    }
-
-    fn file_mounts(
-        &self,
-        service: &Service,
-        files: &BTreeMap<String, FileVersion>,
-    ) -> Result<Vec<InstanceMount>, Failure> {
-        let secrets = SecretStore::open(&self.context.root).map_err(machine)?;
-        let mounts = service.files.iter().filter_map(|file| {
-            let path = match files.get(&file.source)? {
-                FileVersion::Config(digest) => self.store.blob_path(digest),
-                FileVersion::Secret(id) => secrets.path(id),
-            };
-            let (uid, gid, mode) = (file.uid, file.gid, file.mode);
-            let secret = file.kind == FileKind::Secret;
-            Some(InstanceMount {
-                source: InstanceMountSource::File {
-                    path,
-                    uid,
-                    gid,
-                    mode,
-                    secret,
-                },
-                target: file.target.clone(),
-                read_only: true,
-                exec: false,
-                dev: false,
-            })
-        });
-        Ok(mounts.collect())
-    }
-
     fn released(
         &self,
         name: &ServiceName,
@@ -574,21 +432,6 @@ impl<'a> Assembler<'a> {
     }
 }
 
-/// The names of the other services. Programs like nginx won't start when a peer's name
-/// doesn't resolve; connecting is refused at once.
-fn peer_names(spec: &Spec, name: &ServiceName) -> Vec<(std::net::IpAddr, String)> {
-    let nobody = std::net::IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 2));
-    let mut names = BTreeSet::new();
-    for (other, service) in spec.services.iter().filter(|(other, _)| *other != name) {
-        names.insert(other.to_string());
-        names.extend(service.names.container_name.clone());
-        if let kiln_model::spec::NetworkMode::Networks(networks) = &service.network {
-            names.extend(networks.values().flat_map(|n| n.aliases.clone()));
-        }
-    }
-    names.into_iter().map(|name| (nobody, name)).collect()
-}
-
 /// What is learned, with what the file states; nothing below a mount of the file's.
 fn scratch(service: &Service, learned: Vec<Scratch>) -> Vec<Scratch> {
     let mut all: BTreeMap<String, Scratch> = BTreeMap::new();
@@ -611,33 +454,6 @@ fn scratch(service: &Service, learned: Vec<Scratch>) -> Vec<Scratch> {
             .any(|m| Path::new(path).starts_with(&m.target))
     };
     all.into_values().filter(|s| !mounted(&s.path)).collect()
-}
-
-/// Something harmless in place of what the test must not touch.
-fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
-    let source = match &mount.source {
-        MountSource::Bind { path, .. } if mount.read_only => InstanceMountSource::Bind {
-            path: path.clone(),
-            recursive: true,
-            propagation: None,
-        },
-        // What the program finds of a host's folder it would also write to.
-        MountSource::Bind { path, .. } if path.is_file() => return None,
-        MountSource::Image { .. } => return None,
-        _ => InstanceMountSource::Tmpfs {
-            size: None,
-            mode: Some(0o1777),
-            uid: None,
-            gid: None,
-        },
-    };
-    Some(InstanceMount {
-        source,
-        target: mount.target.clone(),
-        read_only: mount.read_only,
-        exec: mount.exec || mount.read_only,
-        dev: false,
-    })
 }
 
 /// Seconds; 0 unless the caller's SOURCE_DATE_EPOCH says otherwise.
@@ -703,11 +519,6 @@ fn build_failure(error: kiln_build::resolve::ResolveError) -> Failure {
 
 fn build_error(error: kiln_build::build::BuildError) -> Failure {
     Failure::new(Kind::Build, chain(&error))
-}
-
-fn test_failure(error: &TestFailure) -> Failure {
-    Failure::new(Kind::Test, chain(error))
-        .hint("nothing that runs was touched; fix the image, or the checks under x-kiln.test")
 }
 
 /// An error with its causes, each on its own line unless it is said already.

@@ -1,10 +1,13 @@
 //! `daemon`, `doctor`, `completion`, `man`: around this machine.
 
+use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use clap::CommandFactory;
-use kiln_daemon::DaemonConfig;
+use kiln_daemon::{DaemonConfig, lock_path};
 use kiln_runtime::doctor::State;
+use rustix::fs::{FlockOperation, flock};
 
 use crate::cli::{Cli, DaemonCommand};
 use crate::context::{Context, this_program};
@@ -13,12 +16,17 @@ use crate::output;
 
 const UNIT_PATH: &str = "/etc/systemd/system/kiln.service";
 
+/// What a daemon is given to end; it has nothing to wait for itself.
+const END_LIMIT: Duration = Duration::from_secs(10);
+const END_LOOK: Duration = Duration::from_millis(10);
+
 pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Failure> {
     match command {
         DaemonCommand::Run => run_daemon(context).await,
         DaemonCommand::Stop => {
             context.client.stop().await?;
-            println!("the daemon stops; services go on serving");
+            ended(&context.root).await?;
+            println!("the daemon has stopped; services go on serving");
             Ok(())
         }
         DaemonCommand::Status => {
@@ -43,6 +51,26 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
             Ok(())
         }
         DaemonCommand::Install { print } => install(context, *print),
+    }
+}
+
+/// Waits until the daemon has let go of its root: a new one may be started then.
+async fn ended(root: &Path) -> Result<(), Failure> {
+    let path = lock_path(root);
+    let limit = Instant::now() + END_LIMIT;
+    loop {
+        let lock = File::open(&path).map_err(|e| machine(format!("{}: {e}", path.display())))?;
+        if flock(&lock, FlockOperation::NonBlockingLockShared).is_ok() {
+            return Ok(());
+        }
+        if Instant::now() >= limit {
+            return Err(machine(format!(
+                "the daemon has not ended within {} s; its pid is in {}",
+                END_LIMIT.as_secs(),
+                path.display()
+            )));
+        }
+        tokio::time::sleep(END_LOOK).await;
     }
 }
 

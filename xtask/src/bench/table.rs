@@ -126,7 +126,7 @@ mod tests {
         ];
         let text = render(&rows);
         assert!(
-            text.contains("5.0 ms | 9.0 ms | 60.0 ms | 3 runs"),
+            text.contains("| 5.0 ms  | 9.0 ms | 60.0 ms | 3 runs "),
             "{text}"
         );
         assert!(text.contains("not run"), "{text}");

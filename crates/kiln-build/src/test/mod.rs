@@ -37,6 +37,9 @@ const FORMAT: u32 = 2;
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// How long a service must stay up once it listens.
+const LISTENING: Duration = Duration::from_millis(300);
+
 /// How many of the last log lines are kept.
 pub const LOG_LINES: usize = 50;
 
@@ -76,7 +79,7 @@ pub struct TestRequest {
     pub peers: bool,
     /// Names that must resolve for it to start at all (its peers'); nobody answers there.
     pub hosts: Vec<(std::net::IpAddr, String)>,
-    /// How long it must stay up (a job: may take).
+    /// How long it must stay up if it listens nowhere (a job: may take).
     pub settle: Millis,
 }
 
@@ -311,7 +314,7 @@ impl Tester {
     ) -> Result<(Outcome, Vec<u16>), TestFailure> {
         let name = || request.name.clone();
         let inconclusive = |why: String| Ok((Outcome::Inconclusive(why), Vec::new()));
-        match (self.settle(id, request.settle, cancel)?, request.completes) {
+        match (self.settle(request, id, cancel)?, request.completes) {
             (End::Exited(status), true) if status.success() => {
                 return Ok((Outcome::Passed, Vec::new()));
             }
@@ -368,14 +371,16 @@ impl Tester {
         Ok((outcome, self.runtime.listening(id).unwrap_or_default()))
     }
 
-    /// Waits until the program ends, or has stayed up for `time`.
+    /// Waits until the program ends, or has stayed up for its time. One that listens is
+    /// done with its start: it has [`LISTENING`] to show what it writes then.
     fn settle(
         &self,
+        request: &TestRequest,
         id: &InstanceId,
-        time: Millis,
         cancel: &AtomicBool,
     ) -> Result<End, TestFailure> {
-        let end = Instant::now() + Duration::from(time);
+        let mut end = Instant::now() + Duration::from(request.settle);
+        let mut listens = request.completes;
         loop {
             if cancel.load(Ordering::Relaxed) {
                 return Err(TestFailure::Cancelled);
@@ -384,6 +389,10 @@ impl Tester {
                 Some(ObservedState::Exited { status, .. }) => return Ok(End::Exited(status)),
                 Some(ObservedState::Dead) | None => return Ok(End::Exited(ExitStatus::Unknown)),
                 Some(ObservedState::Starting | ObservedState::Running { .. }) => {}
+            }
+            if !listens && self.runtime.listening(id).is_ok_and(|p| !p.is_empty()) {
+                listens = true;
+                end = end.min(Instant::now() + LISTENING);
             }
             if Instant::now() >= end {
                 return Ok(End::Settled);

@@ -13,7 +13,11 @@ use kiln_model::network::{BridgeNetwork, Subnet};
 
 use super::channel::{Channel, NetlinkError};
 use super::names::is_interface_name;
-use super::nft::{Chain, ChainKind, Hook, Rule, Table, table_comment};
+use super::nft::{Chain, ChainKind, Hook, Rule, Table, table_comment, table_names};
+
+/// Before a root's tag, in its table's and its bridges' names.
+pub const TABLE_PREFIX: &str = "kiln-";
+pub const BRIDGE_PREFIX: &str = "kn";
 
 /// Where instances find the resolver, at their network's gateway.
 const DNS_PORT: u16 = 53;
@@ -32,6 +36,8 @@ pub enum FirewallError {
          (kernel modules nf_tables, nft_chain_nat, nft_redir, nft_masq, nft_ct, nft_reject_ipv4)"
     )]
     Kernel { table: String, source: NetlinkError },
+    #[error(transparent)]
+    Bridges(#[from] super::BridgeError),
 }
 
 /// The rules for all networks of one kiln root.
@@ -254,6 +260,35 @@ impl Firewall {
             .flat_map(|n| rules(n, &n.service_range()))
             .collect()
     }
+}
+
+/// Removes the tables of roots that have no bridge left (deleted by hand, or killed and
+/// never started again), and gives their names: their rules would drop what another root
+/// sends in a subnet that is free again. A root's bridges are made before its table.
+pub fn remove_stale_tables() -> Result<Vec<String>, FirewallError> {
+    let fail = |table: &str| {
+        let table = table.to_owned();
+        move |source: NetlinkError| FirewallError::Kernel { table, source }
+    };
+    let any = format!("{TABLE_PREFIX}*");
+    let mut channel = Channel::netfilter().map_err(|e| fail(&any)(e.into()))?;
+    let mut removed = table_names(&mut channel).map_err(fail(&any))?;
+    let bridges = super::bridges(BRIDGE_PREFIX)?;
+    removed.retain(|name| {
+        let tag = name.strip_prefix(TABLE_PREFIX);
+        tag.is_some_and(|tag| {
+            let prefix = format!("{BRIDGE_PREFIX}{tag}");
+            !bridges.iter().any(|b| b.name.starts_with(&prefix))
+        })
+    });
+    for name in &removed {
+        let table = Table {
+            name: name.clone(),
+            chains: vec![],
+        };
+        table.remove(&mut channel).map_err(fail(name))?;
+    }
+    Ok(removed)
 }
 
 fn dns(gateway: Ipv4Addr, from: Rule) -> Rule {

@@ -615,6 +615,24 @@ fn program(name: &str, args: &[&str]) -> Option<String> {
 }
 
 #[test]
+fn a_root_without_bridges_loses_its_table() {
+    on_a_host("stale", |_| {
+        let here = network("kn0a1b2c000001", "10.201.0.0/20", false);
+        let gone = network("kn0a1b2d000001", "10.202.0.0/20", false);
+        for (tag, net) in [("kiln-0a1b2c", &here), ("kiln-0a1b2d", &gone)] {
+            ensure_bridge(net).unwrap();
+            let mut table = firewall(&[net], 4444);
+            table.table = tag.into();
+            table.apply().unwrap();
+        }
+        assert_eq!(remove_stale_tables().unwrap(), Vec::<String>::new());
+        remove_bridge(&gone.bridge).unwrap();
+        assert_eq!(remove_stale_tables().unwrap(), ["kiln-0a1b2d"]);
+        assert_eq!(remove_stale_tables().unwrap(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn the_table_is_replaced_as_a_whole_and_its_loss_is_seen() {
     on_a_host("table", |_| {
         // The firewall does not need the bridges to exist.

@@ -151,8 +151,10 @@ impl Overlay<'_> {
             tail.push_str(",metacopy=on,redirect_dir=on");
         }
         if let Some((upper, work)) = self.upper {
+            // What is written is thrown away, or read before the machine can lose it:
+            // no fsync of a program inside has to reach the disk.
             tail.push_str(&format!(
-                ",upperdir={},workdir={}",
+                ",upperdir={},workdir={},volatile",
                 fd_path(upper),
                 fd_path(work)
             ));
@@ -167,6 +169,12 @@ impl Overlay<'_> {
 
     /// Mounts at `at`; gives whether data-only layers were used.
     pub fn mount(&self, at: &str, data_only: bool) -> Result<bool, MountError> {
+        if let Some((_, work)) = self.upper {
+            forget_volatile(work).map_err(|source| MountError::Overlay {
+                what: self.what.to_owned(),
+                source,
+            })?;
+        }
         let attempt = |data_only: bool| {
             let options = std::ffi::CString::new(self.options(data_only))
                 .map_err(|_| rustix::io::Errno::INVAL)?;
@@ -188,6 +196,17 @@ impl Overlay<'_> {
             what: self.what.to_owned(),
             source: e.into(),
         })
+    }
+}
+
+/// A work folder that has been mounted `volatile` is refused until its mark is gone
+/// (Documentation/filesystems/overlayfs.rst, "Volatile mount"). A builder goes on with
+/// a layer it has just written; after a crash it begins anew.
+fn forget_volatile(work: &OwnedFd) -> io::Result<()> {
+    let mark = std::path::Path::new(&fd_path(work)).join("work/incompat");
+    match std::fs::remove_dir_all(mark) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 

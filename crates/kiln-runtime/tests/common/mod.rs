@@ -31,39 +31,7 @@ pub fn can_run() -> bool {
 
 /// Debian's busybox-static, downloaded once.
 pub fn busybox() -> PathBuf {
-    static ONCE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _guard = ONCE.lock().unwrap();
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox");
-    let program = dir.join("bin/busybox");
-    if program.exists() {
-        return program;
-    }
-    // Several test processes may come here at once: each has a folder of its own.
-    let own = dir.with_extension(std::process::id().to_string());
-    std::fs::create_dir_all(&own).unwrap();
-    let script = "apt-get download busybox-static >&2 && dpkg-deb -x busybox-static_*.deb .";
-    let run = || {
-        Command::new("sh")
-            .args(["-c", script])
-            .current_dir(&own)
-            .status()
-            .unwrap()
-            .success()
-    };
-    if !run() {
-        assert!(
-            Command::new("apt-get")
-                .arg("update")
-                .status()
-                .unwrap()
-                .success()
-        );
-        assert!(run(), "busybox-static can't be downloaded");
-    }
-    if std::fs::rename(&own, &dir).is_err() {
-        let _ = std::fs::remove_dir_all(&own);
-    }
-    program
+    kiln_testkit::busybox::busybox(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap()
 }
 
 static NEXT: AtomicU32 = AtomicU32::new(0);

@@ -214,6 +214,15 @@ pub fn table_comment(channel: &mut Channel, name: &str) -> Result<Option<String>
     }
 }
 
+/// The names of all IPv4 tables.
+pub fn table_names(channel: &mut Channel) -> Result<Vec<String>, NetlinkError> {
+    let all = Attributes::default();
+    list(channel, GETTABLE, wire::IPV4, &all, |payload| {
+        let name = wire::attributes_of(payload).find(|(kind, _)| *kind == TABLE_NAME);
+        name.map(|(_, value)| wire::text(value))
+    })
+}
+
 /// A base chain of any table, as listed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ListedChain {
