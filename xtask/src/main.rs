@@ -1,4 +1,4 @@
-//! Chores of the repository: `cargo xtask test`, `cargo xtask bench`.
+//! Chores of the repository: `cargo xtask test`, `cargo xtask bench`, `cargo xtask advisories`.
 //!
 //! `test` is built without any dependency, so that it starts at once; `bench` starts this
 //! program again with its own feature, optimised.
@@ -15,12 +15,14 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: cargo xtask test     install what the tests need (Debian, as root), then check and test everything
-       cargo xtask bench    measure the release build, as a table; --runs N (default 20), --only NAME";
+       cargo xtask bench    measure the release build, as a table; --runs N (default 20), --only NAME
+       cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.first().map(String::as_str) {
         Some("test") if words.len() == 1 => test::run(),
+        Some("advisories") if words.len() == 1 => test::advisories(),
         Some("bench") => bench(&words[1..]),
         _ => {
             eprintln!("{USAGE}");

@@ -3,6 +3,7 @@
 //! Each check (formatting, clippy, the build, cargo deny) counts as one, beside the tests,
 //! in the one line printed at the end. Nothing that did not run counts as passed.
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use crate::tally::{Libtest, Nextest, Runner, Tally};
 const TEST_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// For fetching the advisory database.
 const ADVISORIES_LIMIT: Duration = Duration::from_secs(120);
+const DENY_VERSION: &str = "0.20.2";
 
 /// Features that cargo would unify otherwise in each call: one set for all of them, so
 /// that nothing is compiled twice.
@@ -169,38 +171,52 @@ fn limited(limit: Duration, command: &Command) -> Command {
     outer
 }
 
-/// Licences, sources and duplicates need only the lock file; advisories a database.
+/// Licences, sources and duplicates, which need only the lock file. A strict run installs
+/// the program it lacks. Advisories need a database from elsewhere: `cargo xtask advisories`.
 fn deny(tally: &mut Tally) {
-    if !answers(&mut cargo(&["deny", "--version"])) {
-        return skip(tally, "cargo-deny is not installed");
-    }
-    let rules = [
-        "deny",
-        "--all-features",
-        "check",
-        "bans",
-        "licenses",
-        "sources",
-    ];
-    check(tally, "cargo deny", &mut cargo(&rules));
-    let mut said = String::new();
-    let mut command = limited(ADVISORIES_LIMIT, &cargo(&["deny", "check", "advisories"]));
-    let ended = stream(&mut command, &mut |line| {
-        said.push_str(line);
-        said.push('\n');
-    });
-    match ended {
-        Ok(true) => tally.pass(),
-        // The word for an advisory that applies; without one the database was not there.
-        Ok(false) if said.contains("error[") => {
-            print!("{said}");
-            tally.fail("cargo deny check advisories");
+    if !answers(&mut cargo_deny(&["--version"])) {
+        if !strict() {
+            return skip(tally, "cargo-deny is not installed");
         }
-        _ => skip(
-            tally,
-            "cargo deny check advisories: the database can't be reached",
-        ),
+        let root = tools();
+        let mut install = cargo(&["install", "cargo-deny", "--locked", "--debug", "--quiet"]);
+        install.arg("--root").arg(&root);
+        install.args(["--version", DENY_VERSION]);
+        if !check(tally, "cargo install cargo-deny", &mut install) {
+            return;
+        }
     }
+    let rules = ["--all-features", "check", "bans", "licenses", "sources"];
+    check(tally, "cargo deny", &mut cargo_deny(&rules));
+}
+
+/// Are there known holes in what kiln is made of? Needs the advisory database's host.
+pub fn advisories() -> ExitCode {
+    match limited(ADVISORIES_LIMIT, &cargo_deny(&["check", "advisories"])).status() {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo deny: {error}; cargo install cargo-deny --locked");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Programs of this repository's chores alone, beside what else is built.
+fn tools() -> PathBuf {
+    repository().join("target/tools")
+}
+
+/// cargo-deny: the machine's, or that of an earlier strict run.
+fn cargo_deny(words: &[&str]) -> Command {
+    let own = tools().join("bin/cargo-deny");
+    let mut command = if own.exists() {
+        program(own)
+    } else {
+        cargo(&["deny"])
+    };
+    command.args(words);
+    command
 }
 
 fn report(tally: &Tally, took: Duration) -> ExitCode {
