@@ -514,24 +514,9 @@ fn input(error: impl std::fmt::Display) -> Failure {
 }
 
 fn build_failure(error: kiln_build::resolve::ResolveError) -> Failure {
-    Failure::new(Kind::Build, chain(&error))
+    Failure::with_causes(Kind::Build, &error)
 }
 
 fn build_error(error: kiln_build::build::BuildError) -> Failure {
-    Failure::new(Kind::Build, chain(&error))
-}
-
-/// An error with its causes, each on its own line unless it is said already.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str("\n  because: ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
+    Failure::with_causes(Kind::Build, &error)
 }

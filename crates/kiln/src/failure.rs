@@ -41,6 +41,28 @@ impl Failure {
         }
     }
 
+    /// An error with its causes, each on its own line unless it is said already.
+    pub fn with_causes(kind: Kind, error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut failure = Self::new(kind, error.to_string());
+        let mut next = Some(error);
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            if !failure.message.contains(&text) {
+                failure.message.push_str("\n  because: ");
+                failure.message.push_str(&text);
+            }
+            if is_full(cause) {
+                failure.hint = Some(
+                    "what ran before goes on; `kiln gc` frees what no release needs, or give \
+                     kiln another place with --root"
+                        .into(),
+                );
+            }
+            next = cause.source();
+        }
+        failure
+    }
+
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
@@ -58,6 +80,13 @@ impl Failure {
             Kind::Interrupted => 130,
         })
     }
+}
+
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|e| matches!(e.kind(), StorageFull | QuotaExceeded))
 }
 
 /// For errors that only say what went wrong on this machine.

@@ -61,6 +61,9 @@ pub enum ExecError {
     Command {
         status: ExitStatus,
         lines: Vec<String>,
+        /// Set where the disk was full when it ended.
+        #[source]
+        cause: Option<io::Error>,
     },
     #[error("the sandbox can't be started")]
     Sandbox(#[source] StartError),

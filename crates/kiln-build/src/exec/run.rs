@@ -221,6 +221,7 @@ impl Site<'_> {
             false => Err(ExecError::Command {
                 status,
                 lines: last.into(),
+                cause: full_disk(&self.cache),
             }),
         }
     }
@@ -527,4 +528,12 @@ impl Work {
             Err(cause) => Err(ExecError::Scratch { path, cause }),
         }
     }
+}
+
+/// A program that found the disk full may not even have been able to say so.
+fn full_disk(path: &Path) -> Option<std::io::Error> {
+    const AS_GOOD_AS_FULL: u64 = 64 << 10;
+    let space = rustix::fs::statvfs(path).ok()?;
+    (space.f_bavail.saturating_mul(space.f_frsize) < AS_GOOD_AS_FULL)
+        .then(|| rustix::io::Errno::NOSPC.into())
 }

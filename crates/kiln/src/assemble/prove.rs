@@ -13,7 +13,7 @@ use kiln_plan::process;
 use kiln_store::Image;
 use kiln_trust::SecretStore;
 
-use super::{Assembler, Candidate, chain};
+use super::{Assembler, Candidate};
 use crate::failure::{Failure, Kind, machine};
 
 /// How long a service must stay up in its test; how long a job may take.
@@ -261,6 +261,9 @@ fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
 }
 
 fn test_failure(error: &TestFailure) -> Failure {
-    Failure::new(Kind::Test, chain(error))
-        .hint("nothing that runs was touched; fix the image, or the checks under x-kiln.test")
+    let failure = Failure::with_causes(Kind::Test, error);
+    if failure.hint.is_some() {
+        return failure;
+    }
+    failure.hint("nothing that runs was touched; fix the image, or the checks under x-kiln.test")
 }

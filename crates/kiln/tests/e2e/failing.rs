@@ -1,11 +1,12 @@
 //! Releases that are no good: what served goes on serving, and the exit code says so.
 
 use std::net::TcpListener;
+use std::path::Path;
 
 use kiln_testkit::load::Mode;
 use rustix::process::Signal;
 
-use crate::common::{Kiln, Page, Project, leftovers, wait_until};
+use crate::common::{Kiln, Page, Project, leftovers, lend_packages, wait_until};
 use crate::load::under_load;
 
 /// The isolated test's host name: programs can be good there and bad in earnest.
@@ -243,4 +244,58 @@ fn ctrl_c_while_it_builds_leaves_nothing_half_done() {
     wait_until("the end of the build's step", || !sleeps());
     assert_eq!(project.page(), "one");
     assert_eq!(project.releases().len(), 1);
+}
+
+#[test]
+fn a_full_disk_stops_the_build_and_nothing_else() {
+    let Some(kiln) = Kiln::new() else { return };
+    let disk = SmallDisk::mount(&kiln.root);
+    let project = kiln.page("full", &Page::default());
+    project.up().ok();
+    let before = project.instances(None);
+
+    let filler = kiln.root.join("filler");
+    disk.fill(&filler);
+    let big = "RUN [\"/bin/busybox\", \"dd\", \"if=/dev/urandom\", \"of=/big\", \"bs=1M\", \"count=8\"]\n";
+    let containerfile = std::fs::read_to_string(project.folder.join("Containerfile")).unwrap();
+    project.write("Containerfile", &format!("{containerfile}{big}"));
+    project
+        .run("up", &[])
+        .code(&[4])
+        .says(&["o space left on device", "kiln gc"]);
+    assert_eq!(project.instances(None), before);
+    assert_eq!(project.page(), "one");
+
+    std::fs::remove_file(&filler).unwrap();
+    project.run("up", &[]).ok();
+    assert_eq!(project.page(), "one");
+}
+
+/// A file system for one root, small enough to be filled.
+struct SmallDisk<'a>(&'a Path);
+
+impl<'a> SmallDisk<'a> {
+    const OPTIONS: &'static std::ffi::CStr = c"size=160m";
+
+    fn mount(root: &'a Path) -> Self {
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", root, "tmpfs", flags, Self::OPTIONS).unwrap();
+        lend_packages(root);
+        Self(root)
+    }
+
+    /// Leaves room for records, not for what a build makes.
+    fn fill(&self, filler: &Path) {
+        let space = rustix::fs::statvfs(self.0).unwrap();
+        let free = space.f_bavail * space.f_frsize;
+        let file = std::fs::File::create(filler).unwrap();
+        let flags = rustix::fs::FallocateFlags::empty();
+        rustix::fs::fallocate(&file, flags, 0, free - (2 << 20)).unwrap();
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.0, rustix::mount::UnmountFlags::DETACH);
+    }
 }

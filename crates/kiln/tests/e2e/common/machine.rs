@@ -38,10 +38,7 @@ impl Kiln {
             .tempdir_in("/var/tmp")
             .unwrap();
         let root = folder.path().join("root");
-        fs::create_dir_all(root.join("cache")).unwrap();
-        fs::create_dir_all(shared().join("debian")).unwrap();
-        // Debian's packages are fetched once for all tests.
-        std::os::unix::fs::symlink(shared().join("debian"), root.join("cache/debian")).unwrap();
+        lend_packages(&root);
         Some(Self {
             root,
             folder,
@@ -183,6 +180,13 @@ fn remove_groups(group: &Path) {
         }
     }
     let _ = fs::remove_dir(group);
+}
+
+/// Debian's packages are fetched once for all tests.
+pub fn lend_packages(root: &Path) {
+    fs::create_dir_all(root.join("cache")).unwrap();
+    fs::create_dir_all(shared().join("debian")).unwrap();
+    std::os::unix::fs::symlink(shared().join("debian"), root.join("cache/debian")).unwrap();
 }
 
 /// What tests share between runs, too: packages, and locks.
