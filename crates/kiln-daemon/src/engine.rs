@@ -25,6 +25,8 @@ use crate::{log_tail, status};
 
 /// Messages that wait for an engine; senders wait when it is full.
 const QUEUE: usize = 256;
+/// How long the proxy of an earlier daemon may take to be found again.
+const ROUTES_LIMIT: Duration = Duration::from_secs(3);
 /// Lines of a failing instance's log that are shown.
 const SHOWN_LOG_LINES: usize = 30;
 
@@ -122,20 +124,47 @@ pub fn spawn(shared: Arc<Shared>, world: World) -> EngineHandle {
 impl Engine {
     async fn run(mut self) {
         self.adopt().await;
-        loop {
-            let wake = self.wake;
-            let message = tokio::select! {
-                message = self.receiver.recv() => message,
-                () = sleep_until(wake) => {
-                    self.wake = None;
-                    Some(Message::Event(Event::Tick))
-                }
-            };
-            match message {
-                Some(message) => self.handle(message).await,
-                None => return,
+        for early in self.find_routes().await {
+            self.handle(early).await;
+        }
+        while let Some(message) = self.next().await {
+            self.handle(message).await;
+        }
+    }
+
+    /// The next message, or the tick that was asked for. `None`: all senders are gone.
+    async fn next(&mut self) -> Option<Message> {
+        tokio::select! {
+            message = self.receiver.recv() => message,
+            () = sleep_until(self.wake) => {
+                self.wake = None;
+                Some(Message::Event(Event::Tick))
             }
         }
+    }
+
+    /// Takes in events until it is known what the proxy sends where, so that nobody is
+    /// told that nothing serves because nothing is known yet. Returns the questions that
+    /// came meanwhile: those are answered after at most [`ROUTES_LIMIT`], come what may.
+    async fn find_routes(&mut self) -> Vec<Message> {
+        let mut early = Vec::new();
+        let limit = Instant::now() + ROUTES_LIMIT;
+        let unknown = |world: &World| {
+            world.routes.is_none()
+                && (world.goal.release().is_some() || !world.instances.is_empty())
+        };
+        while unknown(&self.world) && early.len() < QUEUE {
+            let message = tokio::select! {
+                message = self.next() => message,
+                () = tokio::time::sleep_until(limit) => break,
+            };
+            match message {
+                Some(event @ Message::Event(_)) => self.handle(event).await,
+                Some(question) => early.push(question),
+                None => break,
+            }
+        }
+        early
     }
 
     /// Finds out what the runtime really holds of this environment.
