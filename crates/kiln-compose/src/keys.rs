@@ -48,10 +48,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.attach",
         Note("it only says whose output a terminal shows"),
     ),
-    (
-        "services.*.depends_on.*.restart",
-        Note("a replaced service keeps its address, so that nothing needs a restart"),
-    ),
     ("services.*.deploy.placement", Refused(PLACEMENT)),
     (
         "services.*.deploy.update_config.failure_action",
@@ -226,11 +222,11 @@ pub const LIMITS: &[(&str, &str)] = &[
     ("services.*.build.network", "host, none or the default"),
     ("services.*.deploy.endpoint_mode", "vip only"),
     ("services.*.expose", "tcp and udp"),
-    ("services.*.ipc", NO_SHARED),
+    ("services.*.ipc", SHARED),
     ("services.*.logging.driver", "json-file, local or none"),
     ("services.*.logging.options", "max-size and max-file"),
     ("services.*.network_mode", "none, host or service:NAME"),
-    ("services.*.pid", NO_SHARED),
+    ("services.*.pid", SHARED),
     ("services.*.ports.[].mode", "ingress or host"),
     ("services.*.ports.[].protocol", "tcp or udp"),
     (
@@ -243,7 +239,7 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
     ("services.*.tmpfs", "size, mode, ro, rw, exec, noexec"),
     ("services.*.userns_mode", "host only"),
-    ("services.*.uts", NO_SHARED),
+    ("services.*.uts", "host or private"),
     ("services.*.volumes.[].bind.recursive", "enabled only"),
     ("services.*.volumes.[].source", "Linux paths"),
     (
@@ -255,7 +251,7 @@ pub const LIMITS: &[(&str, &str)] = &[
     ("volumes.*.driver_opts", "bind mounts (`o: bind`) only"),
 ];
 
-const NO_SHARED: &str = "host or private; not yet service:NAME";
+const SHARED: &str = "host, private or service:NAME";
 
 /// Refusals that cannot be ignored: nothing could be put in the place of what is said.
 pub const NEEDED: &[&str] = &[
@@ -353,6 +349,6 @@ mod tests {
         assert!(table.contains("| `services.*.image` | honoured |"));
         assert!(table.contains("| `services.*.post_start` | refused |"));
         assert!(table.contains("| `networks.*.external` | refused |"));
-        assert!(table.contains("| `services.*.pid` | honoured | host or private"));
+        assert!(table.contains("| `services.*.pid` | honoured | host, private or service"));
     }
 }

@@ -671,8 +671,6 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
     let expected = [
         (5, "services.*.post_start"),
         (6, "services.*.pre_stop"),
-        (7, "services.*.pid"),
-        (8, "services.*.ipc"),
         (9, "services.*.uts"),
         (10, "services.*.networks.*.gw_priority"),
         (16, "networks.*.external"),
@@ -703,8 +701,6 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     options.allow_ignored = [
         "post_start",
         "pre_stop",
-        "pid",
-        "ipc",
         "uts",
         "gw_priority",
         "driver_opts",
@@ -725,7 +721,9 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let files = Files::new(&[("compose.yaml", &text)]);
     let loaded = files.load_with(&options).expect("ignored");
     let web = &loaded.spec.services["web"];
-    assert_eq!(web.namespaces.pid, kiln_model::spec::NamespaceMode::Private);
+    let of_db = kiln_model::spec::NamespaceMode::Service("db".parse().unwrap());
+    assert_eq!(web.namespaces.pid, of_db);
+    assert_eq!(web.namespaces.uts, kiln_model::spec::NamespaceMode::Private);
     assert!(!loaded.spec.networks["shared"].external);
     assert!(loaded.spec.volumes["nfs"].driver_opts.is_empty());
     let noted = |key: &str| loaded.notes.iter().any(|n| n.key.as_deref() == Some(key));
@@ -754,4 +752,15 @@ fn a_local_volume_that_binds_a_folder_is_a_bind_mount() {
 fn links_say_nothing_of_restarts() {
     let loaded = one("services: {a: {image: x, links: [b]}, b: {image: y}}");
     assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
+    let depends_on = &loaded.spec.services["a"].depends_on;
+    assert!(depends_on.values().all(|d| !d.restart));
+    let loaded = one(
+        "services: {a: {image: x, depends_on: {b: {condition: service_started, restart: true}}}, b: {image: y}}",
+    );
+    assert!(
+        loaded.spec.services["a"]
+            .depends_on
+            .values()
+            .all(|d| d.restart)
+    );
 }

@@ -12,7 +12,7 @@ use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
     FileKind, FileVersion, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
 };
-use kiln_model::{InstanceId, Millis};
+use kiln_model::{InstanceId, Millis, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
 
 use crate::shared::Shared;
@@ -93,7 +93,7 @@ pub fn build(
         mounts,
         network,
         resolver,
-        namespaces: namespaces(service)?,
+        namespaces: namespaces(service, instance)?,
         security: process::security(service),
         limits: process::limits(&service.limits),
         stop_signal: service
@@ -305,13 +305,10 @@ fn network(
         NetworkMode::None => Ok((InstanceNetwork::Isolated, None)),
         NetworkMode::Host => Ok((InstanceNetwork::Host, None)),
         NetworkMode::Service(other) => {
-            let id = world
-                .of_service(other)
-                .filter(|(_, i)| i.phase.rising())
-                .map(|(id, _)| id.clone())
-                .last()
-                .ok_or_else(|| format!("network_mode: service `{other}` has no instance"))?;
-            Ok((InstanceNetwork::Join(id), None))
+            let id = joined(instance, other, "network_mode")?;
+            // Names resolve as for the one whose network it shares.
+            let resolver = resolver(gateway_of(world, &id));
+            Ok((InstanceNetwork::Join(id), Some(resolver)))
         }
         NetworkMode::Networks(attached) => {
             let mut interfaces = Vec::new();
@@ -384,13 +381,13 @@ fn hosts(world: &World, layout: &Layout, service: &Service) -> Vec<(IpAddr, Stri
     extra.chain(links).collect()
 }
 
-fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
-    let one = |mode: &NamespaceMode, what: &str| match mode {
-        NamespaceMode::Private => Ok(SharedNamespace::Private),
-        NamespaceMode::Host => Ok(SharedNamespace::Host),
-        NamespaceMode::Service(other) => Err(format!(
-            "{what}: service:{other} is not there yet; use `host` or leave it out"
-        )),
+fn namespaces(service: &Service, instance: &Instance) -> Result<SharedNamespaces, String> {
+    let one = |mode: &NamespaceMode, what: &str| -> Result<SharedNamespace, String> {
+        Ok(match mode {
+            NamespaceMode::Private => SharedNamespace::Private,
+            NamespaceMode::Host => SharedNamespace::Host,
+            NamespaceMode::Service(other) => SharedNamespace::Of(joined(instance, other, what)?),
+        })
     };
     Ok(SharedNamespaces {
         pid: one(&service.namespaces.pid, "pid")?,
@@ -398,4 +395,15 @@ fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
         uts: one(&service.namespaces.uts, "uts")?,
         cgroup: one(&service.namespaces.cgroup, "cgroup")?,
     })
+}
+
+/// The planner's choice among `other`'s instances.
+fn joined(instance: &Instance, other: &ServiceName, what: &str) -> Result<InstanceId, String> {
+    let id = instance.joined.get(other).cloned();
+    id.ok_or_else(|| format!("{what}: service `{other}` has no instance"))
+}
+
+fn gateway_of(world: &World, id: &InstanceId) -> Option<Ipv4Addr> {
+    let (network, _) = world.instances.get(id)?.addresses.first_key_value()?;
+    Some(world.layout.networks.get(network)?.gateway())
 }

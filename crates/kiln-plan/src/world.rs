@@ -14,6 +14,7 @@ use kiln_model::{
 use serde::{Deserialize, Serialize};
 
 use crate::effect::EffectKey;
+use crate::revision;
 
 /// A release with what planning needs of it computed once.
 #[derive(Clone, Debug)]
@@ -36,11 +37,7 @@ impl Releases {
         release: Release,
     ) -> Result<(), serde_json::Error> {
         let digest = release.digest()?;
-        let revisions = release
-            .services
-            .iter()
-            .map(|(name, service)| Ok((name.clone(), service.revision()?)))
-            .collect::<Result<_, serde_json::Error>>()?;
+        let revisions = revision::of(&release)?;
         self.0.insert(
             number,
             Prepared {
@@ -147,6 +144,9 @@ pub struct Instance {
     pub job: bool,
     /// One per network, in the order of the service's networks.
     pub addresses: BTreeMap<NetworkName, Ipv4Addr>,
+    /// Instances of other services whose namespaces it shares: it goes when they go.
+    #[serde(default)]
+    pub joined: BTreeMap<ServiceName, InstanceId>,
     pub phase: Phase,
     pub health: Health,
     /// Someone ran a command in it: it may differ from its release.
@@ -290,6 +290,15 @@ impl World {
         self.instances
             .iter()
             .filter(move |(_, i)| &i.service == service)
+    }
+
+    /// It is of this revision, and those whose namespaces it shares are still there.
+    pub(crate) fn is_current(&self, instance: &Instance, revision: Option<&Digest>) -> bool {
+        revision == Some(&instance.revision)
+            && instance.joined.values().all(|id| {
+                let other = self.instances.get(id);
+                other.is_some_and(|other| other.phase.rising())
+            })
     }
 
     /// Instances the proxy sends new traffic to.
