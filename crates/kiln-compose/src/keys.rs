@@ -22,8 +22,6 @@ const MODELS: &str = "kiln runs no language models; run one as a service with an
 const GPUS: &str = "kiln cannot give GPUs to services; pass single device files with `devices`";
 const PLACEMENT: &str = "there is one host only; take it out";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
-const NO_HOOKS: &str = "kiln runs no hooks yet; do it in the service's own entrypoint, or in a \
-     service of its own that this one depends on";
 const NO_SHARED_NETWORK: &str =
     "networks are not shared between projects yet; publish a port and connect to that";
 const NO_NAMED_FILES: &str =
@@ -153,8 +151,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.networks.*.driver_opts",
         Refused("kiln's bridge has no options for an endpoint; use `sysctls`"),
     ),
-    ("services.*.post_start", Refused(NO_HOOKS)),
-    ("services.*.pre_stop", Refused(NO_HOOKS)),
     (
         "services.*.pull_refresh_after",
         Refused("use `pull_policy: every_<time>`"),
@@ -347,7 +343,7 @@ mod tests {
         }
         let table = support_table();
         assert!(table.contains("| `services.*.image` | honoured |"));
-        assert!(table.contains("| `services.*.post_start` | refused |"));
+        assert!(table.contains("| `services.*.provider` | refused |"));
         assert!(table.contains("| `networks.*.external` | refused |"));
         assert!(table.contains("| `services.*.pid` | honoured | host, private or service"));
     }

@@ -638,8 +638,8 @@ const LATER: &str = r#"
 services:
   web:
     image: x
-    post_start: [{command: echo}]
-    pre_stop: [{command: echo}]
+    post_start: [{command: [echo]}]
+    cgroup_parent: x
     pid: service:db
     ipc: service:db
     uts: service:db
@@ -669,8 +669,7 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
         .collect();
     shown.sort();
     let expected = [
-        (5, "services.*.post_start"),
-        (6, "services.*.pre_stop"),
+        (6, "services.*.cgroup_parent"),
         (9, "services.*.uts"),
         (10, "services.*.networks.*.gw_priority"),
         (16, "networks.*.external"),
@@ -699,8 +698,7 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let files = Files::new(&[("compose.yaml", LATER)]);
     let mut options = files.options();
     options.allow_ignored = [
-        "post_start",
-        "pre_stop",
+        "cgroup_parent",
         "uts",
         "gw_priority",
         "driver_opts",
@@ -721,6 +719,7 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let files = Files::new(&[("compose.yaml", &text)]);
     let loaded = files.load_with(&options).expect("ignored");
     let web = &loaded.spec.services["web"];
+    assert_eq!(web.post_start[0].command, ["echo"]);
     let of_db = kiln_model::spec::NamespaceMode::Service("db".parse().unwrap());
     assert_eq!(web.namespaces.pid, of_db);
     assert_eq!(web.namespaces.uts, kiln_model::spec::NamespaceMode::Private);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
 use kiln_model::release::Release;
-use kiln_model::spec::{FileVersion, Port, Protocol};
+use kiln_model::spec::{FileVersion, Hook, Port, Protocol};
 use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
 use kiln_plan::{
     Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, assign_service_addresses,
@@ -19,9 +19,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::api::error::ApiError;
+use crate::api::types::{EventKind, EventRecord};
 use crate::engine::Message;
 use crate::shared::{Shared, blocking, ended};
-use crate::{instance_spec, probe, volumes};
+use crate::{inside, instance_spec, probe, volumes};
 
 /// Pause before an effect that could not be carried out is planned again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -79,7 +80,12 @@ impl Executor {
                     Ok(Event::Drained { id })
                 });
             }
-            Effect::Stop { id, signal, grace } => self.stop(key, id, signal, grace),
+            Effect::Stop { id, signal, grace } => {
+                let instance = world.instances.get(&id);
+                let released = instance.and_then(|i| releases.service_of(i));
+                let hooks = released.map_or_else(Vec::new, |r| r.service.pre_stop.clone());
+                self.stop(key, id, (signal, grace), hooks);
+            }
             Effect::Remove { id } => {
                 let shared = self.shared.clone();
                 self.spawn(key, async move {
@@ -121,33 +127,64 @@ impl Executor {
                 Err(cause) => return Ok(Event::StartFailed { id, cause }),
             };
             let shared = this.shared.clone();
+            let (volumes, instance) = (built.volumes, built.spec);
             let started = blocking(move || {
-                volumes::prepare(&shared, &built.volumes)?;
-                shared.runtime.start(&built.spec).map_err(|e| e.to_string())
+                volumes::prepare(&shared, &volumes)?;
+                shared.runtime.start(&instance).map_err(|e| e.to_string())
             })
             .await?;
-            match started {
-                Ok(_) => {
-                    this.watch_exit(id.clone());
-                    Ok(Event::Started { id })
-                }
-                Err(cause) => Ok(Event::StartFailed { id, cause }),
+            if let Err(cause) = started {
+                return Ok(Event::StartFailed { id, cause });
             }
+            this.watch_exit(id.clone());
+            let (runtime, target) = (this.shared.runtime.clone(), id.clone());
+            let hooks = built.post_start;
+            let ran =
+                blocking(move || inside::hooks(&runtime, &target, "post_start", &hooks)).await?;
+            Ok(match ran {
+                Ok(()) => Event::Started { id },
+                Err(reason) => Event::Unhealthy { id, reason },
+            })
         });
     }
 
-    fn stop(&self, key: EffectKey, id: InstanceId, signal: String, grace: Millis) {
-        let shared = self.shared.clone();
+    /// Runs the hooks of one that is to be stopped, and stops it however they went.
+    fn stop(
+        &self,
+        key: EffectKey,
+        id: InstanceId,
+        (signal, grace): (String, Millis),
+        hooks: Vec<Hook>,
+    ) {
+        let this = self.clone();
         self.spawn(key, async move {
             let target = id.clone();
             let status = blocking(move || {
-                shared
-                    .runtime
+                let runtime = &this.shared.runtime;
+                let state = runtime.observe(&target).map(|o| o.state);
+                if matches!(state, Some(ObservedState::Running { .. }))
+                    && let Err(cause) = inside::hooks(runtime, &target, "pre_stop", &hooks)
+                {
+                    this.warn(&target, &cause);
+                }
+                runtime
                     .stop(&target, &signal, grace)
                     .map_err(|e| e.to_string())
             })
             .await??;
             Ok(Event::Exited { id, status })
+        });
+    }
+
+    fn warn(&self, id: &InstanceId, text: &str) {
+        self.shared.tell(EventRecord {
+            id: 0,
+            time: Shared::now(),
+            environment: self.environment.clone(),
+            service: None,
+            instance: Some(id.clone()),
+            kind: EventKind::Warning,
+            text: format!("{id}: {text}"),
         });
     }
 

@@ -10,7 +10,7 @@ use kiln_model::instance::{
 };
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
-    FileKind, FileVersion, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+    FileKind, FileVersion, Hook, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
 };
 use kiln_model::{InstanceId, Millis, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
@@ -19,10 +19,12 @@ use crate::shared::Shared;
 
 const DEFAULT_GRACE: Millis = Millis(10_000);
 
-/// An instance's spec, and the volumes that must be there before it starts.
+/// An instance's spec, the volumes that must be there before it starts, and what is run in
+/// it before it counts as started.
 pub struct Built {
     pub spec: InstanceSpec,
     pub volumes: Vec<VolumeUse>,
+    pub post_start: Vec<Hook>,
 }
 
 /// A named volume that is mounted at `target`, whose image content a new volume gets.
@@ -108,7 +110,11 @@ pub fn build(
         stdin_open: service.process.stdin_open,
         logging: service.logging.clone(),
     };
-    Ok(Built { spec, volumes })
+    Ok(Built {
+        spec,
+        volumes,
+        post_start: service.post_start.clone(),
+    })
 }
 
 fn purpose(world: &World, instance: &Instance, released: &ReleasedService) -> Purpose {
