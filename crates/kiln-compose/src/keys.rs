@@ -24,8 +24,6 @@ const PLACEMENT: &str = "there is one host only; take it out";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
 const NO_SHARED_NETWORK: &str =
     "networks are not shared between projects yet; publish a port and connect to that";
-const NO_NAMED_FILES: &str =
-    "kiln has no store of named configs and secrets yet; use `file:` or `environment:`";
 const ALL_OR_NOTHING: &str =
     "every new instance must prove itself, or the release that serves stays";
 const WATCH: &str = "it only concerns watching for changes during development";
@@ -193,12 +191,10 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
     ),
     ("networks.*.external", Refused(NO_SHARED_NETWORK)),
     ("networks.*.attachable", Note("it only matters in a swarm")),
-    ("secrets.*.external", Refused(NO_NAMED_FILES)),
     ("secrets.*.labels", Note(NO_LABELS)),
     ("secrets.*.driver", Refused(NO_DRIVER)),
     ("secrets.*.driver_opts", Refused(NO_DRIVER)),
     ("secrets.*.template_driver", Refused(NO_DRIVER)),
-    ("configs.*.external", Refused(NO_NAMED_FILES)),
     ("configs.*.labels", Note(NO_LABELS)),
     ("configs.*.template_driver", Refused(NO_DRIVER)),
 ];
@@ -251,8 +247,6 @@ const SHARED: &str = "host, private or service:NAME";
 
 /// Refusals that cannot be ignored: nothing could be put in the place of what is said.
 pub const NEEDED: &[&str] = &[
-    "configs.*.external",
-    "secrets.*.external",
     "services.*.build.context",
     "services.*.provider",
     "services.*.volumes.[].source",

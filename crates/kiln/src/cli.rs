@@ -70,6 +70,10 @@ pub enum Command {
     /// that is there is never overwritten; with --write, the changes shown are made in the
     /// compose files.
     Init(InitArgs),
+    /// Keep configs under a name, for `external: true` in compose files
+    Configs(NamedArgs),
+    /// Keep secrets under a name, for `external: true` in compose files
+    Secrets(NamedArgs),
     /// Write kiln.lock, or move what it pins
     Lock(LockArgs),
     /// Run or control the daemon
@@ -380,6 +384,26 @@ pub struct InitArgs {
 pub enum ConfigFormat {
     Yaml,
     Json,
+}
+
+#[derive(Args, Debug)]
+pub struct NamedArgs {
+    #[command(subcommand)]
+    pub command: NamedCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum NamedCommand {
+    /// Keep a content under a name; the next `kiln up` takes it
+    Set {
+        name: String,
+        /// Read it from this file instead of standard input
+        file: Option<PathBuf>,
+    },
+    /// List the names
+    List,
+    /// Forget a name; releases keep what they have
+    Remove { name: String },
 }
 
 #[derive(Args, Debug)]
