@@ -22,8 +22,6 @@ const MODELS: &str = "kiln runs no language models; run one as a service with an
 const GPUS: &str = "kiln cannot give GPUs to services; pass single device files with `devices`";
 const PLACEMENT: &str = "there is one host only; take it out";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
-const NO_SHARED_NETWORK: &str =
-    "networks are not shared between projects yet; publish a port and connect to that";
 const ALL_OR_NOTHING: &str =
     "every new instance must prove itself, or the release that serves stays";
 const WATCH: &str = "it only concerns watching for changes during development";
@@ -189,7 +187,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "networks.*.ipam.options",
         Refused("kiln has one way to give out addresses; take it out"),
     ),
-    ("networks.*.external", Refused(NO_SHARED_NETWORK)),
     ("networks.*.attachable", Note("it only matters in a swarm")),
     ("secrets.*.labels", Note(NO_LABELS)),
     ("secrets.*.driver", Refused(NO_DRIVER)),
@@ -338,7 +335,6 @@ mod tests {
         let table = support_table();
         assert!(table.contains("| `services.*.image` | honoured |"));
         assert!(table.contains("| `services.*.provider` | refused |"));
-        assert!(table.contains("| `networks.*.external` | refused |"));
         assert!(table.contains("| `services.*.pid` | honoured | host, private or service"));
     }
 }

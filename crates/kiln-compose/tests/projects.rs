@@ -672,7 +672,6 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
         (6, "services.*.cgroup_parent"),
         (9, "services.*.uts"),
         (10, "services.*.networks.*.gw_priority"),
-        (16, "networks.*.external"),
         (17, "volumes.*.driver_opts"),
     ];
     let shown: Vec<_> = shown.iter().map(|(n, key)| (*n, key.as_str())).collect();
@@ -695,15 +694,9 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
 fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let files = Files::new(&[("compose.yaml", LATER)]);
     let mut options = files.options();
-    options.allow_ignored = [
-        "cgroup_parent",
-        "uts",
-        "gw_priority",
-        "driver_opts",
-        "external",
-    ]
-    .map(Into::into)
-    .to_vec();
+    options.allow_ignored = ["cgroup_parent", "uts", "gw_priority", "driver_opts"]
+        .map(Into::into)
+        .to_vec();
     let text = LATER.replace("cgroup_parent: x", "provider: {type: y}");
     let wrong = Files::new(&[("compose.yaml", &text)]);
     options.allow_ignored.push("provider".into());
@@ -719,7 +712,7 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let of_db = kiln_model::spec::NamespaceMode::Service("db".parse().unwrap());
     assert_eq!(web.namespaces.pid, of_db);
     assert_eq!(web.namespaces.uts, kiln_model::spec::NamespaceMode::Private);
-    assert!(!loaded.spec.networks["shared"].external);
+    assert!(loaded.spec.networks["shared"].external);
     assert!(loaded.spec.volumes["nfs"].driver_opts.is_empty());
     let noted = |key: &str| loaded.notes.iter().any(|n| n.key.as_deref() == Some(key));
     assert!(noted("services.*.deploy.update_config.failure_action"));

@@ -11,10 +11,7 @@ use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
 use kiln_model::release::Release;
 use kiln_model::spec::{FileVersion, Hook, Port, Protocol};
 use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
-use kiln_plan::{
-    Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, assign_service_addresses,
-    host_port_key,
-};
+use kiln_plan::{Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, host_port_key};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -266,13 +263,6 @@ impl Executor {
                 .networks
                 .lay_out(&environment, &release, &mut layout)
                 .map_err(|e| ApiError::invalid(e, "change or leave out the network's settings"))?;
-            let problems = assign_service_addresses(&mut layout, &release);
-            if let Some(problem) = problems.into_iter().next() {
-                return Err(ApiError::invalid(
-                    problem,
-                    "leave the address out, or choose another",
-                ));
-            }
             choose_host_ports(&release, &mut layout)?;
             Ok(layout)
         })

@@ -378,11 +378,11 @@ pub(crate) fn take_addresses(
         .keys()
         .map(|network| {
             let subnet = world.layout.networks.get(network)?.subnet;
-            // The base and the gateway are taken; the upper half is the services'.
-            let room = subnet.len() / 2 - 2;
-            let start = (world.counter % u64::from(room)) as u32;
+            let range = world.layout.instance_range(network)?;
+            let room = range.end.checked_sub(range.start).filter(|n| *n > 0)?;
+            let first = (world.counter % u64::from(room)) as u32;
             let free = (0..room)
-                .map(|n| subnet.nth(2 + (start + n) % room))
+                .map(|n| subnet.nth(range.start + (first + n) % room))
                 .find(|address| {
                     !world
                         .instances
@@ -407,25 +407,33 @@ pub fn assign_service_addresses(layout: &mut Layout, release: &Release) -> Vec<S
             let Some(bridge) = layout.networks.get(network) else {
                 continue;
             };
-            let range = bridge.service_range();
+            let share = layout.shares.get(network).copied();
+            let (subnet, own) = (bridge.subnet, bridge.services(share));
+            // The environment that a network belongs to may name any address of its upper
+            // half; the others have only their share.
+            let allowed = |address: Ipv4Addr| match share {
+                None => bridge.service_range().contains(address),
+                Some(_) => own.clone().any(|n| subnet.nth(n) == address),
+            };
             let taken = layout.services.entry(network.clone()).or_default();
             if let Some(asked) = attachment.ipv4_address {
-                if range.contains(asked) {
+                if allowed(asked) {
                     taken.insert(name.clone(), asked);
                 } else {
+                    let (first, last) = (subnet.nth(own.start), subnet.nth(own.end - 1));
                     problems.push(format!(
                         "service `{name}`: ipv4_address {asked} on network `{network}` must lie \
-                         in {range}, the part of the network kept for services' addresses"
+                         from {first} to {last}, the part of the network kept for services' \
+                         addresses"
                     ));
                 }
                 continue;
             }
-            if taken.get(name).is_some_and(|a| range.contains(*a)) {
+            if taken.get(name).is_some_and(|a| allowed(*a)) {
                 continue;
             }
-            // The last address is the network's broadcast address.
-            let free = (0..range.len() - 1)
-                .map(|n| range.nth(n))
+            let free = own
+                .map(|n| subnet.nth(n))
                 .find(|a| !taken.values().any(|other| other == a));
             match free {
                 Some(address) => {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use kiln_model::instance::ExitStatus;
 use kiln_model::network::BridgeNetwork;
@@ -226,10 +227,21 @@ pub struct Attempt {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub networks: BTreeMap<NetworkName, BridgeNetwork>,
+    /// Networks of another environment's, with this one's share of them.
+    #[serde(default)]
+    pub shares: BTreeMap<NetworkName, u32>,
     /// Stable service addresses.
     pub services: BTreeMap<NetworkName, BTreeMap<ServiceName, Ipv4Addr>>,
     /// Host ports chosen where the file leaves them open: `<service>/<target>/<protocol>`.
     pub host_ports: BTreeMap<String, u16>,
+}
+
+impl Layout {
+    /// Addresses for instances on a network, as numbers in its subnet.
+    pub(crate) fn instance_range(&self, network: &NetworkName) -> Option<Range<u32>> {
+        let share = self.shares.get(network).copied();
+        Some(self.networks.get(network)?.instances(share))
+    }
 }
 
 impl World {

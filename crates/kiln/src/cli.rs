@@ -74,6 +74,8 @@ pub enum Command {
     Configs(NamedArgs),
     /// Keep secrets under a name, for `external: true` in compose files
     Secrets(NamedArgs),
+    /// Make networks that several projects join with `external: true`
+    Networks(NetworksArgs),
     /// Write kiln.lock, or move what it pins
     Lock(LockArgs),
     /// Run or control the daemon
@@ -404,6 +406,30 @@ pub enum NamedCommand {
     List,
     /// Forget a name; releases keep what they have
     Remove { name: String },
+}
+
+#[derive(Args, Debug)]
+pub struct NetworksArgs {
+    #[command(subcommand)]
+    pub command: NetworksCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum NetworksCommand {
+    /// Make a network that belongs to no project
+    Create {
+        name: kiln_model::NetworkName,
+        /// Its subnet, like 10.20.0.0/20 (default: a free one)
+        #[arg(long)]
+        subnet: Option<kiln_model::network::Subnet>,
+        /// Give it no way out
+        #[arg(long)]
+        internal: bool,
+    },
+    /// List all networks, whose they are and who uses them
+    List,
+    /// Remove a network that belongs to no project and that nobody uses
+    Remove { name: kiln_model::NetworkName },
 }
 
 #[derive(Args, Debug)]
