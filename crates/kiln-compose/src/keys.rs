@@ -237,7 +237,10 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
     ("services.*.volumes_from", "services only"),
     ("volumes.*.driver", "local only"),
-    ("volumes.*.driver_opts", "bind mounts (`o: bind`) only"),
+    (
+        "volumes.*.driver_opts",
+        "bind mounts (`o: bind`) and memory (`type: tmpfs`)",
+    ),
 ];
 
 const SHARED: &str = "host, private or service:NAME";

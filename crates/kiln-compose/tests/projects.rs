@@ -734,6 +734,14 @@ fn a_local_volume_that_binds_a_folder_is_a_bind_mount() {
     assert_eq!(mounts[1].source, bind("/srv/d/s"));
     assert!(mounts.iter().all(|m| m.read_only));
     assert!(loaded.spec.volumes.is_empty());
+    let loaded = one(
+        "services: {a: {image: x, volumes: ['mem:/m']}}\nvolumes: {mem: {driver_opts: {type: tmpfs, device: tmpfs, o: 'size=1m,nodev,uid=7'}}}",
+    );
+    let options = &loaded.spec.volumes["mem"].driver_opts;
+    assert_eq!(
+        (options["type"].as_str(), options["o"].as_str()),
+        ("tmpfs", "size=1m,uid=7")
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
@@ -126,6 +126,7 @@ impl Executor {
             let shared = this.shared.clone();
             let (volumes, instance) = (built.volumes, built.spec);
             let started = blocking(move || {
+                let _turn = volumes::TURN.read().unwrap_or_else(PoisonError::into_inner);
                 volumes::prepare(&shared, &volumes)?;
                 shared.runtime.start(&instance).map_err(|e| e.to_string())
             })
@@ -279,8 +280,8 @@ impl Executor {
             .map_err(ApiError::internal)?
     }
 
-    /// The environment is empty: its networks go.
-    pub fn forget_networks(&self) {
+    /// The environment is empty: its networks go, and volumes in memory that it had.
+    pub fn forget_environment(&self) {
         let shared = self.shared.clone();
         let environment = self.environment.clone();
         tokio::spawn(async move {
@@ -289,6 +290,9 @@ impl Executor {
             let result = blocking(move || inner.networks.forget(&environment, port)).await;
             if let Ok(Err(cause)) | Err(cause) = result {
                 tracing::warn!(%cause, "networks not removed");
+            }
+            if let Ok(Err(cause)) = blocking(move || volumes::let_go(&shared)).await {
+                tracing::warn!(%cause, "volumes in memory not removed");
             }
         });
     }

@@ -11,6 +11,7 @@ use kiln_model::instance::{
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
     FileKind, FileVersion, Hook, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+    Volume,
 };
 use kiln_model::{InstanceId, Millis, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
@@ -35,6 +36,8 @@ pub struct VolumeUse {
     pub target: String,
     pub tree: kiln_model::Digest,
     pub nocopy: bool,
+    /// Options of the tmpfs that it is in; `None`: it is on disk.
+    pub memory: Option<Vec<(String, String)>>,
 }
 
 pub fn build(
@@ -184,6 +187,7 @@ fn mounts(
                     target: mount.target.clone(),
                     tree: released.image.tree,
                     nocopy: *nocopy || subpath.is_some(),
+                    memory: memory(volume),
                 });
                 let data = crate::volumes::data_folder(&shared.root, &volume.name);
                 let path = match subpath {
@@ -238,6 +242,14 @@ fn mounts(
         mounts.push(file_mount(shared, released, file)?);
     }
     Ok((mounts, volumes))
+}
+
+/// Lowering lets no other options through than those of a tmpfs.
+fn memory(volume: &Volume) -> Option<Vec<(String, String)>> {
+    let options = (volume.driver_opts.get("type")? == "tmpfs").then_some(&volume.driver_opts)?;
+    let words = options.get("o").map_or("", String::as_str).split(',');
+    let pairs = words.filter_map(|word| word.split_once('='));
+    Some(pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
 }
 
 fn is_plain(subpath: &str) -> bool {
