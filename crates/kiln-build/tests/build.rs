@@ -352,6 +352,7 @@ fn request(image: Digest, command: &str) -> TestRequest {
         healthcheck: None,
         shell: Vec::new(),
         checks: Vec::new(),
+        post_start: Vec::new(),
         completes: false,
         peers: false,
         hosts: Vec::new(),

@@ -22,12 +22,6 @@ const MODELS: &str = "kiln runs no language models; run one as a service with an
 const GPUS: &str = "kiln cannot give GPUs to services; pass single device files with `devices`";
 const PLACEMENT: &str = "there is one host only; take it out";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
-const NO_HOOKS: &str = "kiln runs no hooks yet; do it in the service's own entrypoint, or in a \
-     service of its own that this one depends on";
-const NO_SHARED_NETWORK: &str =
-    "networks are not shared between projects yet; publish a port and connect to that";
-const NO_NAMED_FILES: &str =
-    "kiln has no store of named configs and secrets yet; use `file:` or `environment:`";
 const ALL_OR_NOTHING: &str =
     "every new instance must prove itself, or the release that serves stays";
 const WATCH: &str = "it only concerns watching for changes during development";
@@ -47,10 +41,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
     (
         "services.*.attach",
         Note("it only says whose output a terminal shows"),
-    ),
-    (
-        "services.*.depends_on.*.restart",
-        Note("a replaced service keeps its address, so that nothing needs a restart"),
     ),
     ("services.*.deploy.placement", Refused(PLACEMENT)),
     (
@@ -157,8 +147,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.networks.*.driver_opts",
         Refused("kiln's bridge has no options for an endpoint; use `sysctls`"),
     ),
-    ("services.*.post_start", Refused(NO_HOOKS)),
-    ("services.*.pre_stop", Refused(NO_HOOKS)),
     (
         "services.*.pull_refresh_after",
         Refused("use `pull_policy: every_<time>`"),
@@ -199,14 +187,11 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "networks.*.ipam.options",
         Refused("kiln has one way to give out addresses; take it out"),
     ),
-    ("networks.*.external", Refused(NO_SHARED_NETWORK)),
     ("networks.*.attachable", Note("it only matters in a swarm")),
-    ("secrets.*.external", Refused(NO_NAMED_FILES)),
     ("secrets.*.labels", Note(NO_LABELS)),
     ("secrets.*.driver", Refused(NO_DRIVER)),
     ("secrets.*.driver_opts", Refused(NO_DRIVER)),
     ("secrets.*.template_driver", Refused(NO_DRIVER)),
-    ("configs.*.external", Refused(NO_NAMED_FILES)),
     ("configs.*.labels", Note(NO_LABELS)),
     ("configs.*.template_driver", Refused(NO_DRIVER)),
 ];
@@ -226,11 +211,11 @@ pub const LIMITS: &[(&str, &str)] = &[
     ("services.*.build.network", "host, none or the default"),
     ("services.*.deploy.endpoint_mode", "vip only"),
     ("services.*.expose", "tcp and udp"),
-    ("services.*.ipc", NO_SHARED),
+    ("services.*.ipc", SHARED),
     ("services.*.logging.driver", "json-file, local or none"),
     ("services.*.logging.options", "max-size and max-file"),
     ("services.*.network_mode", "none, host or service:NAME"),
-    ("services.*.pid", NO_SHARED),
+    ("services.*.pid", SHARED),
     ("services.*.ports.[].mode", "ingress or host"),
     ("services.*.ports.[].protocol", "tcp or udp"),
     (
@@ -243,7 +228,7 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
     ("services.*.tmpfs", "size, mode, ro, rw, exec, noexec"),
     ("services.*.userns_mode", "host only"),
-    ("services.*.uts", NO_SHARED),
+    ("services.*.uts", "host or private"),
     ("services.*.volumes.[].bind.recursive", "enabled only"),
     ("services.*.volumes.[].source", "Linux paths"),
     (
@@ -252,15 +237,16 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
     ("services.*.volumes_from", "services only"),
     ("volumes.*.driver", "local only"),
-    ("volumes.*.driver_opts", "bind mounts (`o: bind`) only"),
+    (
+        "volumes.*.driver_opts",
+        "bind mounts (`o: bind`) and memory (`type: tmpfs`)",
+    ),
 ];
 
-const NO_SHARED: &str = "host or private; not yet service:NAME";
+const SHARED: &str = "host, private or service:NAME";
 
 /// Refusals that cannot be ignored: nothing could be put in the place of what is said.
 pub const NEEDED: &[&str] = &[
-    "configs.*.external",
-    "secrets.*.external",
     "services.*.build.context",
     "services.*.provider",
     "services.*.volumes.[].source",
@@ -351,8 +337,7 @@ mod tests {
         }
         let table = support_table();
         assert!(table.contains("| `services.*.image` | honoured |"));
-        assert!(table.contains("| `services.*.post_start` | refused |"));
-        assert!(table.contains("| `networks.*.external` | refused |"));
-        assert!(table.contains("| `services.*.pid` | honoured | host or private"));
+        assert!(table.contains("| `services.*.provider` | refused |"));
+        assert!(table.contains("| `services.*.pid` | honoured | host, private or service"));
     }
 }

@@ -638,8 +638,8 @@ const LATER: &str = r#"
 services:
   web:
     image: x
-    post_start: [{command: echo}]
-    pre_stop: [{command: echo}]
+    post_start: [{command: [echo]}]
+    cgroup_parent: x
     pid: service:db
     ipc: service:db
     uts: service:db
@@ -652,7 +652,7 @@ services:
 networks: {shared: {external: true}}
 volumes: {nfs: {driver_opts: {type: nfs, o: addr=host, device: ":/x"}}}
 configs: {conf: {external: true}}
-secrets: {key: {external: true}}
+secrets: {key: {external: {name: other}}}
 "#;
 
 #[test]
@@ -669,16 +669,10 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
         .collect();
     shown.sort();
     let expected = [
-        (5, "services.*.post_start"),
-        (6, "services.*.pre_stop"),
-        (7, "services.*.pid"),
-        (8, "services.*.ipc"),
+        (6, "services.*.cgroup_parent"),
         (9, "services.*.uts"),
         (10, "services.*.networks.*.gw_priority"),
-        (16, "networks.*.external"),
         (17, "volumes.*.driver_opts"),
-        (18, "configs.*.external"),
-        (19, "secrets.*.external"),
     ];
     let shown: Vec<_> = shown.iter().map(|(n, key)| (*n, key.as_str())).collect();
     assert_eq!(shown, expected);
@@ -700,33 +694,25 @@ fn what_is_not_carried_out_is_refused_with_its_line_but_printed() {
 fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     let files = Files::new(&[("compose.yaml", LATER)]);
     let mut options = files.options();
-    options.allow_ignored = [
-        "post_start",
-        "pre_stop",
-        "pid",
-        "ipc",
-        "uts",
-        "gw_priority",
-        "driver_opts",
-        "external",
-    ]
-    .map(Into::into)
-    .to_vec();
-    let error = files
-        .load_with(&options)
-        .expect_err("no content for a config");
-    let keys: Vec<_> = error
-        .errors()
-        .map(|d| d.key.as_deref().unwrap().to_owned())
-        .collect();
-    assert_eq!(keys, ["configs.*.external", "secrets.*.external"]);
-    let text = LATER.replace("{conf: {external: true}}", "{conf: {content: c}}");
-    let text = text.replace("{key: {external: true}}", "{key: {environment: K}}");
-    let files = Files::new(&[("compose.yaml", &text)]);
+    options.allow_ignored = ["cgroup_parent", "uts", "gw_priority", "driver_opts"]
+        .map(Into::into)
+        .to_vec();
+    let text = LATER.replace("cgroup_parent: x", "provider: {type: y}");
+    let wrong = Files::new(&[("compose.yaml", &text)]);
+    options.allow_ignored.push("provider".into());
+    let error = wrong.load_with(&options).expect_err("nothing to run");
+    let keys: Vec<_> = error.errors().map(|d| d.key.as_deref()).collect();
+    assert_eq!(keys, [Some("services.*.provider")]);
     let loaded = files.load_with(&options).expect("ignored");
     let web = &loaded.spec.services["web"];
-    assert_eq!(web.namespaces.pid, kiln_model::spec::NamespaceMode::Private);
-    assert!(!loaded.spec.networks["shared"].external);
+    let kept = |name: &str| Some(FileSource::External(name.into()));
+    assert_eq!(loaded.spec.configs.get("conf").cloned(), kept("conf"));
+    assert_eq!(loaded.spec.secrets.get("key").cloned(), kept("other"));
+    assert_eq!(web.post_start[0].command, ["echo"]);
+    let of_db = kiln_model::spec::NamespaceMode::Service("db".parse().unwrap());
+    assert_eq!(web.namespaces.pid, of_db);
+    assert_eq!(web.namespaces.uts, kiln_model::spec::NamespaceMode::Private);
+    assert!(loaded.spec.networks["shared"].external);
     assert!(loaded.spec.volumes["nfs"].driver_opts.is_empty());
     let noted = |key: &str| loaded.notes.iter().any(|n| n.key.as_deref() == Some(key));
     assert!(noted("services.*.deploy.update_config.failure_action"));
@@ -748,10 +734,29 @@ fn a_local_volume_that_binds_a_folder_is_a_bind_mount() {
     assert_eq!(mounts[1].source, bind("/srv/d/s"));
     assert!(mounts.iter().all(|m| m.read_only));
     assert!(loaded.spec.volumes.is_empty());
+    let loaded = one(
+        "services: {a: {image: x, volumes: ['mem:/m']}}\nvolumes: {mem: {driver_opts: {type: tmpfs, device: tmpfs, o: 'size=1m,nodev,uid=7'}}}",
+    );
+    let options = &loaded.spec.volumes["mem"].driver_opts;
+    assert_eq!(
+        (options["type"].as_str(), options["o"].as_str()),
+        ("tmpfs", "size=1m,uid=7")
+    );
 }
 
 #[test]
 fn links_say_nothing_of_restarts() {
     let loaded = one("services: {a: {image: x, links: [b]}, b: {image: y}}");
     assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
+    let depends_on = &loaded.spec.services["a"].depends_on;
+    assert!(depends_on.values().all(|d| !d.restart));
+    let loaded = one(
+        "services: {a: {image: x, depends_on: {b: {condition: service_started, restart: true}}}, b: {image: y}}",
+    );
+    assert!(
+        loaded.spec.services["a"]
+            .depends_on
+            .values()
+            .all(|d| d.restart)
+    );
 }

@@ -559,7 +559,7 @@ impl Engine {
                 format!("release {release} is proven and serves"),
             ),
             Conclusion::Down => {
-                self.executor.forget_networks();
+                self.executor.forget_environment();
                 (
                     None,
                     Outcome::Proven,

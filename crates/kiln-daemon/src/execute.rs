@@ -4,24 +4,22 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
 use kiln_model::release::Release;
-use kiln_model::spec::{FileVersion, Port, Protocol};
+use kiln_model::spec::{FileVersion, Hook, Port, Protocol};
 use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
-use kiln_plan::{
-    Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, assign_service_addresses,
-    host_port_key,
-};
+use kiln_plan::{Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, host_port_key};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::api::error::ApiError;
+use crate::api::types::{EventKind, EventRecord};
 use crate::engine::Message;
 use crate::shared::{Shared, blocking, ended};
-use crate::{instance_spec, probe, volumes};
+use crate::{inside, instance_spec, probe, volumes};
 
 /// Pause before an effect that could not be carried out is planned again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -79,7 +77,12 @@ impl Executor {
                     Ok(Event::Drained { id })
                 });
             }
-            Effect::Stop { id, signal, grace } => self.stop(key, id, signal, grace),
+            Effect::Stop { id, signal, grace } => {
+                let instance = world.instances.get(&id);
+                let released = instance.and_then(|i| releases.service_of(i));
+                let hooks = released.map_or_else(Vec::new, |r| r.service.pre_stop.clone());
+                self.stop(key, id, (signal, grace), hooks);
+            }
             Effect::Remove { id } => {
                 let shared = self.shared.clone();
                 self.spawn(key, async move {
@@ -121,33 +124,65 @@ impl Executor {
                 Err(cause) => return Ok(Event::StartFailed { id, cause }),
             };
             let shared = this.shared.clone();
+            let (volumes, instance) = (built.volumes, built.spec);
             let started = blocking(move || {
-                volumes::prepare(&shared, &built.volumes)?;
-                shared.runtime.start(&built.spec).map_err(|e| e.to_string())
+                let _turn = volumes::TURN.read().unwrap_or_else(PoisonError::into_inner);
+                volumes::prepare(&shared, &volumes)?;
+                shared.runtime.start(&instance).map_err(|e| e.to_string())
             })
             .await?;
-            match started {
-                Ok(_) => {
-                    this.watch_exit(id.clone());
-                    Ok(Event::Started { id })
-                }
-                Err(cause) => Ok(Event::StartFailed { id, cause }),
+            if let Err(cause) = started {
+                return Ok(Event::StartFailed { id, cause });
             }
+            this.watch_exit(id.clone());
+            let (runtime, target) = (this.shared.runtime.clone(), id.clone());
+            let hooks = built.post_start;
+            let ran =
+                blocking(move || inside::hooks(&runtime, &target, "post_start", &hooks)).await?;
+            Ok(match ran {
+                Ok(()) => Event::Started { id },
+                Err(reason) => Event::Unhealthy { id, reason },
+            })
         });
     }
 
-    fn stop(&self, key: EffectKey, id: InstanceId, signal: String, grace: Millis) {
-        let shared = self.shared.clone();
+    /// Runs the hooks of one that is to be stopped, and stops it however they went.
+    fn stop(
+        &self,
+        key: EffectKey,
+        id: InstanceId,
+        (signal, grace): (String, Millis),
+        hooks: Vec<Hook>,
+    ) {
+        let this = self.clone();
         self.spawn(key, async move {
             let target = id.clone();
             let status = blocking(move || {
-                shared
-                    .runtime
+                let runtime = &this.shared.runtime;
+                let state = runtime.observe(&target).map(|o| o.state);
+                if matches!(state, Some(ObservedState::Running { .. }))
+                    && let Err(cause) = inside::hooks(runtime, &target, "pre_stop", &hooks)
+                {
+                    this.warn(&target, &cause);
+                }
+                runtime
                     .stop(&target, &signal, grace)
                     .map_err(|e| e.to_string())
             })
             .await??;
             Ok(Event::Exited { id, status })
+        });
+    }
+
+    fn warn(&self, id: &InstanceId, text: &str) {
+        self.shared.tell(EventRecord {
+            id: 0,
+            time: Shared::now(),
+            environment: self.environment.clone(),
+            service: None,
+            instance: Some(id.clone()),
+            kind: EventKind::Warning,
+            text: format!("{id}: {text}"),
         });
     }
 
@@ -229,13 +264,6 @@ impl Executor {
                 .networks
                 .lay_out(&environment, &release, &mut layout)
                 .map_err(|e| ApiError::invalid(e, "change or leave out the network's settings"))?;
-            let problems = assign_service_addresses(&mut layout, &release);
-            if let Some(problem) = problems.into_iter().next() {
-                return Err(ApiError::invalid(
-                    problem,
-                    "leave the address out, or choose another",
-                ));
-            }
             choose_host_ports(&release, &mut layout)?;
             Ok(layout)
         })
@@ -252,8 +280,8 @@ impl Executor {
             .map_err(ApiError::internal)?
     }
 
-    /// The environment is empty: its networks go.
-    pub fn forget_networks(&self) {
+    /// The environment is empty: its networks go, and volumes in memory that it had.
+    pub fn forget_environment(&self) {
         let shared = self.shared.clone();
         let environment = self.environment.clone();
         tokio::spawn(async move {
@@ -262,6 +290,9 @@ impl Executor {
             let result = blocking(move || inner.networks.forget(&environment, port)).await;
             if let Ok(Err(cause)) | Err(cause) = result {
                 tracing::warn!(%cause, "networks not removed");
+            }
+            if let Ok(Err(cause)) = blocking(move || volumes::let_go(&shared)).await {
+                tracing::warn!(%cause, "volumes in memory not removed");
             }
         });
     }

@@ -10,19 +10,22 @@ use kiln_model::instance::{
 };
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
-    FileKind, FileVersion, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+    FileKind, FileVersion, Hook, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
+    Volume,
 };
-use kiln_model::{InstanceId, Millis};
+use kiln_model::{InstanceId, Millis, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
 
 use crate::shared::Shared;
 
 const DEFAULT_GRACE: Millis = Millis(10_000);
 
-/// An instance's spec, and the volumes that must be there before it starts.
+/// An instance's spec, the volumes that must be there before it starts, and what is run in
+/// it before it counts as started.
 pub struct Built {
     pub spec: InstanceSpec,
     pub volumes: Vec<VolumeUse>,
+    pub post_start: Vec<Hook>,
 }
 
 /// A named volume that is mounted at `target`, whose image content a new volume gets.
@@ -33,6 +36,8 @@ pub struct VolumeUse {
     pub target: String,
     pub tree: kiln_model::Digest,
     pub nocopy: bool,
+    /// Options of the tmpfs that it is in; `None`: it is on disk.
+    pub memory: Option<Vec<(String, String)>>,
 }
 
 pub fn build(
@@ -93,7 +98,7 @@ pub fn build(
         mounts,
         network,
         resolver,
-        namespaces: namespaces(service)?,
+        namespaces: namespaces(service, instance)?,
         security: process::security(service),
         limits: process::limits(&service.limits),
         stop_signal: service
@@ -108,7 +113,11 @@ pub fn build(
         stdin_open: service.process.stdin_open,
         logging: service.logging.clone(),
     };
-    Ok(Built { spec, volumes })
+    Ok(Built {
+        spec,
+        volumes,
+        post_start: service.post_start.clone(),
+    })
 }
 
 fn purpose(world: &World, instance: &Instance, released: &ReleasedService) -> Purpose {
@@ -178,6 +187,7 @@ fn mounts(
                     target: mount.target.clone(),
                     tree: released.image.tree,
                     nocopy: *nocopy || subpath.is_some(),
+                    memory: memory(volume),
                 });
                 let data = crate::volumes::data_folder(&shared.root, &volume.name);
                 let path = match subpath {
@@ -232,6 +242,14 @@ fn mounts(
         mounts.push(file_mount(shared, released, file)?);
     }
     Ok((mounts, volumes))
+}
+
+/// Lowering lets no other options through than those of a tmpfs.
+fn memory(volume: &Volume) -> Option<Vec<(String, String)>> {
+    let options = (volume.driver_opts.get("type")? == "tmpfs").then_some(&volume.driver_opts)?;
+    let words = options.get("o").map_or("", String::as_str).split(',');
+    let pairs = words.filter_map(|word| word.split_once('='));
+    Some(pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
 }
 
 fn is_plain(subpath: &str) -> bool {
@@ -305,13 +323,10 @@ fn network(
         NetworkMode::None => Ok((InstanceNetwork::Isolated, None)),
         NetworkMode::Host => Ok((InstanceNetwork::Host, None)),
         NetworkMode::Service(other) => {
-            let id = world
-                .of_service(other)
-                .filter(|(_, i)| i.phase.rising())
-                .map(|(id, _)| id.clone())
-                .last()
-                .ok_or_else(|| format!("network_mode: service `{other}` has no instance"))?;
-            Ok((InstanceNetwork::Join(id), None))
+            let id = joined(instance, other, "network_mode")?;
+            // Names resolve as for the one whose network it shares.
+            let resolver = resolver(gateway_of(world, &id));
+            Ok((InstanceNetwork::Join(id), Some(resolver)))
         }
         NetworkMode::Networks(attached) => {
             let mut interfaces = Vec::new();
@@ -384,13 +399,13 @@ fn hosts(world: &World, layout: &Layout, service: &Service) -> Vec<(IpAddr, Stri
     extra.chain(links).collect()
 }
 
-fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
-    let one = |mode: &NamespaceMode, what: &str| match mode {
-        NamespaceMode::Private => Ok(SharedNamespace::Private),
-        NamespaceMode::Host => Ok(SharedNamespace::Host),
-        NamespaceMode::Service(other) => Err(format!(
-            "{what}: service:{other} is not there yet; use `host` or leave it out"
-        )),
+fn namespaces(service: &Service, instance: &Instance) -> Result<SharedNamespaces, String> {
+    let one = |mode: &NamespaceMode, what: &str| -> Result<SharedNamespace, String> {
+        Ok(match mode {
+            NamespaceMode::Private => SharedNamespace::Private,
+            NamespaceMode::Host => SharedNamespace::Host,
+            NamespaceMode::Service(other) => SharedNamespace::Of(joined(instance, other, what)?),
+        })
     };
     Ok(SharedNamespaces {
         pid: one(&service.namespaces.pid, "pid")?,
@@ -398,4 +413,15 @@ fn namespaces(service: &Service) -> Result<SharedNamespaces, String> {
         uts: one(&service.namespaces.uts, "uts")?,
         cgroup: one(&service.namespaces.cgroup, "cgroup")?,
     })
+}
+
+/// The planner's choice among `other`'s instances.
+fn joined(instance: &Instance, other: &ServiceName, what: &str) -> Result<InstanceId, String> {
+    let id = instance.joined.get(other).cloned();
+    id.ok_or_else(|| format!("{what}: service `{other}` has no instance"))
+}
+
+fn gateway_of(world: &World, id: &InstanceId) -> Option<Ipv4Addr> {
+    let (network, _) = world.instances.get(id)?.addresses.first_key_value()?;
+    Some(world.layout.networks.get(network)?.gateway())
 }

@@ -1,6 +1,5 @@
 //! Asks an instance whether it is ready and, from then on, whether it is well.
 
-use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,14 +8,14 @@ use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use kiln_model::InstanceId;
-use kiln_model::instance::ExitStatus;
 use kiln_plan::{Event, Probe, ProbePlan};
-use kiln_runtime::{ExecIo, ExecSpec, Runtime};
+use kiln_runtime::{ExecSpec, Runtime};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
 use crate::engine::Message;
+use crate::inside;
 use crate::shared::blocking;
 
 /// Longest single attempt while it is not ready yet: a hung attempt must not hide that
@@ -142,13 +141,12 @@ impl Prober {
     async fn exec(&self, argv: Vec<String>, limit: Duration) -> Result<(), String> {
         let runtime = self.runtime.clone();
         let id = self.target.id.clone();
-        let shown = argv.join(" ");
-        let (status, output) = blocking(move || check(&runtime, &id, argv, limit)).await??;
-        match status.success() {
-            true => Ok(()),
-            false if output.is_empty() => Err(format!("`{shown}` {status}")),
-            false => Err(format!("`{shown}` {status}: {output}")),
-        }
+        let spec = ExecSpec {
+            argv,
+            timeout: Some(limit.into()),
+            ..ExecSpec::default()
+        };
+        blocking(move || inside::run(&runtime, &id, &spec)).await?
     }
 
     async fn connect(&self, port: u16, limit: Duration) -> Result<TcpStream, String> {
@@ -208,39 +206,4 @@ impl Prober {
             Err(format!("http port {port}{path} answered {answered}"))
         }
     }
-}
-
-/// Output of a check that is kept, as in Docker.
-const KEPT_OUTPUT: u64 = 4096;
-
-/// Runs a check's command in the instance and gives back the beginning of its output.
-fn check(
-    runtime: &Runtime,
-    id: &InstanceId,
-    argv: Vec<String>,
-    limit: Duration,
-) -> Result<(ExitStatus, String), String> {
-    let text = |e: std::io::Error| e.to_string();
-    let (read, write) = std::io::pipe().map_err(text)?;
-    let io = ExecIo {
-        stdin: std::fs::File::open("/dev/null").map_err(text)?.into(),
-        stderr: write.try_clone().map_err(text)?.into(),
-        stdout: write.into(),
-    };
-    // Read while it runs: a full pipe would stop it.
-    let reader = std::thread::spawn(move || {
-        let mut kept = Vec::new();
-        let mut read = read;
-        // What can't be read is only missing from the message.
-        let _ = (&mut read).take(KEPT_OUTPUT).read_to_end(&mut kept);
-        let _ = std::io::copy(&mut read, &mut std::io::sink());
-        String::from_utf8_lossy(&kept).trim().to_owned()
-    });
-    let spec = ExecSpec {
-        argv,
-        timeout: Some(limit.into()),
-        ..ExecSpec::default()
-    };
-    let status = runtime.exec(id, &spec, io).map_err(|e| e.to_string())?;
-    Ok((status, reader.join().unwrap_or_default()))
 }

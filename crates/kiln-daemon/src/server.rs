@@ -145,7 +145,7 @@ fn open(config: DaemonConfig) -> Result<Arc<Shared>, DaemonError> {
         secrets: SecretStore::open(&root).map_err(part)?,
         audit: AuditLog::open(&root).map_err(part)?,
         proxy: ProxyLink::new(root.clone(), config.proxy),
-        networks: Networks::new(&root, &worlds),
+        networks: Networks::new(&root, &worlds, state.networks().map_err(part)?),
         state,
         events,
         engines: Mutex::new(BTreeMap::new()),

@@ -4,11 +4,12 @@
 //! Tables (`user_version` 1): `environments(name, world)` – the planner's world as
 //! JSON; `releases(environment, number, digest, release, record)` – append-only but
 //! for a record's outcome; `events(id, environment, time, event)` – the newest
-//! [`KEPT_EVENTS`].
+//! [`KEPT_EVENTS`]; `networks(name, network)` – those that belong to no environment.
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use kiln_model::network::BridgeNetwork;
 use kiln_model::release::Outcome;
 use kiln_model::{EnvironmentName, Release, ReleaseNumber, ReleaseRecord};
 use kiln_plan::World;
@@ -79,6 +80,7 @@ impl State {
         if found == 0 {
             connection.execute_batch(SCHEMA).map_err(sqlite)?;
         }
+        connection.execute_batch(NETWORKS).map_err(sqlite)?;
         Ok(Self {
             path,
             connection: Mutex::new(connection),
@@ -121,6 +123,33 @@ impl State {
             )?
             .execute(params![world.environment.as_str(), text])
         })?;
+        Ok(())
+    }
+
+    pub fn networks(&self) -> Result<Vec<BridgeNetwork>, StateError> {
+        let rows = self.with(|c| {
+            c.prepare("SELECT network FROM networks ORDER BY name")?
+                .query_map([], |row| row.get::<_, String>(0))?
+                .collect::<rusqlite::Result<Vec<_>>>()
+        })?;
+        rows.iter()
+            .map(|text| self.decode("networks", text))
+            .collect()
+    }
+
+    pub fn add_network(&self, network: &BridgeNetwork) -> Result<(), StateError> {
+        let text = self.encode("networks", network)?;
+        self.with(|c| {
+            c.execute(
+                "INSERT INTO networks(name, network) VALUES (?1, ?2)",
+                params![network.name, text],
+            )
+        })?;
+        Ok(())
+    }
+
+    pub fn remove_network(&self, name: &str) -> Result<(), StateError> {
+        self.with(|c| c.execute("DELETE FROM networks WHERE name = ?1", [name]))?;
         Ok(())
     }
 
@@ -281,6 +310,10 @@ CREATE INDEX events_of ON events(environment, id);
 PRAGMA user_version = 1;
 COMMIT;
 ";
+
+/// Came later than the others, and older kilns don't mind it.
+const NETWORKS: &str = "CREATE TABLE IF NOT EXISTS networks (
+    name TEXT PRIMARY KEY, network TEXT NOT NULL) STRICT;";
 
 #[cfg(test)]
 mod tests {

@@ -6,8 +6,13 @@
 //! Names resolve to service addresses; the host answers for all of them (a local
 //! route) and the proxy passes what arrives there to an instance that serves. That
 //! is why peers that resolve once and keep connections survive a replacement.
+//!
+//! An environment may join a network of another's (compose's `external`). So that the two
+//! never give the same address, the one that it belongs to takes the first half of each
+//! range, and those that join have a **share** each of the rest.
 
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +29,44 @@ pub struct BridgeNetwork {
     pub mtu: Option<u32>,
 }
 
+/// So many environments may join a network of another's.
+pub const SHARES: u32 = 16;
+
+/// Smaller networks have no shares: there is hardly room for one environment.
+const SMALLEST_SHARED: u32 = 256;
+
 impl BridgeNetwork {
+    /// Instances' addresses, as numbers in the subnet. `share`: `None` for the environment
+    /// that the network belongs to; empty where the network has no such share.
+    pub fn instances(&self, share: Option<u32>) -> Range<u32> {
+        // The base and the gateway are nobody's.
+        self.part(2..self.subnet.len() / 2, share)
+    }
+
+    /// As [`BridgeNetwork::instances`], for services' addresses.
+    pub fn services(&self, share: Option<u32>) -> Range<u32> {
+        // The last address is the network's broadcast address.
+        self.part(self.subnet.len() / 2..self.subnet.len() - 1, share)
+    }
+
+    fn part(&self, whole: Range<u32>, share: Option<u32>) -> Range<u32> {
+        let half = self.subnet.len() / 2;
+        let shared = whole.start / half * half + half / 2;
+        let step = half / 2 / SHARES;
+        match share {
+            _ if self.subnet.len() < SMALLEST_SHARED => match share {
+                None => whole,
+                Some(_) => whole.end..whole.end,
+            },
+            None => whole.start..shared,
+            Some(n) if n < SHARES => {
+                let start = shared + n * step;
+                start..(start + step).min(whole.end)
+            }
+            Some(_) => whole.end..whole.end,
+        }
+    }
+
     pub fn gateway(&self) -> Ipv4Addr {
         self.subnet.nth(1)
     }
@@ -148,6 +190,32 @@ mod tests {
         assert_eq!(network.gateway(), Ipv4Addr::new(10, 1, 16, 1));
         assert_eq!(network.service_range().to_string(), "10.1.24.0/21");
         assert!(!network.service_range().contains(network.gateway()));
+    }
+
+    #[test]
+    fn shares_don_t_meet() {
+        for (subnet, room) in [("10.1.16.0/20", 64), ("10.1.0.0/24", 4), ("10.0.0.0/25", 0)] {
+            let network = BridgeNetwork {
+                name: "n".into(),
+                bridge: "b".into(),
+                subnet: subnet.parse().unwrap(),
+                internal: false,
+                mtu: None,
+            };
+            let shares = [None].into_iter().chain((0..SHARES).map(Some));
+            let mut all: Vec<_> = shares
+                .flat_map(|s| [network.instances(s), network.services(s)])
+                .collect();
+            assert_eq!(all[3].len(), room);
+            all.retain(|range| !range.is_empty());
+            all.sort_by_key(|range| range.start);
+            assert!(all.windows(2).all(|w| w[0].end <= w[1].start), "{all:?}");
+            assert_eq!(
+                (all[0].start, all.last().unwrap().end),
+                (2, network.subnet.len() - 1)
+            );
+            assert!(network.services(Some(SHARES)).is_empty());
+        }
     }
 
     #[test]

@@ -38,7 +38,11 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
             }
         }),
         Event::Healthy { id } => with(world, &id, |i| i.health = Health::Healthy),
-        Event::Unhealthy { id, reason } => unhealthy(world, &id, reason, now),
+        Event::Unhealthy { id, reason } => {
+            // A hook of its start has failed.
+            world.under_way.remove(&EffectKey::Start(id.clone()));
+            unhealthy(world, &id, reason, now);
+        }
         Event::Exited { id, status } => {
             world.under_way.remove(&EffectKey::Stop(id.clone()));
             world.under_way.remove(&EffectKey::Observe(id.clone()));
@@ -127,11 +131,9 @@ fn found(world: &mut World, observed: Vec<Observed>, now: Millis) {
             continue;
         };
         match (state, &instance.phase) {
-            (Some(ObservedState::Running { since, .. }), Phase::Starting) => {
-                instance.phase = Phase::Warming { since };
-            }
             (Some(ObservedState::Running { .. }), _) => {}
-            // Starting again under the same id is safe: the runtime finishes or redoes it.
+            // Starting again under the same id is safe: the runtime finishes or redoes it,
+            // and hooks that may not have come to their end are run.
             (None | Some(ObservedState::Dead | ObservedState::Starting), Phase::Starting) => {}
             (Some(ObservedState::Exited { status, at }), phase) if phase.alive() => {
                 end(world, &id, status, None, at);

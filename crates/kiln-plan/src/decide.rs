@@ -330,6 +330,13 @@ impl<'a> Planner<'a> {
             self.report(Some(name), "no free address is left on one of its networks");
             return;
         };
+        let Some(joined) = routes::partners(self.world, goal, released, index) else {
+            self.report(
+                Some(name),
+                "waits: for the service whose namespaces it shares",
+            );
+            return;
+        };
         self.report(Some(name), format!("start {id} (copy {index})"));
         self.world.instances.insert(
             id,
@@ -340,6 +347,7 @@ impl<'a> Planner<'a> {
                 index,
                 job,
                 addresses,
+                joined,
                 phase: Phase::Starting,
                 health: Health::Unknown,
                 tainted: false,
@@ -438,7 +446,9 @@ impl<'a> Planner<'a> {
                 && matches!(instance.health, Health::Unhealthy { .. })
         });
         instance.index <= released.service.replicas
-            && goal.revisions.get(&instance.service) == Some(&instance.revision)
+            && self
+                .world
+                .is_current(instance, goal.revisions.get(&instance.service))
             && !better
     }
 

@@ -40,7 +40,8 @@ pub enum Event {
     Healthy {
         id: InstanceId,
     },
-    /// Its health check failed as often as it may, or it never got ready in time.
+    /// Its health check failed as often as it may, it never got ready in time, or a
+    /// `post_start` hook failed.
     Unhealthy {
         id: InstanceId,
         reason: String,
@@ -78,6 +79,7 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     EnsureNetworks(Vec<BridgeNetwork>),
+    /// Start it and run its `post_start` hooks.
     Start {
         id: InstanceId,
     },
@@ -92,6 +94,7 @@ pub enum Effect {
         id: InstanceId,
         limit: Millis,
     },
+    /// Run its `pre_stop` hooks and end it.
     Stop {
         id: InstanceId,
         signal: String,

@@ -3,6 +3,7 @@
 use kiln_model::ServiceName;
 use serde::{Deserialize, Serialize};
 
+use crate::revision::replaced_with;
 use crate::service::{is_exclusive, is_job};
 use crate::world::Prepared;
 
@@ -82,7 +83,11 @@ fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, 
             ),
         };
     }
-    let why = format!("{} changed", changes(old, new).join(", "));
+    let why = match (changes(old, new), taken_along(from, to, new)) {
+        (parts, Some(other)) if parts.is_empty() => format!("`{other}` is replaced"),
+        (parts, _) if parts.is_empty() => "its definition changed".into(),
+        (parts, _) => format!("{} changed", parts.join(", ")),
+    };
     match is_exclusive(new) {
         true => (
             Action::Handoff,
@@ -90,6 +95,16 @@ fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, 
         ),
         false => (Action::Replace, why),
     }
+}
+
+/// The service whose replacement takes this one with it.
+fn taken_along<'r>(
+    from: Option<&Prepared>,
+    to: &Prepared,
+    new: &'r kiln_model::release::ReleasedService,
+) -> Option<&'r ServiceName> {
+    replaced_with(&new.service)
+        .find(|other| from.and_then(|f| f.revisions.get(*other)) != to.revisions.get(*other))
 }
 
 /// Which parts differ, in words.
@@ -123,8 +138,5 @@ fn changes(
     note(o.limits != n.limits, "limits");
     note(o.security != n.security, "security");
     note(o.health != n.health, "health check");
-    if parts.is_empty() {
-        parts.push("its definition");
-    }
     parts
 }

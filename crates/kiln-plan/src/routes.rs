@@ -12,8 +12,8 @@ use kiln_model::spec::{NetworkMode, Port, Protocol};
 use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
 
 use crate::decide::{next_generation, waits_for};
-use crate::service::{batch, is_exclusive, is_job};
-use crate::world::{Health, Instance, Layout, Prepared, Releases, RolloutState, World};
+use crate::service::{batch, is_exclusive, is_job, joins};
+use crate::world::{Health, Instance, Layout, Phase, Prepared, Releases, RolloutState, World};
 
 /// Callers of a service that is between two copies wait at most this long: longer than
 /// most programs take to start, shorter than most callers' own patience.
@@ -27,13 +27,10 @@ pub(crate) fn current<'w>(
     goal: &Prepared,
     name: &'w ServiceName,
 ) -> Vec<(&'w InstanceId, &'w Instance)> {
-    let revision = goal.revisions.get(name).copied();
+    let revision = goal.revisions.get(name);
     world
-        .instances
-        .iter()
-        .filter(|(_, i)| {
-            &i.service == name && Some(i.revision) == revision && i.phase.rising() && !i.job
-        })
+        .of_service(name)
+        .filter(|(_, i)| i.phase.rising() && !i.job && world.is_current(i, revision))
         .collect()
 }
 
@@ -134,7 +131,7 @@ fn service_route(
     let revision = goal.and_then(|g| g.revisions.get(name));
     let (new, old): (Vec<_>, Vec<_>) = ready
         .into_iter()
-        .partition(|(_, i)| Some(&i.revision) == revision);
+        .partition(|(_, i)| world.is_current(i, revision));
     let handing_over = new.is_empty()
         && is_exclusive(released)
         && goal.is_some_and(|g| can_hand_over(world, g, name));
@@ -153,7 +150,7 @@ fn service_route(
         mode,
         backends: serving
             .into_iter()
-            .map(|(id, i)| backend(id, i, released))
+            .map(|(id, i)| backend(world, id, i, released))
             .collect(),
         protocols: protocols(&released.service.ports),
     }
@@ -181,7 +178,7 @@ fn chosen<'w>(
 fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName) -> bool {
     let wants_new = world
         .of_service(name)
-        .any(|(_, i)| Some(&i.revision) != goal.revisions.get(name) && i.phase.alive() && !i.job);
+        .any(|(_, i)| !world.is_current(i, goal.revisions.get(name)) && i.phase.alive() && !i.job);
     wants_new
         && goal
             .release
@@ -207,13 +204,27 @@ fn worth_waiting(world: &World, goal: Option<&Prepared>, name: &ServiceName) -> 
     served && coming && !failing
 }
 
-fn backend(id: &InstanceId, instance: &Instance, released: &ReleasedService) -> Backend {
+fn backend(
+    world: &World,
+    id: &InstanceId,
+    instance: &Instance,
+    released: &ReleasedService,
+) -> Backend {
     let first = match &released.service.network {
         NetworkMode::Networks(networks) => networks
             .keys()
             .find_map(|n| instance.addresses.get(n))
             .copied(),
-        _ => None,
+        // It is reached where the one whose network it shares is reached.
+        NetworkMode::Service(other) => {
+            let host = instance
+                .joined
+                .get(other)
+                .and_then(|id| world.instances.get(id));
+            host.and_then(|host| host.addresses.values().next())
+                .copied()
+        }
+        NetworkMode::None | NetworkMode::Host => None,
     };
     let address = first.unwrap_or(Ipv4Addr::LOCALHOST);
     Backend {
@@ -335,6 +346,25 @@ fn network_names(
         .collect()
 }
 
+/// An instance of each service whose namespaces one of `released` shares: the copy of the
+/// same number, or else the first. `None`: one of them is not there.
+pub(crate) fn partners(
+    world: &World,
+    goal: &Prepared,
+    released: &ReleasedService,
+    index: u32,
+) -> Option<BTreeMap<ServiceName, InstanceId>> {
+    joins(&released.service)
+        .map(|other| {
+            let (id, _) = current(world, goal, other)
+                .into_iter()
+                .filter(|(_, i)| i.phase != Phase::Starting)
+                .min_by_key(|(_, i)| (i.index != index, i.index))?;
+            Some((other.clone(), id.clone()))
+        })
+        .collect()
+}
+
 /// One address on each of the service's networks, none of them in use, taken in turn
 /// so that an address is not used again soon. `None` when a network is full.
 pub(crate) fn take_addresses(
@@ -348,11 +378,11 @@ pub(crate) fn take_addresses(
         .keys()
         .map(|network| {
             let subnet = world.layout.networks.get(network)?.subnet;
-            // The base and the gateway are taken; the upper half is the services'.
-            let room = subnet.len() / 2 - 2;
-            let start = (world.counter % u64::from(room)) as u32;
+            let range = world.layout.instance_range(network)?;
+            let room = range.end.checked_sub(range.start).filter(|n| *n > 0)?;
+            let first = (world.counter % u64::from(room)) as u32;
             let free = (0..room)
-                .map(|n| subnet.nth(2 + (start + n) % room))
+                .map(|n| subnet.nth(range.start + (first + n) % room))
                 .find(|address| {
                     !world
                         .instances
@@ -377,25 +407,33 @@ pub fn assign_service_addresses(layout: &mut Layout, release: &Release) -> Vec<S
             let Some(bridge) = layout.networks.get(network) else {
                 continue;
             };
-            let range = bridge.service_range();
+            let share = layout.shares.get(network).copied();
+            let (subnet, own) = (bridge.subnet, bridge.services(share));
+            // The environment that a network belongs to may name any address of its upper
+            // half; the others have only their share.
+            let allowed = |address: Ipv4Addr| match share {
+                None => bridge.service_range().contains(address),
+                Some(_) => own.clone().any(|n| subnet.nth(n) == address),
+            };
             let taken = layout.services.entry(network.clone()).or_default();
             if let Some(asked) = attachment.ipv4_address {
-                if range.contains(asked) {
+                if allowed(asked) {
                     taken.insert(name.clone(), asked);
                 } else {
+                    let (first, last) = (subnet.nth(own.start), subnet.nth(own.end - 1));
                     problems.push(format!(
                         "service `{name}`: ipv4_address {asked} on network `{network}` must lie \
-                         in {range}, the part of the network kept for services' addresses"
+                         from {first} to {last}, the part of the network kept for services' \
+                         addresses"
                     ));
                 }
                 continue;
             }
-            if taken.get(name).is_some_and(|a| range.contains(*a)) {
+            if taken.get(name).is_some_and(|a| allowed(*a)) {
                 continue;
             }
-            // The last address is the network's broadcast address.
-            let free = (0..range.len() - 1)
-                .map(|n| range.nth(n))
+            let free = own
+                .map(|n| subnet.nth(n))
                 .find(|a| !taken.values().any(|other| other == a));
             match free {
                 Some(address) => {

@@ -1,7 +1,9 @@
 //! What a service's own definition says about how it may be replaced.
 
 use kiln_model::release::{Release, ReleasedService};
-use kiln_model::spec::{Condition, MountSource, NetworkMode, Order, RestartPolicy, ServiceMode};
+use kiln_model::spec::{
+    Condition, MountSource, NamespaceMode, NetworkMode, Order, RestartPolicy, Service, ServiceMode,
+};
 use kiln_model::{Millis, ServiceName};
 
 /// Runs once to its end: a job by mode, or what others wait for to complete.
@@ -51,6 +53,22 @@ pub fn is_exclusive(released: &ReleasedService) -> bool {
 fn is_socket_of_the_host(mount: &kiln_model::spec::Mount) -> bool {
     matches!(&mount.source, MountSource::Bind { path, .. }
         if path.extension().is_some_and(|e| e == "sock"))
+}
+
+/// Services whose instances' namespaces an instance of this one shares.
+pub fn joins(service: &Service) -> impl Iterator<Item = &ServiceName> {
+    let network = match &service.network {
+        NetworkMode::Service(other) => Some(other),
+        _ => None,
+    };
+    let namespaces = &service.namespaces;
+    let others = [&namespaces.pid, &namespaces.ipc]
+        .into_iter()
+        .filter_map(|mode| match mode {
+            NamespaceMode::Service(other) => Some(other),
+            _ => None,
+        });
+    network.into_iter().chain(others)
 }
 
 /// How many new copies may be unproven at once; all of them unless the file says less.

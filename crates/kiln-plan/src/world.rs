@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use kiln_model::instance::ExitStatus;
 use kiln_model::network::BridgeNetwork;
@@ -14,6 +15,7 @@ use kiln_model::{
 use serde::{Deserialize, Serialize};
 
 use crate::effect::EffectKey;
+use crate::revision;
 
 /// A release with what planning needs of it computed once.
 #[derive(Clone, Debug)]
@@ -36,11 +38,7 @@ impl Releases {
         release: Release,
     ) -> Result<(), serde_json::Error> {
         let digest = release.digest()?;
-        let revisions = release
-            .services
-            .iter()
-            .map(|(name, service)| Ok((name.clone(), service.revision()?)))
-            .collect::<Result<_, serde_json::Error>>()?;
+        let revisions = revision::of(&release)?;
         self.0.insert(
             number,
             Prepared {
@@ -147,6 +145,9 @@ pub struct Instance {
     pub job: bool,
     /// One per network, in the order of the service's networks.
     pub addresses: BTreeMap<NetworkName, Ipv4Addr>,
+    /// Instances of other services whose namespaces it shares: it goes when they go.
+    #[serde(default)]
+    pub joined: BTreeMap<ServiceName, InstanceId>,
     pub phase: Phase,
     pub health: Health,
     /// Someone ran a command in it: it may differ from its release.
@@ -226,10 +227,21 @@ pub struct Attempt {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub networks: BTreeMap<NetworkName, BridgeNetwork>,
+    /// Networks of another environment's, with this one's share of them.
+    #[serde(default)]
+    pub shares: BTreeMap<NetworkName, u32>,
     /// Stable service addresses.
     pub services: BTreeMap<NetworkName, BTreeMap<ServiceName, Ipv4Addr>>,
     /// Host ports chosen where the file leaves them open: `<service>/<target>/<protocol>`.
     pub host_ports: BTreeMap<String, u16>,
+}
+
+impl Layout {
+    /// Addresses for instances on a network, as numbers in its subnet.
+    pub(crate) fn instance_range(&self, network: &NetworkName) -> Option<Range<u32>> {
+        let share = self.shares.get(network).copied();
+        Some(self.networks.get(network)?.instances(share))
+    }
 }
 
 impl World {
@@ -290,6 +302,15 @@ impl World {
         self.instances
             .iter()
             .filter(move |(_, i)| &i.service == service)
+    }
+
+    /// It is of this revision, and those whose namespaces it shares are still there.
+    pub(crate) fn is_current(&self, instance: &Instance, revision: Option<&Digest>) -> bool {
+        revision == Some(&instance.revision)
+            && instance.joined.values().all(|id| {
+                let other = self.instances.get(id);
+                other.is_some_and(|other| other.phase.rising())
+            })
     }
 
     /// Instances the proxy sends new traffic to.

@@ -471,3 +471,72 @@ fn an_unhealthy_copy_is_replaced_by_a_new_one() {
     assert!(!outside.world.instances.contains_key(&sick));
     assert_eq!(outside.serving("web").len(), 3);
 }
+
+/// vpn ← side, which shares its network; app restarts with vpn.
+fn shared(version: &str) -> Release {
+    let mut release = shop(version);
+    let vpn = released(&format!("vpn {version}"), |s| {
+        s.restart = RestartPolicy::Always
+    });
+    let side = released("side", |s| s.network = NetworkMode::Service(name("vpn")));
+    let app = released("app", |s| {
+        needs(s, "vpn", Condition::Started);
+        s.depends_on.get_mut(&name("vpn")).unwrap().restart = true;
+    });
+    release.services = [
+        (name("vpn"), vpn),
+        (name("side"), side),
+        (name("app"), app),
+        (name("other"), released("other", |_| {})),
+    ]
+    .into();
+    release
+}
+
+#[test]
+fn what_shares_a_namespace_or_restarts_with_a_service_is_replaced_with_it() {
+    for seed in 1..30 {
+        let mut outside = Outside::new(seed);
+        outside.up(1, shared("1"));
+        outside.settle();
+        let ids = |outside: &Outside, of: &str| -> Vec<InstanceId> {
+            let of = name(of);
+            outside
+                .world
+                .of_service(&of)
+                .map(|(id, _)| id.clone())
+                .collect()
+        };
+        let before: Vec<_> = ["vpn", "side", "app", "other"]
+            .map(|s| ids(&outside, s))
+            .into();
+        outside.up(2, shared("2"));
+        outside.settle();
+        let after: Vec<_> = ["vpn", "side", "app", "other"]
+            .map(|s| ids(&outside, s))
+            .into();
+        for n in 0..3 {
+            assert_ne!(before[n], after[n], "seed {seed}");
+        }
+        assert_eq!(before[3], after[3]);
+        let joined = |outside: &Outside| {
+            let side = &outside.world.instances[&ids(outside, "side")[0]];
+            (side.joined[&name("vpn")].clone(), ids(outside, "vpn"))
+        };
+        let (with, vpn) = joined(&outside);
+        assert_eq!(vpn, std::slice::from_ref(&with));
+        // Its end ends what shares its network, and only that.
+        outside.running.remove(&with);
+        let status = ExitStatus::Code(1);
+        outside.happened(Event::Exited {
+            id: with.clone(),
+            status,
+        });
+        outside.settle();
+        let (now, vpn) = joined(&outside);
+        assert_ne!(now, with);
+        assert_eq!(vpn, [now], "seed {seed}");
+        assert_eq!(ids(&outside, "app"), after[2]);
+        assert!(outside.gaps.is_empty(), "{:?}", outside.gaps);
+    }
+}

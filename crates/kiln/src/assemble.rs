@@ -29,6 +29,7 @@ use kiln_trust::SecretStore;
 
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
+use crate::named;
 
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
@@ -335,6 +336,11 @@ impl<'a> Assembler<'a> {
             let version = match file.kind {
                 FileKind::Config => {
                     let source = self.spec().configs.get(&file.source);
+                    if let Some(FileSource::External(name)) = source {
+                        let digest = named::config(&self.store, name)?;
+                        versions.insert(file.source.clone(), FileVersion::Config(digest));
+                        continue;
+                    }
                     let bytes = self.content(&file.source, "config", source)?;
                     let (digest, _) = self
                         .store
@@ -375,8 +381,7 @@ impl<'a> Assembler<'a> {
                 .get(name)
                 .map(|value| value.clone().into_bytes())
                 .ok_or_else(|| wrong(format!("the variable {name} is not set"))),
-            // The compose file was refused before, with the place.
-            Some(FileSource::External(_)) => Err(wrong("it is external".into())),
+            Some(FileSource::External(name)) => named::secret(self.context, name),
             Some(FileSource::File(path)) => {
                 let size = std::fs::metadata(path)
                     .map_err(|e| wrong(format!("{}: {e}", path.display())))?

@@ -70,6 +70,12 @@ pub enum Command {
     /// that is there is never overwritten; with --write, the changes shown are made in the
     /// compose files.
     Init(InitArgs),
+    /// Keep configs under a name, for `external: true` in compose files
+    Configs(NamedArgs),
+    /// Keep secrets under a name, for `external: true` in compose files
+    Secrets(NamedArgs),
+    /// Make networks that several projects join with `external: true`
+    Networks(NetworksArgs),
     /// Write kiln.lock, or move what it pins
     Lock(LockArgs),
     /// Run or control the daemon
@@ -380,6 +386,50 @@ pub struct InitArgs {
 pub enum ConfigFormat {
     Yaml,
     Json,
+}
+
+#[derive(Args, Debug)]
+pub struct NamedArgs {
+    #[command(subcommand)]
+    pub command: NamedCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum NamedCommand {
+    /// Keep a content under a name; the next `kiln up` takes it
+    Set {
+        name: String,
+        /// Read it from this file instead of standard input
+        file: Option<PathBuf>,
+    },
+    /// List the names
+    List,
+    /// Forget a name; releases keep what they have
+    Remove { name: String },
+}
+
+#[derive(Args, Debug)]
+pub struct NetworksArgs {
+    #[command(subcommand)]
+    pub command: NetworksCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum NetworksCommand {
+    /// Make a network that belongs to no project
+    Create {
+        name: kiln_model::NetworkName,
+        /// Its subnet, like 10.20.0.0/20 (default: a free one)
+        #[arg(long)]
+        subnet: Option<kiln_model::network::Subnet>,
+        /// Give it no way out
+        #[arg(long)]
+        internal: bool,
+    },
+    /// List all networks, whose they are and who uses them
+    List,
+    /// Remove a network that belongs to no project and that nobody uses
+    Remove { name: kiln_model::NetworkName },
 }
 
 #[derive(Args, Debug)]

@@ -9,6 +9,7 @@ mod context;
 mod failure;
 mod init;
 mod machine;
+mod named;
 mod ops;
 mod output;
 mod progress;
@@ -90,6 +91,9 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Check(args) => check::check(context, args)?,
         Command::Init(args) => init::init(args)?,
         Command::Config(args) => config::config(context, args).await?,
+        Command::Configs(args) => named::configs(context, &args.command)?,
+        Command::Secrets(args) => named::secrets(context, &args.command)?,
+        Command::Networks(args) => ops::networks(context, &args.command).await?,
         Command::Daemon(args) => machine::daemon(context, &args.command).await?,
         Command::Doctor => machine::doctor(context)?,
         Command::Completion { shell } => machine::completion(*shell),
@@ -114,6 +118,7 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Exec(_)
             | Command::Rollback(_)
             | Command::Down(_)
+            | Command::Networks(_)
     )
 }
 

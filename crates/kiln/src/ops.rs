@@ -1,4 +1,4 @@
-//! `logs`, `exec`, `images`, `gc`, `fsck`: around instances and the store.
+//! `logs`, `exec`, `images`, `networks`, `gc`, `fsck`: around instances and the store.
 
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
@@ -6,14 +6,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use kiln_daemon::api::types::{EnvironmentStatus, ExecNotice};
+use kiln_daemon::api::types::{EnvironmentStatus, ExecNotice, NetworkRequest};
 use kiln_model::instance::ExitStatus;
 use kiln_model::release::Outcome;
 use kiln_model::{Digest, EnvironmentName, InstanceId};
 use kiln_runtime::log::{Reader, Record, Stream};
 use kiln_runtime::{ExecIo, ExecSpec};
 
-use crate::cli::{ExecArgs, FsckArgs, GcArgs, LogsArgs};
+use crate::cli::{ExecArgs, FsckArgs, GcArgs, LogsArgs, NetworksCommand};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
 use crate::output;
@@ -190,6 +190,41 @@ pub fn images(context: &Context) -> Result<(), Failure> {
         human_bytes(usage.bytes())
     );
     Ok(())
+}
+
+pub async fn networks(context: &Context, command: &NetworksCommand) -> Result<(), Failure> {
+    let by = who();
+    match command {
+        NetworksCommand::Create {
+            name,
+            subnet,
+            internal,
+        } => {
+            let request = NetworkRequest {
+                name: name.clone(),
+                subnet: *subnet,
+                internal: *internal,
+                by,
+            };
+            Ok(context.client.create_network(&request).await?)
+        }
+        NetworksCommand::Remove { name } => Ok(context.client.remove_network(name, &by).await?),
+        NetworksCommand::List => {
+            let networks = context.client.networks().await?;
+            if context.json {
+                return output::json(&networks);
+            }
+            let rows: Vec<Vec<String>> = networks
+                .into_iter()
+                .map(|n| {
+                    let whose = n.environment.map_or("-".into(), |e| e.to_string());
+                    vec![n.name, n.subnet.to_string(), whose, n.used_by.join(" ")]
+                })
+                .collect();
+            output::table(&["NETWORK", "SUBNET", "OF", "USED BY"], &rows);
+            Ok(())
+        }
+    }
 }
 
 /// Releases beyond those kept lose their references; then what nothing refers to goes.

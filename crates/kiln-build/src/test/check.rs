@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use kiln_model::instance::ObservedState;
-use kiln_model::spec::Check;
+use kiln_model::spec::{Check, Hook};
 use kiln_model::{InstanceId, Millis};
 use kiln_runtime::{ExecIo, ExecSpec, Runtime};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
@@ -121,6 +121,35 @@ pub fn command(
     output: Option<&str>,
     timeout: Millis,
 ) -> Result<(), String> {
+    let spec = ExecSpec {
+        argv: argv.to_vec(),
+        timeout: Some(timeout),
+        ..ExecSpec::default()
+    };
+    execute(runtime, id, &spec, exit, output)
+}
+
+/// Runs a hook, as it would be run in a release.
+pub fn hook(runtime: &Runtime, id: &InstanceId, hook: &Hook, limit: Millis) -> Result<(), String> {
+    let spec = ExecSpec {
+        argv: hook.command.clone(),
+        env: hook.environment.clone(),
+        cwd: hook.working_dir.clone(),
+        user: hook.user.clone(),
+        tty: false,
+        privileged: hook.privileged,
+        timeout: Some(limit),
+    };
+    execute(runtime, id, &spec, 0, None)
+}
+
+fn execute(
+    runtime: &Runtime,
+    id: &InstanceId,
+    spec: &ExecSpec,
+    exit: i32,
+    output: Option<&str>,
+) -> Result<(), String> {
     let text = |e: std::io::Error| e.to_string();
     let mut out = tempfile::tempfile().map_err(text)?;
     let io = ExecIo {
@@ -128,18 +157,17 @@ pub fn command(
         stdout: OwnedFd::from(out.try_clone().map_err(text)?),
         stderr: OwnedFd::from(out.try_clone().map_err(text)?),
     };
-    let spec = ExecSpec {
-        argv: argv.to_vec(),
-        timeout: Some(timeout),
-        ..ExecSpec::default()
-    };
-    let status = runtime.exec(id, &spec, io).map_err(|e| e.to_string())?;
+    let status = runtime.exec(id, spec, io).map_err(|e| e.to_string())?;
     let mut said = Vec::new();
     out.rewind().map_err(text)?;
     out.take(MAX_ANSWER).read_to_end(&mut said).map_err(text)?;
     let said = String::from_utf8_lossy(&said);
     if status != kiln_model::instance::ExitStatus::Code(exit) {
-        return Err(format!("`{}` {status}: {}", argv.join(" "), said.trim()));
+        return Err(format!(
+            "`{}` {status}: {}",
+            spec.argv.join(" "),
+            said.trim()
+        ));
     }
     match output {
         Some(wanted) if !said.contains(wanted) => Err(format!(

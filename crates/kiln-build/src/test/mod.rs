@@ -26,7 +26,7 @@ use kiln_model::instance::{
     ExitStatus, InstanceLimits, InstanceMount, InstanceNetwork, InstanceSecurity, ObservedState,
     Purpose, Root, Scratch, SharedNamespaces,
 };
-use kiln_model::spec::{Check, HealthTest, Healthcheck, Logging};
+use kiln_model::spec::{Check, HealthTest, Healthcheck, Hook, Logging};
 use kiln_model::{Digest, InstanceId, InstanceSpec, Millis};
 use kiln_runtime::Runtime;
 use kiln_store::Store;
@@ -45,6 +45,9 @@ pub const LOG_LINES: usize = 50;
 
 /// How long checks are retried: a program may listen late.
 const CHECK_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long a `post_start` hook may take alone.
+const HOOK_LIMIT: Millis = Millis(120_000);
 
 /// A healthcheck's start period and retries are waited for, but never longer.
 const HEALTH_LIMIT: Duration = Duration::from_secs(120);
@@ -73,6 +76,8 @@ pub struct TestRequest {
     /// For healthchecks in shell form; empty: `/bin/sh -c`.
     pub shell: Vec<String>,
     pub checks: Vec<Check>,
+    /// Run in it once it has started.
+    pub post_start: Vec<Hook>,
     /// A job: it must end with code 0.
     pub completes: bool,
     /// It has services beside it that it may need.
@@ -123,6 +128,12 @@ pub enum TestFailure {
     },
     #[error("{name}: the healthcheck kept failing: {cause}{}", shown(.log))]
     Unhealthy {
+        name: String,
+        cause: String,
+        log: Vec<String>,
+    },
+    #[error("{name}: post_start: {cause}{}", shown(.log))]
+    Hook {
         name: String,
         cause: String,
         log: Vec<String>,
@@ -314,6 +325,21 @@ impl Tester {
     ) -> Result<(Outcome, Vec<u16>), TestFailure> {
         let name = || request.name.clone();
         let inconclusive = |why: String| Ok((Outcome::Inconclusive(why), Vec::new()));
+        for hook in &request.post_start {
+            match check::hook(&self.runtime, id, hook, HOOK_LIMIT) {
+                Ok(()) => {}
+                Err(cause) if request.peers => {
+                    return inconclusive(format!("post_start fails alone: {cause}"));
+                }
+                Err(cause) => {
+                    return Err(TestFailure::Hook {
+                        name: name(),
+                        cause,
+                        log: Vec::new(),
+                    });
+                }
+            }
+        }
         match (self.settle(request, id, cancel)?, request.completes) {
             (End::Exited(status), true) if status.success() => {
                 return Ok((Outcome::Passed, Vec::new()));
@@ -477,6 +503,7 @@ impl TestFailure {
             Self::Ended { log, .. }
             | Self::Endless { log, .. }
             | Self::Unhealthy { log, .. }
+            | Self::Hook { log, .. }
             | Self::Check { log, .. } => *log = lines,
             Self::Machine { .. } | Self::Cancelled => {}
         }

@@ -25,8 +25,7 @@ impl Lowering<'_> {
             let (subnet, gateway) = self.ipam(node);
             let network = Network {
                 name: text(node, "name").unwrap_or_else(|| key.to_owned()),
-                // Refused; where that is ignored, the network is the project's own.
-                external: false,
+                external: flag(node, "external"),
                 internal: flag(node, "internal"),
                 subnet,
                 gateway,

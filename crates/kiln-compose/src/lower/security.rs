@@ -86,9 +86,15 @@ impl Lowering<'_> {
             "host" => NamespaceMode::Host,
             text => {
                 if let Some(name) = text.strip_prefix("service:") {
-                    self.service_ref(name, said.span);
+                    let other = self.service_ref(name, said.span);
+                    if let ("pid" | "ipc", Some(other)) = (key, other) {
+                        return NamespaceMode::Service(other);
+                    }
                 }
-                let hint = "instances share this with the host or with nobody: use host or private";
+                let hint = match key {
+                    "pid" | "ipc" => "use host, private or service:<name>",
+                    _ => "instances share this with the host or with nobody: use host or private",
+                };
                 self.refuse_value(&format!("services.*.{key}"), said, hint);
                 NamespaceMode::Private
             }

@@ -158,7 +158,9 @@ impl Lowering<'_> {
                 .is_none_or(|n| values::boolean(n).unwrap_or(true));
             let dependency = Dependency {
                 condition,
-                restart: flag(said, "restart"),
+                // Where `links` imply it nothing needs it: addresses of services stay.
+                restart: said.get("restart").is_some_and(|node| !node.span.is_none())
+                    && flag(said, "restart"),
                 required,
             };
             out.insert(name, dependency);

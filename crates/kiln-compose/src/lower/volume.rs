@@ -21,6 +21,7 @@ impl Lowering<'_> {
     pub(super) fn volumes(&mut self) -> BTreeMap<String, Volume> {
         let mut out = BTreeMap::new();
         for (key, node) in self.project.section("volumes") {
+            let mut driver_opts = BTreeMap::new();
             if let Some(driver) = node.get("driver")
                 && !is_local(node)
             {
@@ -29,13 +30,17 @@ impl Lowering<'_> {
                 if bound(node).is_some() {
                     continue;
                 }
-                self.refuse(
-                    "volumes.*.driver_opts",
-                    "driver_opts",
-                    options.key,
-                    "kiln knows `o: bind` with an absolute `device` only; for memory, mount a \
-                     `tmpfs` in the service; mount other file systems on the host and bind them",
-                );
+                match memory(options) {
+                    Some(options) => driver_opts = options,
+                    None => self.refuse(
+                        "volumes.*.driver_opts",
+                        "driver_opts",
+                        options.key,
+                        "kiln knows `o: bind` with an absolute `device`, and `type: tmpfs` with \
+                         size, mode, uid, gid and nr_inodes; mount other file systems (nfs, cifs, \
+                         ext4…) on the host and bind them",
+                    ),
+                }
             }
             let name = node.get("name");
             let text = name.and_then(Node::text).unwrap_or_else(|| key.to_owned());
@@ -48,8 +53,7 @@ impl Lowering<'_> {
                 Volume {
                     name,
                     external: flag(node, "external"),
-                    // Empty until there is a driver that takes some.
-                    driver_opts: BTreeMap::new(),
+                    driver_opts,
                     labels: self.pairs(node.get("labels")),
                 },
             );
@@ -87,6 +91,32 @@ fn is_local(node: &Node) -> bool {
 fn said_options(node: &Node) -> Option<&Node> {
     node.get("driver_opts")
         .filter(|options| options.as_map().is_some_and(|map| !map.is_empty()))
+}
+
+/// `type: tmpfs` with options that a tmpfs knows.
+fn memory(options: &Node) -> Option<BTreeMap<String, String>> {
+    let map = options.as_map()?;
+    let known = |key: &str| matches!(key, "type" | "o" | "device");
+    if text(options, "type")? != "tmpfs" || !map.keys().all(|key| known(key)) {
+        return None;
+    }
+    let mut kept = BTreeMap::from([("type".to_owned(), "tmpfs".to_owned())]);
+    let said = text(options, "o").unwrap_or_default();
+    let mut words = Vec::new();
+    for word in said.split(',').map(str::trim).filter(|w| !w.is_empty()) {
+        match word.split_once('=').unwrap_or((word, "")) {
+            ("size" | "mode" | "uid" | "gid" | "nr_inodes", value) if !value.is_empty() => {
+                words.push(word);
+            }
+            // As kiln mounts it anyway.
+            ("rw" | "nosuid" | "nodev" | "noexec", "") => {}
+            _ => return None,
+        }
+    }
+    if !words.is_empty() {
+        kept.insert("o".into(), words.join(","));
+    }
+    Some(kept)
 }
 
 fn bound(node: &Node) -> Option<Bound> {

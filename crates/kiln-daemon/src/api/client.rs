@@ -6,7 +6,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use kiln_model::{EnvironmentName, InstanceId, Release, ReleaseNumber};
+use kiln_model::{EnvironmentName, InstanceId, NetworkName, Release, ReleaseNumber};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -14,7 +14,8 @@ use tokio::net::UnixStream;
 use super::error::ApiError;
 use super::types::{
     ApiErrorBody, DaemonStatus, DownRequest, EnvironmentStatus, EventRecord, ExecNotice,
-    Explanation, ReleaseAnswer, ReleaseLine, ReleaseRequest, RollbackRequest,
+    Explanation, NetworkLine, NetworkRequest, ReleaseAnswer, ReleaseLine, ReleaseRequest,
+    RollbackRequest,
 };
 
 /// No answer of the daemon's is larger.
@@ -93,6 +94,20 @@ impl Client {
             Some(request),
         )
         .await
+    }
+
+    pub async fn networks(&self) -> Result<Vec<NetworkLine>, ClientError> {
+        self.call(Method::GET, "/v1/networks", None::<&()>).await
+    }
+
+    pub async fn create_network(&self, request: &NetworkRequest) -> Result<(), ClientError> {
+        self.call(Method::POST, "/v1/networks", Some(request)).await
+    }
+
+    pub async fn remove_network(&self, name: &NetworkName, by: &str) -> Result<(), ClientError> {
+        let request = DownRequest { by: by.to_owned() };
+        let path = format!("/v1/networks/{name}");
+        self.call(Method::DELETE, &path, Some(&request)).await
     }
 
     /// Returns the id of the last event before it.

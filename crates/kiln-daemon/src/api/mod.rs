@@ -3,6 +3,7 @@
 
 pub mod client;
 pub mod error;
+mod networks;
 pub mod types;
 
 use std::sync::{Arc, PoisonError};
@@ -56,7 +57,10 @@ pub struct Api {
         abandon,
         events,
         explain,
-        executed
+        executed,
+        networks::networks,
+        networks::create_network,
+        networks::remove_network
     ),
     components(schemas(ApiErrorBody))
 )]
@@ -83,6 +87,7 @@ pub fn router(shared: Arc<Shared>, stop: mpsc::Sender<()>) -> Router {
         .route("/v1/daemon/stop", post(shut_down))
         .route("/v1/openapi.json", get(|| async { Json(document()) }))
         .nest("/v1/environments/{environment}", environment)
+        .merge(networks::router())
         .fallback(|| async { ApiError::not_found("no such path", "see /v1/openapi.json") })
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(Api { shared, stop })

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use kiln_model::network::Subnet;
 use kiln_model::release::{Outcome, Reason};
 use kiln_model::{
-    Digest, EnvironmentName, InstanceId, Millis, Release, ReleaseNumber, ServiceName,
+    Digest, EnvironmentName, InstanceId, Millis, NetworkName, Release, ReleaseNumber, ServiceName,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -69,6 +70,33 @@ pub struct RollbackRequest {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct DownRequest {
     pub by: String,
+}
+
+/// A network to be made that belongs to no environment.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NetworkRequest {
+    #[schema(value_type = String)]
+    pub name: NetworkName,
+    /// `a.b.c.d/n`; `None`: a free one.
+    #[schema(value_type = Option<String>)]
+    pub subnet: Option<Subnet>,
+    /// No way out of it.
+    pub internal: bool,
+    pub by: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct NetworkLine {
+    pub name: String,
+    #[schema(value_type = String)]
+    pub subnet: Subnet,
+    pub internal: bool,
+    pub bridge: String,
+    /// Whose it is; `None`: nobody's.
+    #[schema(value_type = Option<String>)]
+    pub environment: Option<EnvironmentName>,
+    /// Environments that use it now.
+    pub used_by: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]

@@ -6,6 +6,7 @@
 
 pub mod inside;
 pub mod points;
+pub mod share;
 pub mod tree;
 
 mod attach;

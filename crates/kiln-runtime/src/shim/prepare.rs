@@ -5,15 +5,16 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use kiln_model::InstanceSpec;
 use kiln_model::instance::{InstanceNetwork, InstanceSecurity, SharedNamespace};
 use kiln_model::spec::Seccomp;
+use kiln_model::{InstanceId, InstanceSpec};
 use serde_json::{Value, json};
 
 use super::program::{DEFAULT_PATH, Program, ZeroByte};
 use crate::capabilities::{self, CapabilityError};
 use crate::oci::{self, Namespaces};
 use crate::paths::InstancePaths;
+use crate::root::{self, Late, RootError};
 use crate::seccomp::{self, SeccompError, Surroundings};
 use crate::status::{Phase, Status};
 use crate::sys;
@@ -31,6 +32,8 @@ pub enum PrepareError {
     ZeroByte(#[from] ZeroByte),
     #[error("instance {0}, whose namespace is to be shared, is not running")]
     NotRunning(String),
+    #[error(transparent)]
+    Root(#[from] RootError),
     #[error("`{0}` is no ulimit (see setrlimit(2))")]
     Ulimit(String),
     #[error("the working directory {path} is not usable: {source}")]
@@ -151,19 +154,39 @@ fn check_sysctl(name: &str, spec: &InstanceSpec) -> Result<(), PrepareError> {
     Ok(())
 }
 
+/// The first process of another instance.
+fn first_process(id: &InstanceId, paths: &InstancePaths) -> Result<u32, PrepareError> {
+    let not_running = || PrepareError::NotRunning(id.to_string());
+    let instances = paths.dir().parent().ok_or_else(not_running)?;
+    let other = InstancePaths::from_dir(instances.join(id.as_str()));
+    match Status::read(&other.status()).map(|s| s.phase) {
+        Some(Phase::Running { pid, .. }) => Ok(pid),
+        _ => Err(not_running()),
+    }
+}
+
+/// Shared memory goes with the IPC namespace, unless the instance has its own mount there.
+pub fn shared_memory(
+    spec: &InstanceSpec,
+    paths: &InstancePaths,
+    late: &mut Vec<Late>,
+) -> Result<(), PrepareError> {
+    if let SharedNamespace::Of(id) = &spec.namespaces.ipc
+        && !late.iter().any(|l| l.target == "/dev/shm")
+    {
+        late.push(root::share::shm_of(
+            first_process(id, paths)?,
+            &paths.stage(),
+        )?);
+    }
+    Ok(())
+}
+
 /// Namespaces that are not the instance's own.
 pub fn namespaces(spec: &InstanceSpec, paths: &InstancePaths) -> Result<Namespaces, PrepareError> {
-    let other = |id: &kiln_model::InstanceId, kind: &str| -> Result<PathBuf, PrepareError> {
-        let not_running = || PrepareError::NotRunning(id.to_string());
-        let dir = paths
-            .dir()
-            .parent()
-            .ok_or_else(not_running)?
-            .join(id.as_str());
-        match Status::read(&InstancePaths::from_dir(dir).status()).map(|s| s.phase) {
-            Some(Phase::Running { pid, .. }) => Ok(format!("/proc/{pid}/ns/{kind}").into()),
-            _ => Err(not_running()),
-        }
+    let other = |id: &InstanceId, kind: &str| -> Result<PathBuf, PrepareError> {
+        let pid = first_process(id, paths)?;
+        Ok(format!("/proc/{pid}/ns/{kind}").into())
     };
     let shared = |namespace: &SharedNamespace, kind: &str| match namespace {
         SharedNamespace::Private => Ok(None),

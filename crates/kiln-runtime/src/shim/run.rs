@@ -179,7 +179,8 @@ fn launch(spec: &InstanceSpec, paths: &InstancePaths, group: &Cgroup) -> Result<
     let mut warnings = Vec::new();
     root::private_namespace()
         .map_err(|e| format!("cannot make a mount namespace: {e} (kiln must run as root)"))?;
-    let late = root::assemble(spec, paths, Abilities::default()).map_err(|e| text(&e))?;
+    let mut late = root::assemble(spec, paths, Abilities::default()).map_err(|e| text(&e))?;
+    prepare::shared_memory(spec, paths, &mut late).map_err(|e| text(&e))?;
     prepare::check(spec, &paths.rootfs()).map_err(|e| text(&e))?;
     let identity =
         users::lookup(&paths.rootfs(), &spec.user, &spec.group_add).map_err(|e| text(&e))?;

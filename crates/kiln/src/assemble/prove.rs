@@ -180,6 +180,7 @@ impl Assembler<'_> {
             ),
             shell: image.config.shell.clone(),
             checks: service.kiln.test.clone(),
+            post_start: service.post_start.clone(),
             completes,
             peers: spec.services.len() > 1,
             hosts: peer_names(spec, name),
