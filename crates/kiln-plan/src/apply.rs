@@ -7,7 +7,7 @@ use kiln_model::instance::{ExitStatus, Observed, ObservedState};
 use kiln_model::{InstanceId, Millis};
 
 use crate::effect::{Conclusion, EffectKey, Event};
-use crate::world::{Goal, Health, Instance, Layout, Phase, Rollout, RolloutState, World};
+use crate::world::{Attempt, Goal, Health, Instance, Layout, Phase, Rollout, RolloutState, World};
 
 /// Takes one event in. Nothing is planned here.
 pub fn apply(world: &mut World, event: Event, now: Millis) {
@@ -168,12 +168,13 @@ fn unhealthy(world: &mut World, id: &InstanceId, reason: String, now: Millis) {
     };
     match instance.phase {
         Phase::Starting | Phase::Warming { .. } => {
+            let timed_out = instance.phase != Phase::Starting;
             instance.phase = Phase::Stopping;
             instance.health = Health::Unhealthy {
                 reason: reason.clone(),
             };
             let instance = instance.clone();
-            count_failure(world, &instance, None, reason, now);
+            count_failure(world, &instance, None, reason, now).timed_out |= timed_out;
         }
         Phase::Ready { since } if instance.health == Health::Healthy => {
             instance.health = Health::Unhealthy {
@@ -214,13 +215,13 @@ fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<Str
 /// A copy that has served for this long has paid for its earlier failures.
 const FORGIVEN_AFTER: Millis = Millis(30_000);
 
-fn count_failure(
-    world: &mut World,
+fn count_failure<'w>(
+    world: &'w mut World,
     instance: &Instance,
     ready_since: Option<Millis>,
     cause: String,
     now: Millis,
-) {
+) -> &'w mut Attempt {
     let attempt = world
         .attempts
         .entry((instance.service.clone(), instance.index))
@@ -233,6 +234,7 @@ fn count_failure(
     attempt.failures += 1;
     attempt.last = now;
     attempt.cause = cause;
+    attempt
 }
 
 fn with(world: &mut World, id: &InstanceId, change: impl FnOnce(&mut Instance)) {

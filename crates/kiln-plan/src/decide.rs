@@ -87,7 +87,7 @@ impl<'a> Planner<'a> {
         (1..=released.service.replicas.max(1)).find_map(|index| {
             let attempt = self.world.attempts.get(&(name.clone(), index))?;
             let over = attempt.revision.as_ref() == revision
-                && attempt.failures >= tries
+                && (attempt.failures >= tries || attempt.timed_out)
                 && !self.finished(goal, name, released, index);
             over.then(|| (index, attempt.cause.clone()))
         })

@@ -219,6 +219,10 @@ pub struct Attempt {
     pub cause: String,
     /// It ended and its restart policy says to leave it.
     pub finished: bool,
+    /// It had all the time it may take to get ready: another try in this rollout would only
+    /// take as long again.
+    #[serde(default)]
+    pub timed_out: bool,
     /// The revision this counts for; another one starts afresh.
     pub revision: Option<Digest>,
 }

@@ -102,6 +102,8 @@ struct Outside {
     random: u64,
     pending: Vec<Effect>,
     running: BTreeSet<InstanceId>,
+    /// All that were ever started, each as often as it was.
+    started: Vec<InstanceId>,
     concluded: Vec<Conclusion>,
     /// Images whose programs never get ready.
     broken: BTreeSet<Digest>,
@@ -119,6 +121,7 @@ impl Outside {
             random: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
             pending: vec![],
             running: BTreeSet::new(),
+            started: vec![],
             concluded: vec![],
             broken: BTreeSet::new(),
             jobs_fail: false,
@@ -175,6 +178,7 @@ impl Outside {
             Effect::EnsureNetworks(_) => self.happened(Event::NetworksReady),
             Effect::Start { id } => {
                 self.running.insert(id.clone());
+                self.started.push(id.clone());
                 let job = self.world.instances[&id].job;
                 self.happened(Event::Started { id: id.clone() });
                 if job {
@@ -338,6 +342,25 @@ fn a_release_that_never_gets_ready_leaves_the_old_one_serving() {
         assert_eq!(outside.serving("db"), vec![revision(&shop("1"), "db")]);
         assert!(outside.gaps.is_empty(), "{:?}", outside.gaps);
     }
+}
+
+#[test]
+fn a_copy_that_had_all_its_time_gets_no_second_try() {
+    let mut outside = Outside::new(11);
+    outside.up(1, shop("1"));
+    outside.settle();
+    let bad = shop("2");
+    outside
+        .broken
+        .insert(bad.services[&name("web")].image.digest);
+    let before = outside.started.len();
+    outside.up(2, bad);
+    outside.settle();
+    assert!(matches!(&outside.concluded[1], Conclusion::Failed { .. }));
+    let web = |id: &&InstanceId| id.as_str().contains("-web-");
+    let tried = outside.started[before..].iter().filter(web).count();
+    assert!((1..=3).contains(&tried), "{tried} of 3 copies were tried");
+    assert_eq!(outside.serving("web"), vec![revision(&shop("1"), "web"); 3]);
 }
 
 #[test]
