@@ -417,7 +417,10 @@ fn an_image_proves_itself_and_its_write_set_is_learned() {
     assert_eq!(verdict.listens, [8080]);
     assert_eq!(verdict.log, ["up"]);
     let scratch: Vec<_> = verdict.scratch.iter().map(|s| s.path.as_str()).collect();
-    assert_eq!(scratch, ["/data", "/run", "/tmp", "/var/cache/app"]);
+    assert_eq!(
+        scratch,
+        ["/data", "/run", "/tmp", "/var/cache/app", "/var/tmp"]
+    );
     assert!(
         verdict.warnings[0].contains("/oops"),
         "{:?}",

@@ -21,6 +21,8 @@ const WINDOWS: &str = "it is for Windows containers; take it out";
 const MODELS: &str = "kiln runs no language models; run one as a service with an image";
 const GPUS: &str = "kiln cannot give GPUs to services; pass single device files with `devices`";
 const PLACEMENT: &str = "there is one host only; take it out";
+const REAL_TIME: &str = "control groups of today have no real-time CPU time; use `cpus`, or \
+     `ulimits` with rtprio and `cap_add: [SYS_NICE]`";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
 const ALL_OR_NOTHING: &str =
     "every new instance must prove itself, or the release that serves stays";
@@ -125,6 +127,8 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.cpu_percent",
         Refused("it is for Windows containers; use `cpus`"),
     ),
+    ("services.*.cpu_rt_period", Refused(REAL_TIME)),
+    ("services.*.cpu_rt_runtime", Refused(REAL_TIME)),
     ("services.*.credential_spec", Refused(WINDOWS)),
     (
         "services.*.external_links",
@@ -205,6 +209,10 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
     ("networks.*.enable_ipv4", "true only"),
     ("networks.*.enable_ipv6", "false only"),
+    (
+        "networks.*.ipam.config.[].gateway",
+        "the first address of the subnet",
+    ),
     ("networks.*.ipam.config.[].subnet", "one, of IPv4"),
     ("networks.*.ipam.driver", "default only"),
     ("services.*.build.context", "folders only"),

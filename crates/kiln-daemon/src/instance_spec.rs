@@ -13,7 +13,7 @@ use kiln_model::spec::{
     FileKind, FileVersion, Hook, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
     Volume,
 };
-use kiln_model::{InstanceId, Millis, ServiceName};
+use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
 
 use crate::shared::Shared;
@@ -190,15 +190,17 @@ fn mounts(
                     memory: memory(volume),
                 });
                 let data = crate::volumes::data_folder(&shared.root, &volume.name);
-                let path = match subpath {
-                    Some(sub) if is_plain(sub) => data.join(sub),
+                match subpath {
+                    Some(sub) if is_plain(sub) => InstanceMountSource::Volume {
+                        path: data,
+                        subpath: sub.clone(),
+                    },
                     Some(sub) => return Err(format!("volume subpath `{sub}` leaves the volume")),
-                    None => data,
-                };
-                InstanceMountSource::Bind {
-                    path,
-                    recursive: false,
-                    propagation: None,
+                    None => InstanceMountSource::Bind {
+                        path: data,
+                        recursive: false,
+                        propagation: None,
+                    },
                 }
             }
             MountSource::Anonymous => InstanceMountSource::Tmpfs {
@@ -279,7 +281,7 @@ fn file_mount(
 ) -> Result<InstanceMount, String> {
     let version = released
         .files
-        .get(&file.source)
+        .get(&file.key())
         .ok_or_else(|| format!("`{}` has no content in the release", file.source))?;
     let path = match version {
         FileVersion::Config(digest) => shared.store.blob_path(digest),
@@ -330,8 +332,19 @@ fn network(
         }
         NetworkMode::Networks(attached) => {
             let mut interfaces = Vec::new();
-            let mut gateway = None;
-            for (n, (key, attachment)) in attached.iter().enumerate() {
+            let known = |key: &&NetworkName| world.layout.networks.get(*key);
+            let gateway = attached
+                .keys()
+                .find_map(|key| known(&key))
+                .map(|n| n.gateway());
+            // The way out is over the first that has one, by name; names of interfaces go by
+            // priority.
+            let way_out = attached
+                .keys()
+                .find(|key| known(key).is_some_and(|n| !n.internal));
+            let mut ordered: Vec<_> = attached.iter().collect();
+            ordered.sort_by_key(|(_, attachment)| std::cmp::Reverse(attachment.priority));
+            for (n, (key, attachment)) in ordered.into_iter().enumerate() {
                 let bridge = world
                     .layout
                     .networks
@@ -341,9 +354,6 @@ fn network(
                     .addresses
                     .get(key)
                     .ok_or_else(|| format!("no address on network `{key}`"))?;
-                gateway = gateway.or(Some(bridge.gateway()));
-                let way_out =
-                    !bridge.internal && !interfaces.iter().any(|i: &Interface| i.gateway.is_some());
                 interfaces.push(Interface {
                     name: attachment
                         .interface_name
@@ -352,7 +362,7 @@ fn network(
                     bridge: bridge.bridge.clone(),
                     address: *address,
                     prefix: bridge.subnet.prefix(),
-                    gateway: way_out.then(|| bridge.gateway()),
+                    gateway: (way_out == Some(key)).then(|| bridge.gateway()),
                     mtu: bridge.mtu,
                     mac: attachment.mac_address.clone(),
                 });

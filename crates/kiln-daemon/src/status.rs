@@ -273,6 +273,7 @@ fn root_lines(root: &Root) -> Vec<String> {
 fn mount_line(mount: &kiln_model::instance::InstanceMount) -> String {
     let source = match &mount.source {
         InstanceMountSource::Bind { path, .. } => path.display().to_string(),
+        InstanceMountSource::Volume { path, subpath } => path.join(subpath).display().to_string(),
         InstanceMountSource::File { secret: true, .. } => "a secret".into(),
         InstanceMountSource::File { path, .. } => path.display().to_string(),
         InstanceMountSource::Tmpfs { .. } => "tmpfs".into(),

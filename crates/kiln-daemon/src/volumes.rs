@@ -124,7 +124,9 @@ pub fn let_go(shared: &Shared) -> io::Result<()> {
         .filter_map(|instance| shared.runtime.spec(&instance.id))
         .flat_map(|spec| spec.mounts)
         .filter_map(|mount| match mount.source {
-            InstanceMountSource::Bind { path, .. } => Some(path),
+            InstanceMountSource::Bind { path, .. } | InstanceMountSource::Volume { path, .. } => {
+                Some(path)
+            }
             _ => None,
         })
         .collect();

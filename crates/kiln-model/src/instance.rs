@@ -147,12 +147,15 @@ pub struct InstanceMount {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "type")]
 pub enum InstanceMountSource {
-    /// A file or folder of the host (binds, volumes' folders).
+    /// A file or folder of the host (binds, whole volumes).
     Bind {
         path: PathBuf,
         recursive: bool,
         propagation: Option<String>,
     },
+    /// What is at `subpath` of a volume's folder. It is looked up within the folder: links
+    /// that a program has left there lead nowhere else.
+    Volume { path: PathBuf, subpath: String },
     /// A small file, shown read-only with this owner and mode; content from `path`.
     /// Secrets are copied to a tmpfs so that no disk block of the instance holds them.
     File {

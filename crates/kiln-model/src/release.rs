@@ -44,7 +44,7 @@ pub struct ReleasedService {
     /// Ports the image or the compose file says it listens on, or that the isolated
     /// test saw: TCP only, sorted.
     pub listens: Vec<u16>,
-    /// What the files of `service.files` contain, by `source` key.
+    /// What the files of `service.files` contain, by [`FileMount::key`](crate::spec::FileMount::key).
     pub files: BTreeMap<String, FileVersion>,
     /// Digests of images mounted as volumes, by reference.
     pub mounted_images: BTreeMap<String, Digest>,

@@ -78,6 +78,10 @@ pub struct NetworkNames {
     /// Service address → service: what arrives here on any TCP port (redirected to the
     /// proxy's catch-all listener) goes to that service's backends on this network.
     pub addresses: BTreeMap<Ipv4Addr, ServiceName>,
+    /// For instances on several networks, by their address on this one: the gateways of the
+    /// others, whose names they may ask for here, too.
+    #[serde(default)]
+    pub also: BTreeMap<Ipv4Addr, Vec<Ipv4Addr>>,
     /// Instances' addresses on this network, where they differ from [`Backend::address`].
     pub backends: BTreeMap<InstanceId, Ipv4Addr>,
 }

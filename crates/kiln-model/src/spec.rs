@@ -211,6 +211,17 @@ pub struct FileMount {
     pub mode: u32,
 }
 
+impl FileMount {
+    /// Names its content in a release: a config and a secret may have the same name.
+    pub fn key(&self) -> String {
+        match self.kind {
+            FileKind::Config => self.source.clone(),
+            // No name in a compose file holds a colon.
+            FileKind::Secret => format!("secret:{}", self.source),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileKind {
@@ -422,8 +433,6 @@ pub struct Limits {
     pub cpu_shares: Option<u64>,
     pub cpu_period: Option<u64>,
     pub cpu_quota: Option<i64>,
-    pub cpu_rt_runtime: Option<i64>,
-    pub cpu_rt_period: Option<u64>,
     pub cpuset: Option<String>,
     pub pids: Option<i64>,
     pub shm_size: Option<u64>,

@@ -22,6 +22,7 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
         now,
         plan: Plan::default(),
     };
+    planner.rest_what_has_finished();
     planner.give_up_if_hopeless();
     planner.start_what_is_missing();
     planner.route();
@@ -113,7 +114,6 @@ impl<'a> Planner<'a> {
             self.emit(Effect::EnsureNetworks(networks));
         }
         for (name, released) in &goal.release.services {
-            self.rest_what_has_finished(goal, name, released);
             if is_job(&goal.release, name) {
                 self.run_job(number, goal, name, released);
             } else {
@@ -122,13 +122,16 @@ impl<'a> Planner<'a> {
         }
     }
 
+    fn rest_what_has_finished(&mut self) {
+        if let Some((_, goal)) = self.goal() {
+            for (name, released) in &goal.release.services {
+                self.rest_copies(goal, name, released);
+            }
+        }
+    }
+
     /// Copies that ended by themselves and whose policy says to leave it at that.
-    fn rest_what_has_finished(
-        &mut self,
-        goal: &Prepared,
-        name: &ServiceName,
-        released: &ReleasedService,
-    ) {
+    fn rest_copies(&mut self, goal: &Prepared, name: &ServiceName, released: &ReleasedService) {
         let job = is_job(&goal.release, name);
         let revision = goal.revisions.get(name);
         let policy = &released.service.restart;

@@ -335,6 +335,7 @@ fn network_names(
                 gateway: bridge.gateway(),
                 names,
                 addresses,
+                also: other_gateways(world, network),
                 backends: world
                     .instances
                     .iter()
@@ -342,6 +343,21 @@ fn network_names(
                     .filter_map(|(id, i)| Some((id.clone(), *i.addresses.get(network)?)))
                     .collect(),
             }
+        })
+        .collect()
+}
+
+/// By the address on `network` of each instance there: its other networks' gateways.
+fn other_gateways(world: &World, network: &NetworkName) -> BTreeMap<Ipv4Addr, Vec<Ipv4Addr>> {
+    let alive = world.instances.values().filter(|i| i.phase.alive());
+    alive
+        .filter_map(|i| {
+            let others = i.addresses.keys().filter(|other| *other != network);
+            let gateways: Vec<_> = others
+                .filter_map(|other| Some(world.layout.networks.get(other)?.gateway()))
+                .collect();
+            let own = *i.addresses.get(network)?;
+            (!gateways.is_empty()).then_some((own, gateways))
         })
         .collect()
 }

@@ -51,6 +51,8 @@ pub(crate) struct Routes {
     published: BTreeMap<PublishedKey, Destination>,
     addresses: HashMap<Ipv4Addr, Destination>,
     zones: HashMap<Ipv4Addr, Zone>,
+    /// Gateway and asker → other gateways whose names the asker may know.
+    also: HashMap<(Ipv4Addr, Ipv4Addr), Vec<Ipv4Addr>>,
 }
 
 impl Routes {
@@ -99,6 +101,10 @@ impl Routes {
             self.addresses.insert(*address, destination);
         }
         self.zones.entry(network.gateway).or_default().add(network);
+        for (asker, gateways) in &network.also {
+            let key = (network.gateway, *asker);
+            self.also.insert(key, gateways.clone());
+        }
     }
 
     pub(crate) fn resolve(&self, entry: &Entry) -> Option<Destination> {
@@ -121,8 +127,15 @@ impl Routes {
         self.published.get(&(listen, protocol))
     }
 
-    pub(crate) fn zone(&self, gateway: Ipv4Addr) -> Option<&Zone> {
-        self.zones.get(&gateway)
+    /// The names that `asker` may ask for at a gateway: its network's first, then those of
+    /// its other networks.
+    pub(crate) fn zones(&self, gateway: Ipv4Addr, asker: IpAddr) -> impl Iterator<Item = &Zone> {
+        let also = match asker.to_canonical() {
+            IpAddr::V4(asker) => self.also.get(&(gateway, asker)),
+            IpAddr::V6(_) => None,
+        };
+        let gateways = std::iter::once(gateway).chain(also.into_iter().flatten().copied());
+        gateways.filter_map(|gateway| self.zones.get(&gateway))
     }
 
     /// Where the proxy itself answers DNS: never to be asked by it.

@@ -14,6 +14,17 @@ use serde_json::{Value, json};
 
 use crate::sys;
 
+/// Folders of the host's `/dev` that hold no devices of the machine, or are each instance's
+/// own, as Docker leaves them out.
+const NOT_OF_THE_MACHINE: [&str; 7] =
+    ["pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"];
+/// Made for every instance, or its terminal.
+const OF_THE_INSTANCE: [&str; 8] = [
+    "null", "zero", "full", "random", "urandom", "tty", "console", "ptmx",
+];
+/// `/dev` has few levels (`/dev/bus/usb/001`).
+const MAX_DEPTH: u32 = 8;
+
 /// A folder of devices with more entries is no folder of devices.
 const MAX_NODES: usize = 1024;
 /// Rules beyond this make a program that no one can have meant.
@@ -84,12 +95,20 @@ pub fn devices(security: &InstanceSecurity) -> Result<Devices, DeviceError> {
         let standard = STANDARD.map(|(major, minor)| rule('c', Some(major), minor, "rwm"));
         devices.allowed.extend(standard);
     }
+    if security.privileged {
+        let mut found = Vec::new();
+        collect(Path::new("/dev"), 0, &mut found);
+        let node = |(kind, meta, target): &(char, fs::Metadata, String)| node(*kind, meta, target);
+        devices.nodes.extend(found.iter().map(node));
+    }
     for device in &security.devices {
         for (kind, meta, target) in nodes(device)? {
             let (major, minor) = (
                 rustix::fs::major(meta.rdev()),
                 rustix::fs::minor(meta.rdev()),
             );
+            // Where a whole `/dev` is given, this says more of one of them.
+            devices.nodes.retain(|n| n["path"] != target.as_str());
             let access = match device.permissions.as_str() {
                 "" => "rwm",
                 some => some,
@@ -97,10 +116,7 @@ pub fn devices(security: &InstanceSecurity) -> Result<Devices, DeviceError> {
             devices
                 .allowed
                 .push(rule(kind, Some(major), Some(minor), access));
-            devices.nodes.push(json!({
-                "path": target, "type": kind.to_string(), "major": major, "minor": minor,
-                "fileMode": meta.mode() & 0o7777, "uid": meta.uid(), "gid": meta.gid(),
-            }));
+            devices.nodes.push(node(kind, &meta, &target));
         }
     }
     for text in &security.device_cgroup_rules {
@@ -111,6 +127,45 @@ pub fn devices(security: &InstanceSecurity) -> Result<Devices, DeviceError> {
         return Err(DeviceError::TooMany);
     }
     Ok(devices)
+}
+
+fn node(kind: char, meta: &fs::Metadata, target: &str) -> Value {
+    let (major, minor) = (
+        rustix::fs::major(meta.rdev()),
+        rustix::fs::minor(meta.rdev()),
+    );
+    json!({
+        "path": target, "type": kind.to_string(), "major": major, "minor": minor,
+        "fileMode": meta.mode() & 0o7777, "uid": meta.uid(), "gid": meta.gid(),
+    })
+}
+
+/// The machine's devices, for privileged instances. What comes and goes meanwhile is left
+/// out; links show nowhere, as with Docker.
+fn collect(folder: &Path, depth: u32, found: &mut Vec<(char, fs::Metadata, String)>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let Ok(meta) = entry.metadata() else { continue };
+        let Some(text) = path.to_str() else { continue };
+        let is = |list: &[&str]| depth == 0 && list.iter().any(|n| name == *n);
+        if meta.is_dir() && depth < MAX_DEPTH && !is(&NOT_OF_THE_MACHINE) {
+            collect(&path, depth + 1, found);
+        } else if let Some(kind) = device_kind(&meta)
+            && !is(&OF_THE_INSTANCE)
+            && found.len() < MAX_NODES
+        {
+            found.push((kind, meta, text.to_owned()));
+        }
+    }
+}
+
+fn device_kind(meta: &fs::Metadata) -> Option<char> {
+    let kind = meta.file_type();
+    match (kind.is_char_device(), kind.is_block_device()) {
+        (true, _) => Some('c'),
+        (_, true) => Some('b'),
+        _ => None,
+    }
 }
 
 /// `c 1:3 rwm`, `a *:* rwm`.
@@ -139,16 +194,8 @@ fn nodes(device: &Device) -> Result<Vec<(char, fs::Metadata, String)>, DeviceErr
         path: device.source.clone(),
         source,
     };
-    let kind = |meta: &fs::Metadata| {
-        let kind = meta.file_type();
-        match (kind.is_char_device(), kind.is_block_device()) {
-            (true, _) => Some('c'),
-            (_, true) => Some('b'),
-            _ => None,
-        }
-    };
     let meta = fs::metadata(&device.source).map_err(fail)?;
-    if let Some(kind) = kind(&meta) {
+    if let Some(kind) = device_kind(&meta) {
         return Ok(vec![(kind, meta, device.target.clone())]);
     }
     if !meta.is_dir() {
@@ -158,7 +205,7 @@ fn nodes(device: &Device) -> Result<Vec<(char, fs::Metadata, String)>, DeviceErr
     for entry in fs::read_dir(&device.source).map_err(fail)?.take(MAX_NODES) {
         let entry = entry.map_err(fail)?;
         let meta = fs::metadata(entry.path()).map_err(fail)?;
-        if let (Some(kind), Ok(name)) = (kind(&meta), entry.file_name().into_string()) {
+        if let (Some(kind), Ok(name)) = (device_kind(&meta), entry.file_name().into_string()) {
             let target = device.target.trim_end_matches('/');
             list.push((kind, meta, format!("{target}/{name}")));
         }

@@ -203,31 +203,26 @@ fn mounts(spec: &InstanceSpec, late: &[Late]) -> Vec<Value> {
         ),
     ];
     let own = |target: &str| late.iter().any(|l| l.target == target);
-    if spec.namespaces.ipc == SharedNamespace::Host {
-        for target in ["/dev/mqueue", "/dev/shm"] {
-            if !own(target) {
-                list.push(
-                    json!({ "destination": target, "type": "bind", "source": target,
+    // It shows the queues of the IPC namespace, whosever that is.
+    if !own("/dev/mqueue") {
+        list.push(mount(
+            "/dev/mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ));
+    }
+    if !own("/dev/shm") && spec.namespaces.ipc == SharedNamespace::Host {
+        list.push(
+            json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
                     "options": ["rbind", "nosuid", "nodev", "noexec"] }),
-                );
-            }
-        }
-    } else {
+        );
+    } else if !own("/dev/shm") {
         let size = format!("size={}", spec.limits.shm_size.unwrap_or(DEFAULT_SHM));
-        if !own("/dev/mqueue") {
-            list.push(mount(
-                "/dev/mqueue",
-                "mqueue",
-                &["nosuid", "noexec", "nodev"],
-            ));
-        }
-        if !own("/dev/shm") {
-            list.push(mount(
-                "/dev/shm",
-                "tmpfs",
-                &["nosuid", "noexec", "nodev", "mode=1777", &size],
-            ));
-        }
+        list.push(mount(
+            "/dev/shm",
+            "tmpfs",
+            &["nosuid", "noexec", "nodev", "mode=1777", &size],
+        ));
     }
     list.extend(late.iter().map(|late| {
         let kind = if late.source.is_some() { "bind" } else { "tmpfs" };

@@ -338,7 +338,7 @@ impl<'a> Assembler<'a> {
                     let source = self.spec().configs.get(&file.source);
                     if let Some(FileSource::External(name)) = source {
                         let digest = named::config(&self.store, name)?;
-                        versions.insert(file.source.clone(), FileVersion::Config(digest));
+                        versions.insert(file.key(), FileVersion::Config(digest));
                         continue;
                     }
                     let bytes = self.content(&file.source, "config", source)?;
@@ -354,7 +354,7 @@ impl<'a> Assembler<'a> {
                     FileVersion::Secret(secrets.put(&value).map_err(input)?)
                 }
             };
-            versions.insert(file.source.clone(), version);
+            versions.insert(file.key(), version);
         }
         Ok(versions)
     }

@@ -15,7 +15,7 @@ pub const SCRATCH_BYTES: u64 = 64 << 20;
 /// Bounds grow to this many times of what the test wrote.
 const GROWTH: u64 = 4;
 
-/// Always scratch, where the image has them.
+/// Always scratch, whether the image has them or not.
 pub const ALWAYS: [&str; 3] = ["/run", "/tmp", "/var/tmp"];
 
 /// Scratch too when the program ended before it had shown all it writes.
@@ -94,7 +94,7 @@ fn within(path: &str, folder: &str) -> bool {
 }
 
 /// `volumes`: the image's VOLUMEs; `mounted`: where the service mounts something;
-/// `always`: those of [`ALWAYS`] that the image has.
+/// `always`: those of [`ALWAYS`] that are no links in the image.
 pub fn learn(
     writes: &[Write],
     volumes: &[String],
@@ -112,11 +112,14 @@ pub fn learn(
         let path = write.path.as_str();
         let ignored = SANDBOX.iter().any(|s| within(path, s))
             || mounted.iter().any(|m| within(path, m) || within(m, path))
-            || is_bytecode(path);
+            || is_bytecode(path)
+            // On the way to what was made for the test.
+            || always.iter().any(|a| a != path && within(a, path));
         if ignored {
             continue;
         }
-        let folder = write.folder.as_str();
+        let known = always.iter().find(|a| within(path, a));
+        let folder = known.map_or(write.folder.as_str(), String::as_str);
         let refused = WHOLE.contains(&folder) || PROGRAMS.iter().any(|p| within(folder, p));
         match refused && !sizes.contains_key(folder) {
             true => uncovered.push(write.path.clone()),

@@ -225,7 +225,16 @@ impl Tester {
             .map_err(|e| machine(Box::new(e)))?;
         let image = image
             .ok_or_else(|| machine(format!("{} is not in the store", request.image).into()))?;
-        let work = work(&self.cache.join("run")).map_err(|e| machine(Box::new(e)))?;
+        let tree = self
+            .store
+            .load_tree(&image.tree)
+            .map_err(|e| machine(Box::new(e)))?;
+        let always: Vec<&str> = learn::ALWAYS
+            .into_iter()
+            .filter(|path| write_set::is_folder(&tree, path) || write_set::is_missing(&tree, path))
+            .collect();
+        let work =
+            work(&self.cache.join("run"), &tree, &always).map_err(|e| machine(Box::new(e)))?;
         let spec = self
             .spec(request, &image.tree, work.path())
             .map_err(|e| machine(Box::new(e)))?;
@@ -243,20 +252,16 @@ impl Tester {
         let removed = self.runtime.remove(&spec.id);
         let (outcome, listens) = result.map_err(|failure| failure.with_log(log.clone()))?;
         removed.map_err(|e| machine(Box::new(e)))?;
-        let tree = self
-            .store
-            .load_tree(&image.tree)
-            .map_err(|e| machine(Box::new(e)))?;
         let writes =
             write_set::read(&work.path().join("upper"), &tree).map_err(|e| machine(Box::new(e)))?;
         let mounted: Vec<String> = request.mounts.iter().map(|m| m.target.clone()).collect();
         let inconclusive = matches!(outcome, Outcome::Inconclusive(_));
         let likely: &[&str] = if inconclusive { &learn::LIKELY } else { &[] };
-        let always: Vec<String> = learn::ALWAYS
+        let likely = likely.iter().filter(|p| write_set::is_folder(&tree, p));
+        let always: Vec<String> = always
             .iter()
             .chain(likely)
-            .map(|path| (*path).to_owned())
-            .filter(|p| write_set::is_folder(&tree, p))
+            .map(|p| (*p).to_owned())
             .collect();
         let volumes: Vec<String> = request
             .volumes
@@ -511,8 +516,13 @@ impl TestFailure {
     }
 }
 
-/// The program's writable layer, gone with the test.
-fn work(scratch: &Path) -> std::io::Result<tempfile::TempDir> {
+/// The program's writable layer, gone with the test, with those folders of `always` in it
+/// that the image lacks.
+fn work(
+    scratch: &Path,
+    tree: &kiln_store::tree::Tree,
+    always: &[&str],
+) -> std::io::Result<tempfile::TempDir> {
     fs::create_dir_all(scratch)?;
     let folder = tempfile::Builder::new()
         .prefix("test-")
@@ -521,6 +531,9 @@ fn work(scratch: &Path) -> std::io::Result<tempfile::TempDir> {
         let path = folder.path().join(name);
         fs::DirBuilder::new().mode(0o755).create(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    for missing in always.iter().filter(|p| write_set::is_missing(tree, p)) {
+        write_set::make(&folder.path().join("upper"), tree, missing)?;
     }
     Ok(folder)
 }

@@ -123,6 +123,18 @@ impl Lowering<'_> {
             let gateway = pool
                 .get("gateway")
                 .and_then(|node| self.ipv4(node, "gateway"));
+            let first = subnet.split('/').next().and_then(|base| base.parse().ok());
+            let first = first.map(|base: Ipv4Addr| Ipv4Addr::from(u32::from(base) + 1));
+            if let Some(said) = pool.get("gateway")
+                && gateway.is_some()
+                && gateway != first
+            {
+                self.refuse_value(
+                    "networks.*.ipam.config.[].gateway",
+                    said,
+                    "kiln's gateway has the first address of the subnet; leave it out",
+                );
+            }
             found = (Some(subnet), gateway);
         }
         found

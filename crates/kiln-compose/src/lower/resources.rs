@@ -27,8 +27,6 @@ impl Lowering<'_> {
             cpu_shares: unsigned("cpu_shares").filter(|n| *n > 0),
             cpu_period: unsigned("cpu_period").filter(|n| *n > 0),
             cpu_quota: integer(node, "cpu_quota").filter(|n| *n != 0),
-            cpu_rt_runtime: integer(node, "cpu_rt_runtime").filter(|n| *n != 0),
-            cpu_rt_period: unsigned("cpu_rt_period").filter(|n| *n > 0),
             cpuset: text(node, "cpuset"),
             pids: integer(node, "pids_limit")
                 .filter(|n| *n != 0)

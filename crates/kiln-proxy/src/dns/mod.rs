@@ -4,7 +4,7 @@
 pub(crate) mod forward;
 pub(crate) mod zone;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use hickory_proto::op::{Message, ResponseCode};
@@ -32,7 +32,8 @@ pub(crate) async fn serve_udp(core: Arc<Core>, socket: Arc<UdpSocket>, gateway: 
         let query = buffer.get(..n).unwrap_or_default().to_vec();
         let (core, socket) = (Arc::clone(&core), Arc::clone(&socket));
         tokio::spawn(async move {
-            if let Some(answer) = answer(&core, gateway, &query, Transport::Udp).await {
+            if let Some(answer) = answer(&core, (gateway, peer.ip()), &query, Transport::Udp).await
+            {
                 let _ = socket.send_to(&answer, peer).await;
             }
             drop(place);
@@ -47,23 +48,23 @@ pub(crate) async fn serve_tcp(core: Arc<Core>, listener: Arc<TcpListener>, gatew
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
         };
-        let Some((stream, _)) = crate::listeners::accept(&listener).await else {
+        let Some((stream, peer)) = crate::listeners::accept(&listener).await else {
             continue;
         };
         let core = Arc::clone(&core);
         tokio::spawn(async move {
-            serve_stream(&core, stream, gateway).await;
+            serve_stream(&core, stream, (gateway, peer.ip())).await;
             drop(place);
         });
     }
 }
 
-async fn serve_stream(core: &Core, mut stream: TcpStream, gateway: Ipv4Addr) {
+async fn serve_stream(core: &Core, mut stream: TcpStream, at: (Ipv4Addr, IpAddr)) {
     loop {
         let Ok(Ok(Some(query))) = timeout(DNS_TCP_IDLE, read_message(&mut stream)).await else {
             return;
         };
-        let Some(answer) = answer(core, gateway, &query, Transport::Tcp).await else {
+        let Some(answer) = answer(core, at, &query, Transport::Tcp).await else {
             return;
         };
         let written = timeout(DNS_TCP_IDLE, write_message(&mut stream, &answer)).await;
@@ -73,10 +74,11 @@ async fn serve_stream(core: &Core, mut stream: TcpStream, gateway: Ipv4Addr) {
     }
 }
 
-/// `None` for what is no question: answering an answer could go on for ever.
+/// `None` for what is no question: answering an answer could go on for ever. It was asked at
+/// `gateway` by `asker`.
 async fn answer(
     core: &Core,
-    gateway: Ipv4Addr,
+    (gateway, asker): (Ipv4Addr, IpAddr),
     query: &[u8],
     transport: Transport,
 ) -> Option<Vec<u8>> {
@@ -92,11 +94,13 @@ async fn answer(
             .ok();
     };
     let routes = core.routes();
-    if let Some(answer) = routes.zone(gateway).and_then(|zone| zone.answer(&message)) {
+    let mut zones = routes.zones(gateway, asker);
+    if let Some(answer) = zones.find_map(|zone| zone.answer(&message)) {
         core.dns.answered.add(1);
         return encode(answer, &message, transport);
     }
     core.dns.forwarded.add(1);
+    drop(zones);
     let own = routes.gateways();
     drop(routes);
     if let Some(answer) = core.forwarder.ask(query, transport, &own).await {

@@ -143,6 +143,7 @@ mod tests {
             ]
             .into(),
             addresses: [(WEB, "web".parse().unwrap())].into(),
+            also: BTreeMap::new(),
             backends: BTreeMap::new(),
         };
         let mut zone = Zone::default();

@@ -266,6 +266,7 @@ async fn service_addresses_lead_to_the_networks_own_addresses_of_instances() {
         gateway: proxy.net.address(),
         names: [].into(),
         addresses: [(*service.ip(), "web".parse().unwrap())].into(),
+        also: Default::default(),
         backends: [(instance.id.clone(), own)].into(),
     }];
     assert_eq!(proxy.apply().await.failed, []);

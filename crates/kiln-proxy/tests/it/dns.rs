@@ -23,6 +23,7 @@ async fn with_network(mut proxy: Proxy) -> (Proxy, SocketAddr) {
         gateway,
         names: [("web".to_owned(), route::Name::Addresses(vec![SERVICE]))].into(),
         addresses: [(SERVICE, "web".parse().unwrap())].into(),
+        also: Default::default(),
         backends: [].into(),
     }];
     assert_eq!(proxy.apply().await.failed, []);
@@ -175,6 +176,7 @@ async fn a_gateway_that_does_not_exist_yet_is_told_and_tried_again() {
         gateway: Ipv4Addr::new(192, 0, 2, 1),
         names: [].into(),
         addresses: [].into(),
+        also: Default::default(),
         backends: [].into(),
     }];
     let applied = proxy.apply().await;

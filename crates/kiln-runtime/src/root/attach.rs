@@ -71,6 +71,16 @@ impl Attacher<'_> {
                 let propagation = propagation.as_deref();
                 self.bind(path, &mount.target, *recursive, attributes, propagation)
             }
+            InstanceMountSource::Volume { path, subpath } => {
+                let found =
+                    inside::open_path(path, subpath).map_err(|source| RootError::Content {
+                        path: format!("{subpath} of the volume {}", path.display()),
+                        target: mount.target.clone(),
+                        source,
+                    })?;
+                let at = PathBuf::from(tree::fd_path(&found));
+                self.bind(&at, &mount.target, false, attributes, None)
+            }
             InstanceMountSource::File {
                 path,
                 uid,

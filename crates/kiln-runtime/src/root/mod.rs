@@ -177,6 +177,10 @@ impl Step<'_> {
             Step::Etc { .. } => false,
             Step::Mount(mount) => match &mount.source {
                 InstanceMountSource::Bind { path, .. } => path.is_dir(),
+                InstanceMountSource::Volume { path, subpath } => {
+                    let resolved = inside::resolve(path, subpath);
+                    resolved.is_ok_and(|r| path.join(r.path()).is_dir())
+                }
                 InstanceMountSource::File { .. } => false,
                 InstanceMountSource::Tmpfs { .. } => true,
                 InstanceMountSource::Tree { .. } => true,
@@ -226,6 +230,16 @@ impl<'a> Plan<'a> {
                 is_dir: true,
             })
             .into();
+        if let Root::Unsealed { .. } = spec.root {
+            // Programs count on them; where the root is sealed they are scratch.
+            let missing = ["/run", "/tmp", "/var/tmp"]
+                .into_iter()
+                .filter(|p| !below(p));
+            points.extend(missing.map(|target| Point {
+                target: target.into(),
+                is_dir: true,
+            }));
+        }
         if !matches!(spec.root, Root::Layered { .. }) && !is_late(&spec.cwd) && !below(&spec.cwd) {
             points.push(Point {
                 target: spec.cwd.clone(),

@@ -67,10 +67,18 @@ pub fn make(view: &Path, layer: &Path, points: &[Point]) -> Result<bool, PointEr
             continue;
         }
         any = true;
-        make_one(view, layer, &resolved, point.is_dir).map_err(|source| PointError::Make {
-            target: point.target.clone(),
-            source,
-        })?;
+        make_one(view, layer, &resolved, point.is_dir)
+            .and_then(|()| match point.target.as_str() {
+                "/tmp" | "/var/tmp" => {
+                    let everyones = Permissions::from_mode(0o1777);
+                    fs::set_permissions(layer.join(resolved.path()), everyones)
+                }
+                _ => Ok(()),
+            })
+            .map_err(|source| PointError::Make {
+                target: point.target.clone(),
+                source,
+            })?;
     }
     if any {
         copy_attributes(view, layer).map_err(|source| PointError::Make {

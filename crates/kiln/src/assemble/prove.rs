@@ -2,12 +2,13 @@
 //! recorded.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use kiln_build::test::{Outcome, TestFailure, TestRequest, Verdict};
 use kiln_model::instance::{InstanceMount, InstanceMountSource};
 use kiln_model::progress::Finish;
-use kiln_model::spec::{FileKind, FileVersion, MountSource, Service, Spec};
+use kiln_model::spec::{FileKind, FileVersion, Mount, MountSource, Service, Spec};
 use kiln_model::{Millis, ProgressEvent, ServiceName};
 use kiln_plan::process;
 use kiln_store::Image;
@@ -143,7 +144,10 @@ impl Assembler<'_> {
                 .get(name)
                 .is_some_and(|d| d.condition == kiln_model::spec::Condition::CompletedSuccessfully)
         }) || service.mode == kiln_model::spec::ServiceMode::Job;
-        let mut mounts: Vec<InstanceMount> = service.mounts.iter().filter_map(stand_in).collect();
+        let mounts = service.mounts.iter();
+        let mut mounts: Vec<InstanceMount> = mounts
+            .filter_map(|mount| stand_in(mount, self.file_of_volume(mount)))
+            .collect();
         mounts.extend(self.file_mounts(service, files)?);
         Ok(TestRequest {
             name: name.to_string(),
@@ -188,6 +192,26 @@ impl Assembler<'_> {
         })
     }
 
+    /// The file that a part of a volume is, if it is there and is one.
+    fn file_of_volume(&self, mount: &Mount) -> Option<PathBuf> {
+        let MountSource::Volume {
+            volume,
+            subpath: Some(subpath),
+            ..
+        } = &mount.source
+        else {
+            return None;
+        };
+        let name = &self.spec().volumes.get(volume)?.name;
+        let volumes = self.context.root.join("volumes");
+        let path = volumes.join(name.as_str()).join("data").join(subpath);
+        // Only to be looked at in a test: a link is nothing to follow.
+        std::fs::symlink_metadata(&path)
+            .ok()?
+            .is_file()
+            .then_some(path)
+    }
+
     fn file_mounts(
         &self,
         service: &Service,
@@ -195,7 +219,7 @@ impl Assembler<'_> {
     ) -> Result<Vec<InstanceMount>, Failure> {
         let secrets = SecretStore::open(&self.context.root).map_err(machine)?;
         let mounts = service.files.iter().filter_map(|file| {
-            let path = match files.get(&file.source)? {
+            let path = match files.get(&file.key())? {
                 FileVersion::Config(digest) => self.store.blob_path(digest),
                 FileVersion::Secret(id) => secrets.path(id),
             };
@@ -234,14 +258,24 @@ fn peer_names(spec: &Spec, name: &ServiceName) -> Vec<(std::net::IpAddr, String)
     names.into_iter().map(|name| (nobody, name)).collect()
 }
 
-/// Something harmless in place of what the test must not touch.
-fn stand_in(mount: &kiln_model::spec::Mount) -> Option<InstanceMount> {
+/// Something harmless in place of what the test must not touch: of a `file`, a copy.
+fn stand_in(mount: &Mount, file: Option<PathBuf>) -> Option<InstanceMount> {
     let source = match &mount.source {
-        MountSource::Bind { path, .. } if mount.read_only => InstanceMountSource::Bind {
-            path: path.clone(),
-            recursive: true,
-            propagation: None,
+        MountSource::Volume { .. } if file.is_some() => InstanceMountSource::File {
+            path: file?,
+            uid: 0,
+            gid: 0,
+            mode: 0o644,
+            secret: false,
         },
+        // One that is yet to be made is empty.
+        MountSource::Bind { path, create, .. } if mount.read_only && (!create || path.exists()) => {
+            InstanceMountSource::Bind {
+                path: path.clone(),
+                recursive: true,
+                propagation: None,
+            }
+        }
         // What the program finds of a host's folder it would also write to.
         MountSource::Bind { path, .. } if path.is_file() => return None,
         MountSource::Image { .. } => return None,

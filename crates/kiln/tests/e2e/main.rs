@@ -1,11 +1,17 @@
 //! The `kiln` binary from the outside, for real: root, namespaces, mounts, networks, HTTP.
 //! Facts and counts are asserted, never times.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 mod common;
 mod crash;
 mod examples;
 mod failing;
+mod honour;
 mod input;
 mod load;
 mod looking;
