@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::containerfile::expand::{ExpandError, Lexer};
-use crate::containerfile::{Arg, Containerfile, Kind, Span, mount};
+use crate::containerfile::{Arg, Containerfile, Instruction, Kind, Span, mount};
 
 /// Where files or a base come from.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,7 +25,12 @@ pub struct Needed {
     /// Its place in the file.
     pub index: usize,
     pub base: Origin,
+    /// What the base's ONBUILD has this stage begin with.
+    pub triggers: Vec<Instruction>,
 }
+
+/// ONBUILD instructions of images, by the references that stages are built FROM.
+pub type Triggers = BTreeMap<String, Vec<Instruction>>;
 
 /// What is built, in order; the last one is the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,8 +88,12 @@ pub struct Ask<'a> {
     pub contexts: &'a [&'a str],
 }
 
-/// Finds the needed stages.
-pub fn resolve(file: &Containerfile, ask: &Ask<'_>) -> Result<Graph, GraphError> {
+/// Finds the needed stages. `of_images`: as far as images are known.
+pub fn resolve(
+    file: &Containerfile,
+    ask: &Ask<'_>,
+    of_images: &Triggers,
+) -> Result<Graph, GraphError> {
     let globals = globals(file, ask)?;
     let lexer = Lexer::new(file.escape);
     let mut bases = Vec::new();
@@ -123,14 +132,47 @@ pub fn resolve(file: &Containerfile, ask: &Ask<'_>) -> Result<Graph, GraphError>
         });
     }
     let target = target(file, ask)?;
-    let stages = order(file, ask, &bases, target)?
+    let all: Vec<Needed> = bases
         .into_iter()
-        .map(|index| Needed {
+        .enumerate()
+        .map(|(index, base)| Needed {
             index,
-            base: bases[index].clone(),
+            triggers: triggers(file, &base, of_images),
+            base,
         })
         .collect();
+    let needed = order(file, ask, &all, target)?;
+    let stages = all
+        .into_iter()
+        .filter(|stage| needed.contains(&stage.index))
+        .collect();
     Ok(Graph { stages, globals })
+}
+
+fn triggers(file: &Containerfile, base: &Origin, of_images: &Triggers) -> Vec<Instruction> {
+    match base {
+        Origin::Scratch => Vec::new(),
+        Origin::Image(name) | Origin::Named(name) => {
+            of_images.get(name).cloned().unwrap_or_default()
+        }
+        Origin::Stage(index) => file.stages[*index]
+            .instructions
+            .iter()
+            .filter_map(|instruction| match &instruction.kind {
+                Kind::Onbuild(_, inner) => Some((**inner).clone()),
+                _ => None,
+            })
+            .collect(),
+    }
+}
+
+/// Every `--from` of an instruction, as written.
+pub fn froms(instruction: &Instruction) -> Vec<String> {
+    match &instruction.kind {
+        Kind::Copy(copy) | Kind::Add(copy) => copy.from.iter().cloned().collect(),
+        Kind::Run(run) => run.mounts.iter().filter_map(|m| mount::from(m)).collect(),
+        _ => Vec::new(),
+    }
 }
 
 fn globals(file: &Containerfile, ask: &Ask<'_>) -> Result<BTreeMap<String, String>, GraphError> {
@@ -275,7 +317,7 @@ fn target(file: &Containerfile, ask: &Ask<'_>) -> Result<usize, GraphError> {
 fn order(
     file: &Containerfile,
     ask: &Ask<'_>,
-    bases: &[Origin],
+    all: &[Needed],
     target: usize,
 ) -> Result<Vec<usize>, GraphError> {
     let mut needed = vec![false; file.stages.len()];
@@ -288,14 +330,9 @@ fn order(
             // The context stands for the whole stage.
             continue;
         }
-        let mut takes = vec![bases[index].clone()];
-        for instruction in &stage.instructions {
-            let texts: Vec<String> = match &instruction.kind {
-                Kind::Copy(copy) => copy.from.iter().cloned().collect(),
-                Kind::Run(run) => run.mounts.iter().filter_map(|m| mount::from(m)).collect(),
-                _ => Vec::new(),
-            };
-            for text in texts {
+        let mut takes = vec![all[index].base.clone()];
+        for instruction in all[index].triggers.iter().chain(&stage.instructions) {
+            for text in froms(instruction) {
                 takes.push(from(file, ask, index, &text, instruction.span)?);
             }
         }
@@ -325,7 +362,7 @@ mod tests {
             platform: "linux/amd64",
             contexts: &["extra"],
         };
-        resolve(&parse(text.as_bytes()).unwrap(), &ask)
+        resolve(&parse(text.as_bytes()).unwrap(), &ask, &Triggers::new())
     }
 
     fn indexes(graph: &Graph) -> Vec<usize> {
@@ -343,6 +380,18 @@ mod tests {
         assert_eq!(
             told,
             "there is no stage `five`; there are one, two, three, four"
+        );
+    }
+
+    #[test]
+    fn what_a_trigger_takes_is_needed_too() {
+        let text = "FROM a AS tools\nFROM b AS base\nONBUILD COPY --from=tools x y\nFROM base";
+        let graph = graph(text, &[], None).unwrap();
+        assert_eq!(indexes(&graph), [0, 1, 2]);
+        assert_eq!(graph.stages[2].triggers.len(), 1);
+        assert!(
+            graph.stages[1].triggers.is_empty(),
+            "not in the stage itself"
         );
     }
 

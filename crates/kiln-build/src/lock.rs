@@ -22,6 +22,12 @@
 //!   },
 //!   "images": {
 //!     "docker.io/library/busybox:1.36": "sha256:…"
+//!   },
+//!   "urls": {
+//!     "https://example.org/tool.tar.gz": "sha256:…"
+//!   },
+//!   "git": {
+//!     "https://example.org/tool.git#v1": "<commit>"
 //!   }
 //! }
 //! ```
@@ -40,6 +46,8 @@ use std::path::{Path, PathBuf};
 use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::remote::Pins;
 
 /// A lock file larger than this is not one of ours.
 const MAX_LOCK_BYTES: u64 = 64 << 20;
@@ -87,6 +95,9 @@ pub struct Lock {
     /// Canonical reference → digest of its manifest or index.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, Digest>,
+    /// What ADD took from elsewhere: sections `urls` and `git`.
+    #[serde(flatten)]
+    pub remote: Pins,
     /// Sections of later kilns, kept unread.
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
@@ -98,6 +109,7 @@ impl Default for Lock {
             format: Self::FORMAT,
             bases: BTreeMap::new(),
             images: BTreeMap::new(),
+            remote: Pins::default(),
             other: BTreeMap::new(),
         }
     }
@@ -249,6 +261,7 @@ impl Lock {
     pub fn update(&mut self) {
         self.bases.clear();
         self.images.clear();
+        self.remote = Pins::default();
     }
 }
 
@@ -391,8 +404,8 @@ mod tests {
     #[test]
     fn later_sections_are_kept_and_later_formats_refused() {
         let path = Path::new("kiln.lock");
-        let lock = Lock::parse(r#"{"format": 1, "urls": {"a": "b"}}"#, path).unwrap();
-        assert!(lock.render().unwrap().contains("\"urls\""));
+        let lock = Lock::parse(r#"{"format": 1, "later": {"a": "b"}}"#, path).unwrap();
+        assert!(lock.render().unwrap().contains("\"later\""));
         let error = Lock::parse(r#"{"format": 2}"#, path).unwrap_err();
         assert!(error.to_string().contains("format 2"), "{error}");
         for bad in [

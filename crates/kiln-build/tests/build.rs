@@ -1,162 +1,19 @@
 //! Whole builds: real folders, a real store, and (as root) real sandboxes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod world;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
 
-use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_build::build::BuildRequest;
 use kiln_build::test::{Outcome, TestRequest, Tester};
-use kiln_model::instance::{InstanceLimits, InstanceNetwork, InstanceSecurity};
-use kiln_model::progress::Finish;
-use kiln_model::spec::{Build, Check, HealthTest, Healthcheck};
-use kiln_model::{Digest, Millis, Progress, ProgressEvent};
-use kiln_runtime::{Runtime, RuntimeConfig};
-use kiln_store::Store;
-use kiln_store::tree::{Kind, Tree};
-
-/// Remembers every event.
-#[derive(Default)]
-struct Seen(Mutex<Vec<ProgressEvent>>);
-
-impl Progress for Seen {
-    fn event(&self, event: ProgressEvent) {
-        self.0.lock().unwrap().push(event);
-    }
-}
-
-impl Seen {
-    /// How many steps came from the cache, and how many were carried out.
-    fn counts(&self) -> (usize, usize) {
-        let events = std::mem::take(&mut *self.0.lock().unwrap());
-        let count = |wanted: Finish| {
-            let is = |e: &&ProgressEvent| matches!(e, ProgressEvent::Finished { how, .. } if *how == wanted);
-            events.iter().filter(is).count()
-        };
-        (count(Finish::Cached), count(Finish::Done))
-    }
-}
-
-struct World {
-    root: tempfile::TempDir,
-    builder: Builder,
-    seen: Arc<Seen>,
-}
-
-fn shim() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    test.parent().unwrap().parent().unwrap().join("kiln-shim")
-}
-
-/// False, and a word about it, where sandboxes can't be made.
-fn sandboxes() -> bool {
-    let root = fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0);
-    let why = match (root, shim().exists()) {
-        (true, true) => return true,
-        (false, _) => "needs root",
-        (true, false) => "needs kiln-shim: cargo build -p kiln-runtime",
-    };
-    assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "{why}");
-    eprintln!("SKIPPED: {why}");
-    false
-}
-
-fn world() -> World {
-    let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let runtime = Runtime::open(RuntimeConfig {
-        root: root.path().to_owned(),
-        shim: vec![shim().into()],
-    });
-    let seen = Arc::new(Seen::default());
-    let builder = Builder {
-        store: Arc::new(Store::open(root.path()).unwrap()),
-        runtime: Arc::new(runtime.unwrap()),
-        progress: seen.clone(),
-        cache: root.path().join("cache"),
-    };
-    World {
-        root,
-        builder,
-        seen,
-    }
-}
-
-impl World {
-    fn build(&self, context: &Path, file: &str) -> Result<Digest, String> {
-        self.build_with(context, file, |_| {})
-    }
-
-    fn build_with(
-        &self,
-        context: &Path,
-        file: &str,
-        change: impl FnOnce(&mut BuildRequest),
-    ) -> Result<Digest, String> {
-        let mut request = BuildRequest {
-            build: Build {
-                context: context.to_owned(),
-                inline: Some(file.to_owned()),
-                ..Build::default()
-            },
-            name: "app".into(),
-            platform: kiln_oci::platform::host_platform(),
-            secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
-            network: InstanceNetwork::Isolated,
-            resolver: None,
-            epoch: 0,
-            cancel: Arc::new(AtomicBool::new(false)),
-        };
-        change(&mut request);
-        let prepared = prepare(request).map_err(|e| chain(&e))?;
-        self.builder
-            .carry_out(&prepared, &BTreeMap::new())
-            .map_err(|e| chain(&e))
-    }
-
-    fn tree(&self, manifest: &Digest) -> Tree {
-        let image = self.builder.store.image(manifest).unwrap().unwrap();
-        self.builder.store.load_tree(&image.tree).unwrap()
-    }
-
-    fn text(&self, manifest: &Digest, path: &str) -> String {
-        match &self
-            .tree(manifest)
-            .get(path)
-            .unwrap_or_else(|| panic!("{path}"))
-            .kind
-        {
-            Kind::File { digest, .. } => {
-                let path = self.builder.store.object_path(digest);
-                fs::read_to_string(path).unwrap()
-            }
-            other => panic!("{path}: {other:?}"),
-        }
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
-}
-
-fn context(files: &[(&str, &str)]) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for (path, text) in files {
-        let path = folder.path().join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
-    }
-    folder
-}
+use kiln_model::instance::{InstanceLimits, InstanceSecurity};
+use kiln_model::spec::{Check, HealthTest, Healthcheck};
+use kiln_model::{Digest, Millis};
+use world::{busybox, context, sandboxes, world};
 
 const FILES: [(&str, &str); 4] = [("a", "1"), ("d/b", "2"), ("d/c/e", "3"), ("x.log", "no")];
 
@@ -228,21 +85,7 @@ fn only_what_is_needed_is_built_and_read() {
         .unwrap_err();
     assert!(told.contains("/x.log: not found"), "{told}");
     let told = world.build(folder.path(), "FROM nope\nRUN x").unwrap_err();
-    assert!(told.contains("image nope"), "{told}");
-}
-
-/// A context with Debian's static busybox, and a Containerfile's first lines with it.
-fn busybox() -> (tempfile::TempDir, String) {
-    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let program = kiln_testkit::busybox::busybox(kept).unwrap();
-    let folder = context(&[("f", "from context")]);
-    fs::copy(program, folder.path().join("busybox")).unwrap();
-    let busybox = folder.path().join("busybox");
-    fs::set_permissions(busybox, fs::Permissions::from_mode(0o755)).unwrap();
-    let text = "FROM scratch AS base\nCOPY busybox /bin/busybox\n\
-                RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n\
-                COPY <<E /etc/passwd\nroot:x:0:0::/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\nE\n";
-    (folder, text.to_owned())
+    assert!(told.contains("image nope is not there"), "{told}");
 }
 
 #[test]

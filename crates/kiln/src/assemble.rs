@@ -5,11 +5,11 @@ mod prove;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_build::build::{BuildRequest, Builder, Prepared, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
 use kiln_build::resolve::Resolver;
@@ -180,14 +180,9 @@ impl<'a> Assembler<'a> {
                         .map_err(build_failure)?;
                 }
                 ImageSource::Build { build, .. } => {
-                    let prepared =
-                        prepare(self.build_request(name, build)?).map_err(build_error)?;
-                    for reference in prepared.images().map_err(build_error)? {
-                        self.resolver
-                            .resolve(&reference, false, &mut lock)
-                            .await
-                            .map_err(build_failure)?;
-                    }
+                    let request = self.build_request(name, build, &lock)?;
+                    let mut prepared = prepare(request).map_err(build_error)?;
+                    self.images_of(&mut prepared, &mut lock).await?;
                 }
             }
         }
@@ -252,16 +247,10 @@ impl<'a> Assembler<'a> {
             }
             ImageSource::Build { build, .. } => build,
         };
-        let prepared = prepare(self.build_request(name, build)?).map_err(build_error)?;
-        let mut images = BTreeMap::new();
-        for reference in prepared.images().map_err(build_error)? {
-            let digest = self
-                .resolver
-                .resolve(&reference, false, lock)
-                .await
-                .map_err(build_failure)?;
-            images.insert(reference, digest);
-        }
+        let request = self.build_request(name, build, lock)?;
+        let pins = request.pins.clone();
+        let mut prepared = prepare(request).map_err(build_error)?;
+        let images = self.images_of(&mut prepared, lock).await?;
         let began = Instant::now();
         let task = format!("build {name}");
         self.progress.event(ProgressEvent::Started {
@@ -269,6 +258,10 @@ impl<'a> Assembler<'a> {
             detail: String::new(),
         });
         let built = self.builder.build(prepared, images).await;
+        // What was fetched is pinned even if a later step failed.
+        let pins = pins.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        lock.remote.urls.extend(pins.urls);
+        lock.remote.git.extend(pins.git);
         let how = match &built {
             Ok(_) => Finish::Done,
             Err(error) => Finish::Failed {
@@ -289,10 +282,31 @@ impl<'a> Assembler<'a> {
         Ok(digest)
     }
 
+    /// Every image that a build needs, also what the ONBUILD of others needs.
+    async fn images_of(
+        &self,
+        prepared: &mut Prepared,
+        lock: &mut Lock,
+    ) -> Result<BTreeMap<String, Digest>, Failure> {
+        let mut images = BTreeMap::new();
+        loop {
+            let missing = self.builder.missing(prepared, &images);
+            let missing = missing.map_err(build_error)?;
+            if missing.is_empty() {
+                return Ok(images);
+            }
+            for reference in missing {
+                let digest = self.resolver.resolve(&reference, false, lock).await;
+                images.insert(reference, digest.map_err(build_failure)?);
+            }
+        }
+    }
+
     fn build_request(
         &self,
         name: &ServiceName,
         build: &kiln_model::spec::Build,
+        lock: &Lock,
     ) -> Result<BuildRequest, Failure> {
         let mut secrets = BTreeMap::new();
         for (id, key) in &build.secrets {
@@ -306,6 +320,8 @@ impl<'a> Assembler<'a> {
             network: InstanceNetwork::Host,
             resolver: Some(host_resolver()),
             epoch: epoch()?,
+            ssh: agents(&build.ssh)?,
+            pins: Arc::new(Mutex::new(lock.remote.clone())),
             cancel: self.cancel.clone(),
         })
     }
@@ -472,6 +488,33 @@ fn epoch() -> Result<i64, Failure> {
         }),
         Err(_) => Ok(0),
     }
+}
+
+/// `default`, `default=socket` or `id=socket` → where the agent listens.
+fn agents(asked: &[String]) -> Result<BTreeMap<String, std::path::PathBuf>, Failure> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let mut agents = BTreeMap::new();
+    for text in asked {
+        let wrong = |why: String| Failure::new(Kind::Input, format!("build.ssh `{text}`: {why}"));
+        let (id, path) = match text.split_once('=') {
+            Some((id, path)) if !path.is_empty() => (id, std::path::PathBuf::from(path)),
+            _ => match std::env::var_os("SSH_AUTH_SOCK") {
+                Some(path) => (text.trim_end_matches('='), path.into()),
+                None => return Err(wrong("SSH_AUTH_SOCK is not set: no agent runs".into())),
+            },
+        };
+        let meta = std::fs::metadata(&path);
+        let meta = meta.map_err(|e| wrong(format!("{}: {e}", path.display())))?;
+        if !meta.file_type().is_socket() {
+            return Err(wrong(format!(
+                "{} is not an agent's socket; kiln reads no private keys: add it to an agent \
+                 (ssh-add) and name that",
+                path.display()
+            )));
+        }
+        agents.insert(id.to_owned(), path);
+    }
+    Ok(agents)
 }
 
 /// Docker's and Podman's files of whoever asks.

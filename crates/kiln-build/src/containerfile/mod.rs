@@ -189,6 +189,13 @@ pub fn parse(content: &[u8]) -> Result<Containerfile, ParseErrors> {
     })
 }
 
+/// Parses an image's ONBUILD instruction; its place is that of the FROM which has it run.
+pub fn parse_trigger(text: &str, span: Span) -> Result<Vec<Instruction>, ParseErrors> {
+    let file = parse(format!("FROM scratch\n{text}\n").as_bytes())?;
+    let instructions = file.stages.into_iter().flat_map(|s| s.instructions);
+    Ok(instructions.map(|i| Instruction { span, ..i }).collect())
+}
+
 /// The candidate nearest to `text`, if it is near: for "did you mean".
 fn nearest(text: &str, candidates: &[&'static str]) -> Option<&'static str> {
     const NEAR: usize = 2;

@@ -1,11 +1,10 @@
 //! A scanned context as something to copy from: contents go into the store when they are
 //! asked for, and only if they changed since they were last hashed.
 
-use std::cell::RefCell;
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_model::Digest;
 use kiln_store::Store;
@@ -17,7 +16,7 @@ use crate::files::{FilesError, Kind, Meta, Shape, Source, shown};
 /// A context with its memory of digests.
 pub struct ContextSource {
     context: Context,
-    cache: RefCell<StatCache>,
+    cache: Mutex<StatCache>,
     store: Arc<Store>,
     /// Nanoseconds since the epoch, when the build began.
     now: i128,
@@ -26,7 +25,7 @@ pub struct ContextSource {
 impl ContextSource {
     /// `cache`: the builder's cache folder; `now`: nanoseconds since the epoch.
     pub fn new(context: Context, cache: &Path, store: Arc<Store>, now: i128) -> Self {
-        let cache = RefCell::new(StatCache::load(cache, context.folder()));
+        let cache = Mutex::new(StatCache::load(cache, context.folder()));
         Self {
             context,
             cache,
@@ -37,15 +36,19 @@ impl ContextSource {
 
     /// Writes what was learned. It is a cache: a failure is told, and costs time only.
     pub fn save(&self) -> std::io::Result<()> {
-        self.cache.borrow_mut().save(|path| {
+        self.remembered().save(|path| {
             let names = crate::files::names(path.as_bytes());
             path.starts_with('\0') || self.context.entry(&names).is_some()
         })
     }
 
+    fn remembered(&self) -> MutexGuard<'_, StatCache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn content(&self, path: &[Vec<u8>], stamp: &Stamp) -> Result<(Digest, u64), FilesError> {
         let key = path.join(&b'/');
-        let known = self.cache.borrow().get(&key, stamp);
+        let known = self.remembered().get(&key, stamp);
         if let Some(digest) = known
             && self.store.object_path(&digest).is_file()
         {
@@ -73,7 +76,7 @@ impl ContextSource {
             .map_err(|e| fail(Box::new(e)))?;
         let after = file.metadata().map_err(|e| fail(Box::new(e)))?;
         if Stamp::of(&after) == *stamp {
-            self.cache.borrow_mut().put(&key, *stamp, digest, self.now);
+            self.remembered().put(&key, *stamp, digest, self.now);
         }
         Ok((digest, size))
     }

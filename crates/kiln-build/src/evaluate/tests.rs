@@ -18,6 +18,7 @@ fn evaluated(text: &str, given: &[(&str, &str)]) -> Result<Evaluated, EvaluateEr
         args: BTreeMap::new(),
         given: &pairs(given),
         globals: &pairs(&[("TARGETARCH", "amd64"), ("G", "global")]),
+        triggers: &[],
     };
     evaluate(&file, 0, start)
 }
@@ -139,24 +140,23 @@ fn heredocs_become_commands_scripts_or_shell_input() {
         .sources
         .iter()
         .map(|s| match s {
-            Source::Inline { content, .. } => content.as_str(),
-            Source::Path(_) => panic!(),
+            Taking::Inline { content, .. } => content.as_str(),
+            _ => panic!(),
         })
         .collect();
     assert_eq!(bodies, ["\"v\" $V\n", "$V\n"]);
 }
 
 #[test]
-fn what_is_not_built_yet_is_refused_by_name_and_line() {
+fn what_can_not_be_is_refused_by_name_and_line() {
     for (text, expected) in [
-        ("ONBUILD RUN x", "ONBUILD (RUN x) is not supported yet"),
-        ("ADD https://x/y /z", "ADD of `https://x/y`"),
-        ("COPY --link a b", "COPY --link is not"),
-        ("ADD --checksum=sha256:0 a b", "ADD --checksum is not"),
-        ("RUN --mount=type=ssh true", "RUN --mount=type=ssh is not"),
+        ("ADD ftp://x/y /z", "ADD of `ftp://x/y`"),
+        ("ADD --checksum=sha256:0 a b", "goes with exactly one URL"),
+        ("ADD --checksum=md5:0 https://x/y b", "of a URL is sha256:"),
+        ("ADD --checksum=x https://x/y.git b", "of a git repository"),
         (
             "RUN --security=insecure true",
-            "RUN --security=insecure is not",
+            "would give the command the rights of root",
         ),
         ("RUN --mount=type=bind,target=/ true", "can't be `/`"),
         ("EXPOSE 99999", "`99999` is not a port"),

@@ -4,11 +4,15 @@
 //! give the same layers, whatever the folder, the time and the machine; nothing of a
 //! failed step stays.
 
+mod agent;
 pub mod layer;
+mod mounts;
 mod run;
 pub mod state;
 mod steps;
+mod unfold;
 mod upper;
+mod work;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -50,6 +54,10 @@ pub enum ExecError {
         cause: ArchiveError,
     },
     #[error(transparent)]
+    Remote(#[from] crate::remote::RemoteError),
+    #[error(transparent)]
+    Context(#[from] crate::context::ContextError),
+    #[error(transparent)]
     Owner(#[from] OwnerError),
     #[error(transparent)]
     Exclude(#[from] crate::context::glob::BadPattern),
@@ -71,6 +79,8 @@ pub enum ExecError {
     Secret(String),
     #[error("the secret `{0}` is not text, so it can't be given as a variable")]
     SecretText(String),
+    #[error("the ssh agent `{0}` is required but was not given to the build (build.ssh)")]
+    Ssh(String),
     #[error("{0} is not supported yet")]
     Unsupported(String),
     #[error("can't use {path}")]
@@ -133,6 +143,10 @@ pub struct Site<'a> {
     pub shm_size: Option<u64>,
     /// By id.
     pub secrets: &'a BTreeMap<String, Vec<u8>>,
+    /// What remote sources are pinned to; learns.
+    pub pins: Arc<std::sync::Mutex<crate::remote::Pins>>,
+    /// Sockets of ssh agents, by id.
+    pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
     pub context: Option<&'a ContextSource>,
 }
@@ -145,7 +159,7 @@ pub type Find<'a> = dyn Fn(&str, Span) -> Result<Taken, ExecError> + 'a;
 pub enum Taken {
     Files(Arc<Files>),
     /// A named context that is a folder.
-    Folder(std::rc::Rc<ContextSource>),
+    Folder(Arc<ContextSource>),
 }
 
 /// A stage while it is built.
@@ -161,15 +175,17 @@ pub struct Done {
 }
 
 impl Site<'_> {
-    /// Carries out one step, or finds that it was carried out before.
+    /// Carries out one step, or finds that it was carried out before. `stage`: for people,
+    /// with a blank after it.
     pub fn step(
         &self,
         building: &mut Building,
         step: &Step,
+        stage: &str,
         place: (usize, usize),
         find: &Find<'_>,
     ) -> Result<Done, Box<StepError>> {
-        let task = format!("{}: {}/{}", self.task, place.0, place.1);
+        let task = format!("{}: {stage}{}/{}", self.task, place.0, place.1);
         self.progress.event(ProgressEvent::Started {
             task: task.clone(),
             detail: step.text.clone(),

@@ -8,15 +8,20 @@ use kiln_store::tree::Tree;
 
 use super::state::{Files, Key};
 use super::{ExecError, Find, Site, Taken};
-use crate::containerfile::{Source as Named, Span};
+use crate::containerfile::Span;
+use crate::context::Context;
 use crate::context::ignore::Patterns;
+use crate::context::source::ContextSource;
 use crate::copy::archive;
 use crate::copy::owner::{self, MAX_ACCOUNTS, Owner};
 use crate::copy::{self, Changes, Item, Picked};
-use crate::evaluate::CopyAction;
+use crate::evaluate::{CopyAction, Taking};
 use crate::files::{self, Meta, Names, Shape, Source};
+use crate::remote::{Fetched, Remote, Remotes};
 use crate::rootfs::Rootfs;
 
+/// Mode of a file that comes from a URL, as docker has it.
+const FETCHED_MODE: u32 = 0o600;
 /// Mode of a heredoc's file, as docker has it.
 const INLINE_MODE: u32 = 0o644;
 
@@ -36,8 +41,9 @@ impl Site<'_> {
         let mut all = Vec::new();
         for named in &action.sources {
             match named {
-                Named::Inline { name, content, .. } => all.push(self.inline(name, content)?),
-                Named::Path(pattern) => {
+                Taking::Inline { name, content } => all.push(self.inline(name, content)?),
+                Taking::Remote(remote) => all.extend(self.remote(remote, action)?),
+                Taking::Path(pattern) => {
                     let parents = action.parents;
                     all.extend(match &taken {
                         None => {
@@ -68,18 +74,33 @@ impl Site<'_> {
     fn inline(&self, name: &str, content: &str) -> Result<Picked, ExecError> {
         let put = self.store.put_object(&mut content.as_bytes());
         let (digest, size) = put.map_err(ExecError::store)?;
-        Ok(Picked {
-            name: name.as_bytes().to_vec(),
-            items: vec![Item {
-                path: Names::new(),
-                meta: Meta {
-                    mode: INLINE_MODE,
-                    ..Meta::default()
-                },
-                shape: Shape::File { digest, size },
-            }],
-            parents: false,
-        })
+        Ok(one_file(name, INLINE_MODE, digest, size))
+    }
+
+    /// Fetches what an ADD names elsewhere.
+    fn remote(&self, remote: &Remote, action: &CopyAction) -> Result<Vec<Picked>, ExecError> {
+        match self.remotes().fetch(remote)? {
+            Fetched::File { name, digest, size } => {
+                Ok(vec![one_file(&name, FETCHED_MODE, digest, size)])
+            }
+            Fetched::Folder { path, keep_git_dir } => {
+                let git = (!keep_git_dir).then_some(".git");
+                let exclude = action.exclude.iter().map(String::as_str).chain(git);
+                let exclude = Patterns::new(exclude)?;
+                let context = Context::scan(&path, &Patterns::default())?;
+                let context = ContextSource::new(context, &self.cache, self.store.clone(), 0);
+                Ok(copy::pick(&context, "/", &exclude, false)?)
+            }
+        }
+    }
+
+    fn remotes(&self) -> Remotes<'_> {
+        Remotes {
+            store: &self.store,
+            cache: &self.cache,
+            pins: &self.pins,
+            cancel: self.cancel,
+        }
     }
 
     /// Says whether files come from another stage or image: their times are kept.
@@ -99,6 +120,7 @@ impl Site<'_> {
             .debug(&action.chmod)
             .debug(&(
                 action.unpack,
+                action.link,
                 Self::foreign(action),
                 self.epoch,
                 picked.len(),
@@ -131,11 +153,19 @@ impl Site<'_> {
             mtime: (!Self::foreign(action)).then_some(self.epoch),
             made: self.epoch,
         };
+        let mut layer = Rootfs {
+            tree: Tree::new(),
+            store: self.store.clone(),
+        };
+        let into = if action.link { &mut layer } else { &mut target };
         for picked in picked {
-            if action.unpack && self.unpack(&mut target, action, picked, owner)? {
+            if action.unpack && self.unpack(into, action, picked, owner)? {
                 continue;
             }
-            copy::place(&mut target, picked, &action.destination, &changes)?;
+            copy::place(into, picked, &action.destination, &changes)?;
+        }
+        if action.link {
+            lay_over(&mut target.tree, &layer.tree)?;
         }
         Ok(target.tree)
     }
@@ -235,4 +265,40 @@ impl Site<'_> {
         })?;
         Ok(path)
     }
+}
+
+fn one_file(name: &str, mode: u32, digest: Digest, size: u64) -> Picked {
+    Picked {
+        name: name.as_bytes().to_vec(),
+        items: vec![Item {
+            path: Names::new(),
+            meta: Meta {
+                mode,
+                ..Meta::default()
+            },
+            shape: Shape::File { digest, size },
+        }],
+        parents: false,
+    }
+}
+
+/// `--link`: what was copied is a layer that knows nothing of those below. Folders that
+/// are there stay as they are; anything else that is in the way gives way.
+fn lay_over(tree: &mut Tree, layer: &Tree) -> Result<(), ExecError> {
+    for item in layer.walk() {
+        let (path, node) = (&item.path, item.node);
+        let there = tree
+            .get(path.as_slice())
+            .map(kiln_store::tree::Node::is_dir);
+        match (there, node.is_dir()) {
+            (Some(true), true) => continue,
+            (Some(_), _) => {
+                tree.remove(path.as_slice()).map_err(ExecError::store)?;
+            }
+            (None, _) => {}
+        }
+        tree.insert(path.as_slice(), node.clone())
+            .map_err(ExecError::store)?;
+    }
+    Ok(())
 }

@@ -2,19 +2,22 @@
 //! files, and the configuration the stage ends with. Pure: variables, shells, users and
 //! folders are followed here, files are not touched.
 
+mod copy;
+mod run;
+
 use std::collections::BTreeMap;
 
 use kiln_model::ImageConfig;
 use kiln_model::spec::{ExposedPort, HealthTest, Healthcheck, Protocol};
 
 use crate::containerfile::expand::{ExpandError, Lexer};
-use crate::containerfile::mount::{self, Mount};
+use crate::containerfile::mount::Mount;
 use crate::containerfile::{
-    CommandLine, Containerfile, Copy, Health, HealthCommand, Instruction, Kind, Pair, Run,
-    RunNetwork, Source, Span, chomp,
+    CommandLine, Containerfile, Health, HealthCommand, Instruction, Kind, Pair, RunNetwork, Span,
 };
 use crate::context::ignore::clean;
-use crate::copy::mode::{self, ModeChange};
+use crate::copy::mode::ModeChange;
+use crate::remote::Remote;
 
 /// PATH where neither base nor file says one (as docker has it).
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -53,6 +56,13 @@ pub enum EvaluateCause {
     Port(String),
     #[error("--chmod: {0}")]
     Chmod(String),
+    #[error("--checksum {0}")]
+    Checksum(&'static str),
+    #[error(
+        "RUN --security=insecure would give the command the rights of root on this machine; \
+         kiln never does that: leave the flag out, or do it outside of the build"
+    )]
+    Insecure,
     #[error("STOPSIGNAL: `{0}` is no signal's name or number")]
     Signal(String),
     #[error("{0} is empty once its variables are filled in")]
@@ -88,13 +98,28 @@ pub struct CopyAction {
     pub unpack: bool,
     /// `--from`, unresolved.
     pub from: Option<String>,
-    pub sources: Vec<Source>,
+    pub sources: Vec<Taking>,
     /// Absolute; a trailing `/` says it is a folder.
     pub destination: String,
     pub chown: Option<String>,
     pub chmod: Option<ModeChange>,
     pub exclude: Vec<String>,
     pub parents: bool,
+    /// A layer of its own: no link of what is there already is followed.
+    pub link: bool,
+}
+
+/// What a COPY or ADD takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Taking {
+    /// A path or pattern in the context, or in what `from` names.
+    Path(String),
+    /// A heredoc, as a file of this name.
+    Inline {
+        name: String,
+        content: String,
+    },
+    Remote(Remote),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +144,8 @@ pub struct Evaluated {
     pub author: Option<String>,
     /// Variables for a stage built FROM this one.
     pub args: BTreeMap<String, String>,
+    /// ONBUILD instructions, as written.
+    pub on_build: Vec<String>,
 }
 
 /// What a stage begins with.
@@ -130,6 +157,8 @@ pub struct Start<'a> {
     /// Values of the request.
     pub given: &'a BTreeMap<String, String>,
     pub globals: &'a BTreeMap<String, String>,
+    /// The base's ONBUILD instructions: they come first.
+    pub triggers: &'a [Instruction],
 }
 
 /// Evaluates the stage at `index`.
@@ -157,9 +186,11 @@ pub fn evaluate(
         given: start.given,
         globals: start.globals,
         cmd_set: false,
+        on_build: Vec::new(),
     };
     let mut steps = Vec::new();
-    for instruction in &file.stages[index].instructions {
+    let own = &file.stages[index].instructions;
+    for instruction in start.triggers.iter().chain(own) {
         let (action, history) = state.step(instruction).map_err(|cause| EvaluateError {
             span: instruction.span,
             cause,
@@ -176,6 +207,7 @@ pub fn evaluate(
         config: state.config,
         author: state.author,
         args: state.args,
+        on_build: state.on_build,
     })
 }
 
@@ -190,6 +222,7 @@ struct State<'a> {
     globals: &'a BTreeMap<String, String>,
     /// CMD was given in this stage: ENTRYPOINT leaves it then.
     cmd_set: bool,
+    on_build: Vec<String>,
 }
 
 impl State<'_> {
@@ -297,7 +330,8 @@ impl State<'_> {
                 format!("{volumes:?}")
             }
             Kind::Onbuild(text, _) => {
-                return Err(EvaluateCause::Unsupported(format!("ONBUILD ({text})")));
+                self.on_build.push(text.clone());
+                text.clone()
             }
             Kind::Add(_) | Kind::Copy(_) | Kind::Run(_) | Kind::Workdir(_) => String::new(),
         })
@@ -385,199 +419,6 @@ impl State<'_> {
             false => format!("/{}/{path}", self.config.working_dir),
         }
     }
-
-    fn copy(&self, name: &'static str, copy: &Copy) -> Result<(Action, String), EvaluateCause> {
-        let add = name == "ADD";
-        let unsupported = |what: &str| Err(EvaluateCause::Unsupported(format!("{name} {what}")));
-        if copy.link {
-            return unsupported("--link");
-        }
-        if copy.checksum.is_some() {
-            return unsupported("--checksum");
-        }
-        if copy.keep_git_dir.is_some() {
-            return unsupported("--keep-git-dir");
-        }
-        let mut sources = Vec::new();
-        for source in &copy.sources {
-            sources.push(match source {
-                Source::Path(text) => {
-                    let text = self.expand(text)?;
-                    let remote = ["http://", "https://", "ftp://", "git://", "git@", "ssh://"];
-                    if remote.iter().any(|scheme| text.starts_with(scheme)) {
-                        return unsupported(&format!(
-                            "of `{text}`: only files of the build context"
-                        ));
-                    }
-                    Source::Path(text)
-                }
-                Source::Inline {
-                    name,
-                    content,
-                    expand,
-                } => Source::Inline {
-                    name: name.clone(),
-                    content: match expand {
-                        true => self.expand_body(content)?,
-                        false => content.clone(),
-                    },
-                    expand: false,
-                },
-            });
-        }
-        let chown = copy.chown.as_deref().map(|t| self.expand(t)).transpose()?;
-        let chmod = copy.chmod.as_deref().map(|t| self.expand(t)).transpose()?;
-        let chmod = chmod
-            .filter(|t| !t.is_empty())
-            .map(|t| mode::parse(&t).map_err(EvaluateCause::Chmod));
-        let written = self.expand(&copy.destination)?;
-        let folder = written.is_empty()
-            || written.ends_with('/')
-            || written.ends_with("/.")
-            || written == ".";
-        let mut destination = clean(&self.absolute(&written));
-        if folder && !destination.ends_with('/') {
-            destination.push('/');
-        }
-        let action = CopyAction {
-            unpack: copy.unpack.unwrap_or(add),
-            from: copy.from.clone(),
-            sources,
-            destination,
-            chown: chown.filter(|t| !t.is_empty()),
-            chmod: chmod.transpose()?,
-            exclude: copy.exclude.clone(),
-            parents: copy.parents,
-        };
-        let history = copied(name, &action);
-        Ok((Action::Copy(action), history))
-    }
-
-    /// A heredoc's body: quotes mean nothing in it.
-    fn expand_body(&self, text: &str) -> Result<String, EvaluateCause> {
-        let lexer = Lexer {
-            ignore_quotes: true,
-            ..Lexer::new('\\')
-        };
-        lexer
-            .word(text, &self.variables)
-            .map_err(|cause| EvaluateCause::Expansion {
-                text: text.to_owned(),
-                cause,
-            })
-    }
-
-    fn run(&self, run: &Run) -> Result<(Action, String), EvaluateCause> {
-        let unsupported = |what: &str| Err(EvaluateCause::Unsupported(format!("RUN {what}")));
-        if run.insecure {
-            return unsupported("--security=insecure");
-        }
-        if !run.devices.is_empty() {
-            return unsupported("--device");
-        }
-        let mut mounts = Vec::new();
-        for text in &run.mounts {
-            let mut mount = mount::parse(text, &self.lexer, &self.variables).map_err(|cause| {
-                EvaluateCause::Mount {
-                    text: text.clone(),
-                    cause,
-                }
-            })?;
-            if mount.kind == mount::MountKind::Ssh {
-                return unsupported("--mount=type=ssh");
-            }
-            if mount.kind != mount::MountKind::Secret || !mount.target.is_empty() {
-                mount.target = clean(&self.absolute(&mount.target));
-            }
-            if mount.target == "/" {
-                return Err(EvaluateCause::Mount {
-                    text: text.clone(),
-                    cause: "the target can't be `/`".into(),
-                });
-            }
-            mounts.push(mount);
-        }
-        let (command, script) = with_heredocs(run);
-        let argv = match &script {
-            Some((name, _)) => {
-                let mut argv = self.shell();
-                argv.push(format!("/dev/pipes/{name}"));
-                argv
-            }
-            None => self.command(&command),
-        };
-        let proxies = PROXIES
-            .iter()
-            .filter_map(|name| Some(((*name).to_owned(), self.given.get(*name)?.clone())))
-            .collect();
-        let history = format!("RUN {}", argv.join(" "));
-        let cwd = match self.config.working_dir.as_str() {
-            "" => "/".to_owned(),
-            path => clean(&format!("/{path}")),
-        };
-        let action = RunAction {
-            argv,
-            env: self.variables.clone(),
-            proxies,
-            cwd,
-            user: self.config.user.clone(),
-            network: run.network,
-            mounts,
-            script,
-        };
-        Ok((Action::Run(Box::new(action)), history))
-    }
-}
-
-/// A command with its heredocs: one that is nothing but a heredoc runs its body; others
-/// are given to the shell as they are written.
-fn with_heredocs(run: &Run) -> (CommandLine, Option<(String, String)>) {
-    let (CommandLine::Shell(text), [first, ..]) = (&run.command, run.heredocs.as_slice()) else {
-        return (run.command.clone(), None);
-    };
-    let rest = text.trim_start_matches(|c: char| c.is_ascii_digit());
-    let rest = rest
-        .strip_prefix("<<")
-        .unwrap_or(rest)
-        .trim_start_matches('-');
-    let word = rest.trim();
-    let quoted = [
-        first.name.clone(),
-        format!("\"{}\"", first.name),
-        format!("'{}'", first.name),
-    ];
-    let alone = text.contains("<<") && run.heredocs.len() == 1 && quoted.iter().any(|q| q == word);
-    if alone {
-        let body = match first.chomp {
-            true => chomp(&first.content),
-            false => first.content.clone(),
-        };
-        return match body.starts_with("#!") {
-            true => (run.command.clone(), Some((first.name.clone(), body))),
-            false => (CommandLine::Shell(body), None),
-        };
-    }
-    let mut whole = text.clone();
-    for doc in &run.heredocs {
-        whole.push('\n');
-        whole.push_str(&doc.content);
-        whole.push_str(&doc.name);
-    }
-    (CommandLine::Shell(whole), None)
-}
-
-fn copied(name: &str, action: &CopyAction) -> String {
-    let mut told = name.to_owned();
-    if let Some(chown) = &action.chown {
-        told.push_str(&format!(" --chown={chown}"));
-    }
-    for source in &action.sources {
-        match source {
-            Source::Path(path) => told.push_str(&format!(" {path}")),
-            Source::Inline { name, .. } => told.push_str(&format!(" <<{name}")),
-        }
-    }
-    format!("{told} {}", action.destination)
 }
 
 fn shown(pairs: &[(String, String)]) -> String {

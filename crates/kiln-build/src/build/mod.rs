@@ -1,0 +1,386 @@
+//! A whole build: the Containerfile is read, what it needs from outside is found, its
+//! stages are carried out, and the target becomes an image in the store.
+
+mod image;
+mod stages;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kiln_model::instance::{InstanceNetwork, Resolver};
+use kiln_model::spec::Build;
+use kiln_model::{Digest, Progress, ProgressEvent};
+use kiln_runtime::Runtime;
+use kiln_store::Store;
+
+use crate::containerfile::{self, Containerfile, Kind, ParseErrors, Span, mount};
+use crate::context::source::ContextSource;
+use crate::context::{self, Context, ContextError};
+use crate::evaluate::EvaluateError;
+use crate::exec::{ExecError, StepError};
+use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
+use crate::remote::Pins;
+use stages::Run;
+
+/// What carries builds out.
+#[derive(Clone)]
+pub struct Builder {
+    pub store: Arc<Store>,
+    pub runtime: Arc<Runtime>,
+    pub progress: Arc<dyn Progress>,
+    /// `KILN_ROOT/cache`, on the store's disk.
+    pub cache: PathBuf,
+}
+
+/// One build, with all that comes from outside already found.
+#[derive(Clone)]
+pub struct BuildRequest {
+    pub build: Build,
+    /// For people: the service's name.
+    pub name: String,
+    /// This host's: `linux/amd64`.
+    pub platform: String,
+    /// Secret contents by the id `RUN --mount=type=secret` uses.
+    pub secrets: BTreeMap<String, Vec<u8>>,
+    /// What RUN is connected to, where neither file nor request says otherwise.
+    pub network: InstanceNetwork,
+    pub resolver: Option<Resolver>,
+    /// SOURCE_DATE_EPOCH in seconds; 0 where none is set.
+    pub epoch: i64,
+    /// Sockets of ssh agents by the id `RUN --mount=type=ssh` uses.
+    pub ssh: BTreeMap<String, PathBuf>,
+    /// What ADD takes from elsewhere is pinned to; learns.
+    pub pins: Arc<Mutex<Pins>>,
+    /// Setting it ends the build.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// Why a build failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error("can't read {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("there is neither a Containerfile nor a Dockerfile in {0}")]
+    NoFile(PathBuf),
+    #[error("{file}:\n{errors}")]
+    Parse { file: String, errors: ParseErrors },
+    #[error("{file}: {cause}")]
+    Graph { file: String, cause: GraphError },
+    #[error("{file}: {cause}")]
+    Evaluate { file: String, cause: EvaluateError },
+    #[error(transparent)]
+    Step(Box<StepError>),
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    #[error("{file}: {span}")]
+    Base {
+        file: String,
+        span: Span,
+        #[source]
+        cause: ExecError,
+    },
+    #[error("the image {image} has an ONBUILD instruction that can't be read: {text}: {errors}")]
+    OnBuild {
+        image: String,
+        text: String,
+        errors: ParseErrors,
+    },
+    #[error("the image {image} was not found before the build")]
+    Unresolved { image: String },
+    #[error("building for {0} is not supported yet, only for this machine's platform")]
+    Platforms(String),
+    #[error("build.{0} is not supported yet")]
+    Unsupported(&'static str),
+    #[error("build.network: `{0}` is neither `none`, `host` nor `default`")]
+    Network(String),
+    #[error("build.extra_hosts: `{0}` is not an address")]
+    Host(String),
+    #[error("can't keep the image {name}")]
+    Keep {
+        name: String,
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("the build's thread was lost")]
+    Lost,
+}
+
+/// A Containerfile that was read and understood, and what it needs from outside.
+pub struct Prepared {
+    request: BuildRequest,
+    file: Containerfile,
+    /// For people.
+    file_name: String,
+    /// For its own ignore file.
+    file_path: Option<PathBuf>,
+    graph: Graph,
+}
+
+impl Prepared {
+    /// The references of all images that stages build on or copy from, as far as they are
+    /// known: see [`Builder::missing`].
+    pub fn images(&self) -> Result<BTreeSet<String>, BuildError> {
+        let mut images = BTreeSet::new();
+        let mut add = |origin: Origin| match origin {
+            Origin::Image(name) => {
+                images.insert(name);
+            }
+            Origin::Named(name) => {
+                let value = &self.request.build.additional_contexts[&name];
+                if let Some(reference) = image_context(value) {
+                    images.insert(reference);
+                }
+            }
+            Origin::Scratch | Origin::Stage(_) => {}
+        };
+        let fail = |cause| BuildError::Graph {
+            file: self.file_name.clone(),
+            cause,
+        };
+        let contexts = self.contexts();
+        let ask = self.ask(&contexts);
+        for needed in &self.graph.stages {
+            add(needed.base.clone());
+            let own = &self.file.stages[needed.index].instructions;
+            for instruction in needed.triggers.iter().chain(own) {
+                for text in graph::froms(instruction) {
+                    let from = graph::from(&self.file, &ask, needed.index, &text, instruction.span);
+                    add(from.map_err(fail)?);
+                }
+            }
+        }
+        Ok(images)
+    }
+
+    fn contexts(&self) -> Vec<&str> {
+        let contexts = self.request.build.additional_contexts.keys();
+        contexts.map(String::as_str).collect()
+    }
+
+    fn ask<'a>(&'a self, contexts: &'a [&'a str]) -> Ask<'a> {
+        Ask {
+            args: &self.request.build.args,
+            target: self.request.build.target.as_deref(),
+            platform: &self.request.platform,
+            contexts,
+        }
+    }
+}
+
+/// `docker-image://ref`, `oci-layout://folder` or `oci:folder`; else a folder.
+fn image_context(value: &str) -> Option<String> {
+    if let Some(reference) = value.strip_prefix("docker-image://") {
+        return Some(reference.to_owned());
+    }
+    if let Some(folder) = value.strip_prefix("oci-layout://") {
+        return Some(format!("oci:{folder}"));
+    }
+    let archive = ["oci:", "docker-archive:"]
+        .iter()
+        .any(|s| value.starts_with(s));
+    archive.then(|| value.to_owned())
+}
+
+/// Reads a request's Containerfile and finds out what is built.
+pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
+    check(&request)?;
+    let (file_name, file_path, text) = read_file(&request.build)?;
+    let file = containerfile::parse(&text).map_err(|errors| BuildError::Parse {
+        file: file_name.clone(),
+        errors,
+    })?;
+    let contexts: Vec<&str> = request
+        .build
+        .additional_contexts
+        .keys()
+        .map(String::as_str)
+        .collect();
+    let ask = Ask {
+        args: &request.build.args,
+        target: request.build.target.as_deref(),
+        platform: &request.platform,
+        contexts: &contexts,
+    };
+    let graph =
+        graph::resolve(&file, &ask, &Triggers::new()).map_err(|cause| BuildError::Graph {
+            file: file_name.clone(),
+            cause,
+        })?;
+    Ok(Prepared {
+        request,
+        file,
+        file_name,
+        file_path,
+        graph,
+    })
+}
+
+fn check(request: &BuildRequest) -> Result<(), BuildError> {
+    let build = &request.build;
+    let other = build.platforms.iter().find(|p| **p != request.platform);
+    if let Some(other) = other {
+        return Err(BuildError::Platforms(other.clone()));
+    }
+    if !build.cache_from.is_empty() {
+        return Err(BuildError::Unsupported("cache_from"));
+    }
+    if !build.cache_to.is_empty() {
+        return Err(BuildError::Unsupported("cache_to"));
+    }
+    Ok(())
+}
+
+fn read_file(build: &Build) -> Result<(String, Option<PathBuf>, Vec<u8>), BuildError> {
+    if let Some(text) = &build.inline {
+        return Ok(("dockerfile_inline".into(), None, text.clone().into_bytes()));
+    }
+    let names = ["Containerfile", "Dockerfile"].map(|name| build.context.join(name));
+    let path = match &build.containerfile {
+        Some(path) => path.clone(),
+        None => match names.into_iter().find(|path| path.exists()) {
+            Some(path) => path,
+            None => return Err(BuildError::NoFile(build.context.clone())),
+        },
+    };
+    let read = |cause| BuildError::Read {
+        path: path.clone(),
+        cause,
+    };
+    let mut bytes = Vec::new();
+    fs::File::open(&path)
+        // One byte more than allowed: the parser tells that it is too long.
+        .and_then(|file| {
+            file.take(containerfile::MAX_FILE as u64 + 1)
+                .read_to_end(&mut bytes)
+        })
+        .map_err(read)?;
+    Ok((path.display().to_string(), Some(path), bytes))
+}
+
+impl Builder {
+    /// The images that must still be brought into the store before the build. ONBUILD
+    /// instructions of those that are there may need more: ask until there are none.
+    pub fn missing(
+        &self,
+        prepared: &mut Prepared,
+        images: &BTreeMap<String, Digest>,
+    ) -> Result<BTreeSet<String>, BuildError> {
+        let mut triggers = Triggers::new();
+        for needed in &prepared.graph.stages {
+            let span = prepared.file.stages[needed.index].span;
+            let (name, reference) = match &needed.base {
+                Origin::Image(name) => (name, Some(name.clone())),
+                Origin::Named(name) => (
+                    name,
+                    image_context(&prepared.request.build.additional_contexts[name]),
+                ),
+                _ => continue,
+            };
+            let manifest = reference.as_ref().and_then(|name| images.get(name));
+            if let Some(manifest) = manifest {
+                triggers.insert(name.clone(), self.triggers(name, manifest, span)?);
+            }
+        }
+        let contexts = prepared.contexts();
+        let ask = prepared.ask(&contexts);
+        let graph = graph::resolve(&prepared.file, &ask, &triggers);
+        let graph = graph.map_err(|cause| BuildError::Graph {
+            file: prepared.file_name.clone(),
+            cause,
+        })?;
+        prepared.graph = graph;
+        let mut wanted = prepared.images()?;
+        wanted.retain(|reference| !images.contains_key(reference));
+        Ok(wanted)
+    }
+
+    /// Carries a build out; `images`: the manifest of each of [`Prepared::images`]. The
+    /// image is in the store then, pinned by no ref.
+    pub async fn build(
+        &self,
+        prepared: Prepared,
+        images: BTreeMap<String, Digest>,
+    ) -> Result<Digest, BuildError> {
+        let builder = self.clone();
+        tokio::task::spawn_blocking(move || builder.carry_out(&prepared, &images))
+            .await
+            .map_err(|_| BuildError::Lost)?
+    }
+
+    /// The same, on the caller's thread.
+    pub fn carry_out(
+        &self,
+        prepared: &Prepared,
+        images: &BTreeMap<String, Digest>,
+    ) -> Result<Digest, BuildError> {
+        let keep = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
+            name: prepared.request.name.clone(),
+            cause,
+        };
+        let _lease = self.store.lease().map_err(|e| keep(Box::new(e)))?;
+        for warning in &prepared.file.warnings {
+            self.progress.event(ProgressEvent::Warning {
+                task: format!("build {}", prepared.request.name),
+                text: format!("{}: {warning}", prepared.file_name),
+            });
+        }
+        let context = self.context(prepared)?;
+        let run = Run::new(self, prepared, images, context.as_ref())?;
+        let document = run.stages()?;
+        if let Some(context) = &context
+            && let Err(cause) = context.save()
+        {
+            tracing::debug!(%cause, "the context's digests were not remembered");
+        }
+        self.keep(document).map_err(keep)
+    }
+
+    /// Scanned only if anything is taken from it.
+    fn context(&self, prepared: &Prepared) -> Result<Option<ContextSource>, BuildError> {
+        let build = &prepared.request.build;
+        let wanted = prepared.graph.stages.iter().any(|needed| {
+            let own = &prepared.file.stages[needed.index].instructions;
+            let mut instructions = needed.triggers.iter().chain(own);
+            instructions.any(|i| match &i.kind {
+                Kind::Copy(copy) => copy.from.is_none(),
+                Kind::Add(_) => true,
+                Kind::Run(run) => run.mounts.iter().any(|m| mount::from(m).is_none()),
+                _ => false,
+            })
+        });
+        if !wanted {
+            return Ok(None);
+        }
+        let patterns = context::read_ignore(&build.context, prepared.file_path.as_deref())?;
+        self.source(&build.context, &patterns).map(Some)
+    }
+
+    fn source(
+        &self,
+        folder: &Path,
+        patterns: &context::ignore::Patterns,
+    ) -> Result<ContextSource, BuildError> {
+        let context = Context::scan(folder, patterns)?;
+        Ok(ContextSource::new(
+            context,
+            &self.cache,
+            self.store.clone(),
+            now_nanos(),
+        ))
+    }
+}
+
+/// Nanoseconds since the epoch: only for telling how settled a file is.
+fn now_nanos() -> i128 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |s| i128::try_from(s.as_nanos()).unwrap_or(i128::MAX))
+}

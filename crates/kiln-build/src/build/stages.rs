@@ -1,0 +1,407 @@
+//! Carrying out the stages: each as soon as what it takes from is there, several at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+
+use kiln_model::Digest;
+use kiln_model::instance::InstanceNetwork;
+use kiln_model::spec::Build;
+use kiln_oci::manifest::{ConfigDocument, History, timestamp};
+
+use super::image::Image;
+use super::{BuildError, Builder, Prepared, image_context};
+use crate::containerfile::Span;
+use crate::context;
+use crate::context::source::ContextSource;
+use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
+use crate::exec::layer::LayerRef;
+use crate::exec::state::Files;
+use crate::exec::{Building, ExecError, Site, Taken};
+use crate::graph::{self, Origin};
+
+/// Stages that are built at the same time; a bound, as each may run a compiler.
+const MAX_AT_ONCE: usize = 8;
+
+/// A build while it runs.
+pub(super) struct Run<'a> {
+    builder: &'a Builder,
+    prepared: &'a Prepared,
+    images: &'a BTreeMap<String, Digest>,
+    site: Site<'a>,
+    folders: BTreeMap<String, Arc<ContextSource>>,
+    /// By their place in the file.
+    built: Vec<OnceLock<Built>>,
+}
+
+/// Stages that are still to be built.
+struct Todo {
+    /// Positions in the graph, in the file's order.
+    waiting: Vec<usize>,
+    running: usize,
+    failed: Option<BuildError>,
+}
+
+/// A stage that is done.
+struct Built {
+    building: Building,
+    document: ConfigDocument,
+    args: BTreeMap<String, String>,
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn new(
+        builder: &'a Builder,
+        prepared: &'a Prepared,
+        images: &'a BTreeMap<String, Digest>,
+        context: Option<&'a ContextSource>,
+    ) -> Result<Self, BuildError> {
+        let request = &prepared.request;
+        let mut folders = BTreeMap::new();
+        for (name, value) in &request.build.additional_contexts {
+            if image_context(value).is_none() {
+                let folder = PathBuf::from(value);
+                let patterns = context::read_ignore(&folder, None)?;
+                let source = builder.source(&folder, &patterns)?;
+                folders.insert(name.clone(), Arc::new(source));
+            }
+        }
+        let site = Site {
+            store: builder.store.clone(),
+            runtime: builder.runtime.clone(),
+            progress: builder.progress.clone(),
+            cache: builder.cache.clone(),
+            task: format!("build {}", request.name),
+            file: prepared.file_name.clone(),
+            epoch: request.epoch,
+            no_cache: request.build.no_cache,
+            network: match request.build.network.as_str() {
+                "" | "default" => request.network.clone(),
+                "none" => InstanceNetwork::Isolated,
+                "host" => InstanceNetwork::Host,
+                other => return Err(BuildError::Network(other.to_owned())),
+            },
+            resolver: request.resolver.clone(),
+            hosts: hosts(&request.build)?,
+            shm_size: request.build.shm_size,
+            secrets: &request.secrets,
+            pins: request.pins.clone(),
+            ssh: &request.ssh,
+            cancel: &request.cancel,
+            context,
+        };
+        Ok(Self {
+            builder,
+            prepared,
+            images,
+            site,
+            folders,
+            built: prepared
+                .file
+                .stages
+                .iter()
+                .map(|_| OnceLock::new())
+                .collect(),
+        })
+    }
+
+    pub(super) fn stages(mut self) -> Result<(ConfigDocument, Vec<LayerRef>), BuildError> {
+        self.all()?;
+        let last = self.prepared.graph.stages.last().map(|needed| needed.index);
+        let target = last.and_then(|index| self.built[index].take());
+        let target = target.ok_or(BuildError::Lost)?;
+        let mut document = target.document;
+        let labels = self.prepared.request.build.labels.clone();
+        document.config.labels.extend(labels);
+        document.created = Some(timestamp(self.site.epoch));
+        document.diff_ids = target.building.layers.iter().map(|l| l.diff_id).collect();
+        document.config.platform = self.prepared.request.platform.clone();
+        Ok((document, target.building.layers))
+    }
+
+    /// Builds every needed stage. After a failure no other one is begun, and those that
+    /// run come to their end.
+    fn all(&self) -> Result<(), BuildError> {
+        let stages = &self.prepared.graph.stages;
+        let takes = stages
+            .iter()
+            .map(|needed| self.takes(needed))
+            .collect::<Result<Vec<_>, _>>()?;
+        let todo = Mutex::new(Todo {
+            waiting: (0..stages.len()).collect(),
+            running: 0,
+            failed: None,
+        });
+        let changed = Condvar::new();
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = stages.len().min(processors.clamp(2, MAX_AT_ONCE));
+        std::thread::scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(|| self.work(&takes, &todo, &changed));
+            }
+            self.work(&takes, &todo, &changed);
+        });
+        let todo = todo.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match todo.failed {
+            Some(error) => Err(error),
+            None if todo.waiting.is_empty() => Ok(()),
+            None => Err(BuildError::Lost),
+        }
+    }
+
+    /// One worker: takes the first stage that can be built, until there is none.
+    fn work(&self, takes: &[BTreeSet<usize>], todo: &Mutex<Todo>, changed: &Condvar) {
+        let stages = &self.prepared.graph.stages;
+        let mut state = todo.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if state.waiting.is_empty() || state.failed.is_some() {
+                return;
+            }
+            let ready = |position: &usize| {
+                let mut takes = takes[*position].iter();
+                takes.all(|index| self.built[*index].get().is_some())
+            };
+            let Some(at) = state.waiting.iter().position(ready) else {
+                if state.running == 0 {
+                    return;
+                }
+                state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let needed = &stages[state.waiting.remove(at)];
+            state.running += 1;
+            drop(state);
+            let result = self.stage(needed);
+            state = todo.lock().unwrap_or_else(PoisonError::into_inner);
+            state.running -= 1;
+            match result {
+                Ok(built) => {
+                    let _ = self.built[needed.index].set(built);
+                }
+                Err(error) => {
+                    state.failed.get_or_insert(error);
+                }
+            }
+            changed.notify_all();
+        }
+    }
+
+    /// The stages that one takes from.
+    fn takes(&self, needed: &graph::Needed) -> Result<BTreeSet<usize>, BuildError> {
+        let contexts = self.prepared.contexts();
+        let ask = self.prepared.ask(&contexts);
+        let file = &self.prepared.file;
+        let mut takes = BTreeSet::new();
+        let mut add = |origin: &Origin| {
+            if let Origin::Stage(index) = origin {
+                takes.insert(*index);
+            }
+        };
+        add(&needed.base);
+        let own = &file.stages[needed.index].instructions;
+        for instruction in needed.triggers.iter().chain(own) {
+            for text in graph::froms(instruction) {
+                let from = graph::from(file, &ask, needed.index, &text, instruction.span);
+                add(&from.map_err(|cause| BuildError::Graph {
+                    file: self.prepared.file_name.clone(),
+                    cause,
+                })?);
+            }
+        }
+        Ok(takes)
+    }
+
+    /// What a stage begins with.
+    fn base(&self, needed: &graph::Needed) -> Result<Built, BuildError> {
+        let of_image = |name: &str| -> Result<Built, BuildError> {
+            let image = self.image(name)?;
+            Ok(Built {
+                building: Building {
+                    files: image.files,
+                    layers: image.layers,
+                },
+                document: image.document,
+                args: BTreeMap::new(),
+            })
+        };
+        match &needed.base {
+            Origin::Image(name) => of_image(name),
+            Origin::Named(name) => {
+                match image_context(&self.prepared.request.build.additional_contexts[name]) {
+                    Some(reference) => of_image(&reference),
+                    None => self.folder(needed, name),
+                }
+            }
+            Origin::Scratch => Ok(nothing()),
+            Origin::Stage(index) => {
+                let stage = self.built[*index].get().ok_or(BuildError::Lost)?;
+                Ok(Built {
+                    building: Building {
+                        files: stage.building.files.clone(),
+                        layers: stage.building.layers.clone(),
+                    },
+                    document: stage.document.clone(),
+                    args: stage.args.clone(),
+                })
+            }
+        }
+    }
+
+    /// FROM a named context that is a folder: its files are the root.
+    fn folder(&self, needed: &graph::Needed, name: &str) -> Result<Built, BuildError> {
+        let stage = &self.prepared.file.stages[needed.index];
+        let action = CopyAction {
+            unpack: false,
+            from: Some(name.to_owned()),
+            sources: vec![Taking::Path("/".into())],
+            destination: "/".into(),
+            chown: None,
+            chmod: None,
+            exclude: Vec::new(),
+            parents: false,
+            link: false,
+        };
+        let step = Step {
+            span: stage.span,
+            text: stage.text.clone(),
+            action: Action::Copy(action),
+            history: stage.text.clone(),
+        };
+        let mut built = nothing();
+        self.step(&mut built, needed, &step, (0, 0))?;
+        Ok(built)
+    }
+
+    /// Carries out one step and adds it to the history.
+    fn step(
+        &self,
+        built: &mut Built,
+        needed: &graph::Needed,
+        step: &Step,
+        place: (usize, usize),
+    ) -> Result<(), BuildError> {
+        let mut layer = None;
+        if step.action != Action::None {
+            let find = |text: &str, span: Span| self.find(needed.index, text, span);
+            let stage = self.stage_name(needed.index);
+            let done = self
+                .site
+                .step(&mut built.building, step, &stage, place, &find);
+            layer = done.map_err(BuildError::Step)?.layer;
+        }
+        built.document.history.push(History {
+            created: Some(timestamp(self.prepared.request.epoch)),
+            created_by: Some(step.history.clone()),
+            comment: None,
+            author: None,
+            empty_layer: layer.is_none(),
+        });
+        Ok(())
+    }
+
+    /// For progress: empty where there is only one stage.
+    fn stage_name(&self, index: usize) -> String {
+        match (
+            self.prepared.graph.stages.len(),
+            &self.prepared.file.stages[index].name,
+        ) {
+            (1, _) => String::new(),
+            (_, Some(name)) => format!("{name} "),
+            (_, None) => format!("stage-{index} "),
+        }
+    }
+
+    fn image(&self, name: &str) -> Result<Image, BuildError> {
+        let manifest = self
+            .images
+            .get(name)
+            .ok_or_else(|| BuildError::Unresolved {
+                image: name.to_owned(),
+            })?;
+        self.builder.image(name, manifest)
+    }
+
+    fn stage(&self, needed: &graph::Needed) -> Result<Built, BuildError> {
+        let mut built = self.base(needed)?;
+        let start = Start {
+            config: std::mem::take(&mut built.document.config),
+            author: built.document.author.take(),
+            args: std::mem::take(&mut built.args),
+            given: &self.prepared.request.build.args,
+            globals: &self.prepared.graph.globals,
+            triggers: &needed.triggers,
+        };
+        let evaluated = evaluate::evaluate(&self.prepared.file, needed.index, start);
+        let evaluated = evaluated.map_err(|cause| BuildError::Evaluate {
+            file: self.prepared.file_name.clone(),
+            cause,
+        })?;
+        let works = |step: &&Step| step.action != Action::None;
+        let total = evaluated.steps.iter().filter(works).count();
+        let mut number = 0;
+        for step in &evaluated.steps {
+            number += usize::from(works(&step));
+            self.step(&mut built, needed, step, (number, total))?;
+        }
+        built.document.config = evaluated.config;
+        built.document.author = evaluated.author;
+        // The base's triggers have been carried out.
+        built.document.on_build = evaluated.on_build;
+        built.args = evaluated.args;
+        Ok(built)
+    }
+
+    /// Where a `--from` leads.
+    fn find(&self, index: usize, text: &str, span: Span) -> Result<Taken, ExecError> {
+        let contexts = self.prepared.contexts();
+        let ask = self.prepared.ask(&contexts);
+        let origin =
+            graph::from(&self.prepared.file, &ask, index, text, span).map_err(ExecError::store)?;
+        let of_image = |name: &str| match self.image(name) {
+            Ok(image) => Ok(Taken::Files(image.files)),
+            Err(cause) => Err(ExecError::store(cause)),
+        };
+        match origin {
+            Origin::Scratch => Ok(Taken::Files(Files::empty())),
+            Origin::Stage(index) => match self.built[index].get() {
+                Some(stage) => Ok(Taken::Files(stage.building.files.clone())),
+                None => Err(ExecError::store(BuildError::Lost)),
+            },
+            Origin::Named(name) => match self.folders.get(&name) {
+                Some(folder) => Ok(Taken::Folder(folder.clone())),
+                None => of_image(
+                    &image_context(&self.prepared.request.build.additional_contexts[&name])
+                        .unwrap_or_default(),
+                ),
+            },
+            Origin::Image(name) => of_image(&name),
+        }
+    }
+}
+
+fn hosts(build: &Build) -> Result<Vec<(IpAddr, String)>, BuildError> {
+    build
+        .extra_hosts
+        .iter()
+        .map(|(name, address)| {
+            let address = address.trim_matches(['[', ']']);
+            match address.parse() {
+                Ok(address) => Ok((address, name.clone())),
+                Err(_) => Err(BuildError::Host(address.to_owned())),
+            }
+        })
+        .collect()
+}
+
+/// FROM scratch.
+fn nothing() -> Built {
+    Built {
+        building: Building {
+            files: Files::empty(),
+            layers: Vec::new(),
+        },
+        document: ConfigDocument::default(),
+        args: BTreeMap::new(),
+    }
+}

@@ -1,0 +1,189 @@
+//! Whole builds: real folders, a real store, and (as root) real sandboxes.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_model::instance::InstanceNetwork;
+use kiln_model::progress::Finish;
+use kiln_model::spec::Build;
+use kiln_model::{Digest, Progress, ProgressEvent};
+use kiln_runtime::{Runtime, RuntimeConfig};
+use kiln_store::Store;
+use kiln_store::tree::{Kind, Tree};
+
+/// Remembers every event.
+#[derive(Default)]
+pub struct Seen(Mutex<Vec<ProgressEvent>>);
+
+impl Progress for Seen {
+    fn event(&self, event: ProgressEvent) {
+        self.0.lock().unwrap().push(event);
+    }
+}
+
+impl Seen {
+    /// How many steps came from the cache, and how many were carried out.
+    pub fn counts(&self) -> (usize, usize) {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let count = |wanted: Finish| {
+            let is = |e: &&ProgressEvent| matches!(e, ProgressEvent::Finished { how, .. } if *how == wanted);
+            events.iter().filter(is).count()
+        };
+        (count(Finish::Cached), count(Finish::Done))
+    }
+}
+
+pub struct World {
+    pub root: tempfile::TempDir,
+    pub builder: Builder,
+    pub seen: Arc<Seen>,
+    /// What references stand for.
+    pub images: Mutex<BTreeMap<String, Digest>>,
+}
+
+fn shim() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("kiln-shim")
+}
+
+/// False, and a word about it, where sandboxes can't be made.
+pub fn sandboxes() -> bool {
+    let root = fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0);
+    let why = match (root, shim().exists()) {
+        (true, true) => return true,
+        (false, _) => "needs root",
+        (true, false) => "needs kiln-shim: cargo build -p kiln-runtime",
+    };
+    assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "{why}");
+    eprintln!("SKIPPED: {why}");
+    false
+}
+
+pub fn world() -> World {
+    let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let runtime = Runtime::open(RuntimeConfig {
+        root: root.path().to_owned(),
+        shim: vec![shim().into()],
+    });
+    let seen = Arc::new(Seen::default());
+    let builder = Builder {
+        store: Arc::new(Store::open(root.path()).unwrap()),
+        runtime: Arc::new(runtime.unwrap()),
+        progress: seen.clone(),
+        cache: root.path().join("cache"),
+    };
+    World {
+        root,
+        builder,
+        seen,
+        images: Mutex::default(),
+    }
+}
+
+impl World {
+    pub fn build(&self, context: &Path, file: &str) -> Result<Digest, String> {
+        self.build_with(context, file, |_| {})
+    }
+
+    pub fn build_with(
+        &self,
+        context: &Path,
+        file: &str,
+        change: impl FnOnce(&mut BuildRequest),
+    ) -> Result<Digest, String> {
+        let mut request = BuildRequest {
+            build: Build {
+                context: context.to_owned(),
+                inline: Some(file.to_owned()),
+                ..Build::default()
+            },
+            name: "app".into(),
+            platform: kiln_oci::platform::host_platform(),
+            secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
+            network: InstanceNetwork::Isolated,
+            resolver: None,
+            epoch: 0,
+            ssh: BTreeMap::new(),
+            pins: Arc::default(),
+            cancel: Arc::new(AtomicBool::new(false)),
+        };
+        change(&mut request);
+        let mut prepared = prepare(request).map_err(|e| chain(&e))?;
+        let mut images = BTreeMap::new();
+        loop {
+            let missing = self.builder.missing(&mut prepared, &images);
+            let missing = missing.map_err(|e| chain(&e))?;
+            if missing.is_empty() {
+                break;
+            }
+            for name in missing {
+                let digest = self.images.lock().unwrap().get(&name).copied();
+                let digest = digest.ok_or_else(|| format!("the image {name} is not there"))?;
+                images.insert(name, digest);
+            }
+        }
+        self.builder
+            .carry_out(&prepared, &images)
+            .map_err(|e| chain(&e))
+    }
+
+    pub fn tree(&self, manifest: &Digest) -> Tree {
+        let image = self.builder.store.image(manifest).unwrap().unwrap();
+        self.builder.store.load_tree(&image.tree).unwrap()
+    }
+
+    pub fn text(&self, manifest: &Digest, path: &str) -> String {
+        match &self
+            .tree(manifest)
+            .get(path)
+            .unwrap_or_else(|| panic!("{path}"))
+            .kind
+        {
+            Kind::File { digest, .. } => {
+                let path = self.builder.store.object_path(digest);
+                fs::read_to_string(path).unwrap()
+            }
+            other => panic!("{path}: {other:?}"),
+        }
+    }
+}
+
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}
+
+pub fn context(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (path, text) in files {
+        let path = folder.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+/// A context with Debian's static busybox, and a Containerfile's first lines with it.
+pub fn busybox() -> (tempfile::TempDir, String) {
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let program = kiln_testkit::busybox::busybox(kept).unwrap();
+    let folder = context(&[("f", "from context")]);
+    fs::copy(program, folder.path().join("busybox")).unwrap();
+    let busybox = folder.path().join("busybox");
+    fs::set_permissions(busybox, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = "FROM scratch AS base\nCOPY busybox /bin/busybox\n\
+                RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n\
+                COPY <<E /etc/passwd\nroot:x:0:0::/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\nE\n";
+    (folder, text.to_owned())
+}
