@@ -14,7 +14,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::common::{BUSYBOX, Kiln, Project};
+use crate::common::{BUSYBOX, Kiln, Project, leftovers, wait_until};
 
 /// A service, and what is to be seen of it.
 pub struct Case {
@@ -230,6 +230,15 @@ fn fill(text: &str, pids: &BTreeMap<String, u32>) -> String {
         out = format!("{before}{value}{after}");
     }
     out
+}
+
+/// But for the proxy, which serves whoever comes next. Networks and volumes in memory go
+/// just after `down` has said so.
+pub fn nothing_is_left(kiln: &Kiln) {
+    wait_until("nothing that is left", || {
+        let left = leftovers(&kiln.root, false);
+        left.iter().all(|l| l.ends_with(" proxy "))
+    });
 }
 
 fn link(path: &str) -> String {

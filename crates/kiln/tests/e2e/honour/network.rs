@@ -178,8 +178,7 @@ networks:
     guest.run("down", &[]).ok();
     third.run("down", &[]).ok();
     kiln.run(&["networks", "remove", "market"]).ok();
-    let left = crate::common::leftovers(&kiln.root, false);
-    assert!(left.iter().all(|l| l.contains(" proxy")), "{left:?}");
+    super::nothing_is_left(&kiln);
 }
 
 fn fs_read(project: &crate::common::Project, name: &str) -> String {

@@ -165,6 +165,5 @@ fn volumes_configs_and_secrets_are_mounted_as_said() {
     let shown = project.inside("files", "cat /kept").ok().stdout;
     assert_eq!(shown.trim(), "another config");
     project.run("down", &[]).ok();
-    let left = crate::common::leftovers(&kiln.root, false);
-    assert!(left.iter().all(|l| l.contains(" proxy")), "{left:?}");
+    super::nothing_is_left(&kiln);
 }
