@@ -2,7 +2,7 @@
 //! path, address and digest filled in.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kiln_model::instance::{
     InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSpec, Interface, Membership,
@@ -10,8 +10,8 @@ use kiln_model::instance::{
 };
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
-    FileKind, FileVersion, Hook, MountSource, NamespaceMode, NetworkMode, RootSetting, Service,
-    Volume,
+    FileKind, FileVersion, Hook, MountSource, Names, NamespaceMode, NetworkMode, RootSetting,
+    Service, Volume,
 };
 use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
 use kiln_plan::{Instance, Layout, Releases, World, process};
@@ -190,18 +190,7 @@ fn mounts(
                     memory: memory(volume),
                 });
                 let data = crate::volumes::data_folder(&shared.root, &volume.name);
-                match subpath {
-                    Some(sub) if is_plain(sub) => InstanceMountSource::Volume {
-                        path: data,
-                        subpath: sub.clone(),
-                    },
-                    Some(sub) => return Err(format!("volume subpath `{sub}` leaves the volume")),
-                    None => InstanceMountSource::Bind {
-                        path: data,
-                        recursive: false,
-                        propagation: None,
-                    },
-                }
+                part_of_volume(data, subpath.as_deref())?
             }
             MountSource::Anonymous => InstanceMountSource::Tmpfs {
                 size: None,
@@ -254,13 +243,28 @@ fn memory(volume: &Volume) -> Option<Vec<(String, String)>> {
     Some(pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
 }
 
+fn part_of_volume(data: PathBuf, subpath: Option<&str>) -> Result<InstanceMountSource, String> {
+    match subpath {
+        Some(sub) if is_plain(sub) => Ok(InstanceMountSource::Volume {
+            path: data,
+            subpath: sub.to_owned(),
+        }),
+        Some(sub) => Err(format!("volume subpath `{sub}` leaves the volume")),
+        None => Ok(InstanceMountSource::Bind {
+            path: data,
+            recursive: false,
+            propagation: None,
+        }),
+    }
+}
+
 fn is_plain(subpath: &str) -> bool {
     Path::new(subpath)
         .components()
         .all(|c| matches!(c, std::path::Component::Normal(_)))
 }
 
-fn host_path(path: &Path, create: bool) -> Result<std::path::PathBuf, String> {
+fn host_path(path: &Path, create: bool) -> Result<PathBuf, String> {
     if !path.exists() {
         if !create {
             return Err(format!(
@@ -307,20 +311,7 @@ fn network(
     service: &Service,
     instance: &Instance,
 ) -> Result<(InstanceNetwork, Option<Resolver>), String> {
-    let names = &service.names;
-    let resolver = |gateway: Option<Ipv4Addr>| {
-        let stated = names.dns.clone();
-        Resolver {
-            // Names of services must resolve; what kiln doesn't know goes on to the
-            // host's resolvers, and to the stated ones first.
-            nameservers: match gateway {
-                Some(gateway) => std::iter::once(IpAddr::V4(gateway)).chain(stated).collect(),
-                None => stated,
-            },
-            search: names.dns_search.clone(),
-            options: names.dns_opt.clone(),
-        }
-    };
+    let resolver = |gateway| resolver(&service.names, gateway);
     match &service.network {
         NetworkMode::None => Ok((InstanceNetwork::Isolated, None)),
         NetworkMode::Host => Ok((InstanceNetwork::Host, None)),
@@ -372,6 +363,17 @@ fn network(
                 Some(resolver(gateway)),
             ))
         }
+    }
+}
+
+/// Names of services must resolve; what kiln doesn't know goes on to the host's resolvers,
+/// and to the stated ones first.
+fn resolver(names: &Names, gateway: Option<Ipv4Addr>) -> Resolver {
+    let gateway = gateway.into_iter().map(IpAddr::V4);
+    Resolver {
+        nameservers: gateway.chain(names.dns.iter().copied()).collect(),
+        search: names.dns_search.clone(),
+        options: names.dns_opt.clone(),
     }
 }
 

@@ -330,20 +330,8 @@ impl Tester {
     ) -> Result<(Outcome, Vec<u16>), TestFailure> {
         let name = || request.name.clone();
         let inconclusive = |why: String| Ok((Outcome::Inconclusive(why), Vec::new()));
-        for hook in &request.post_start {
-            match check::hook(&self.runtime, id, hook, HOOK_LIMIT) {
-                Ok(()) => {}
-                Err(cause) if request.peers => {
-                    return inconclusive(format!("post_start fails alone: {cause}"));
-                }
-                Err(cause) => {
-                    return Err(TestFailure::Hook {
-                        name: name(),
-                        cause,
-                        log: Vec::new(),
-                    });
-                }
-            }
+        if let Some(cause) = self.run_hooks(request, id)? {
+            return inconclusive(format!("post_start fails alone: {cause}"));
         }
         match (self.settle(request, id, cancel)?, request.completes) {
             (End::Exited(status), true) if status.success() => {
@@ -400,6 +388,28 @@ impl Tester {
                 })?;
         }
         Ok((outcome, self.runtime.listening(id).unwrap_or_default()))
+    }
+
+    /// The cause, where a hook that fails alone says nothing yet.
+    fn run_hooks(
+        &self,
+        request: &TestRequest,
+        id: &InstanceId,
+    ) -> Result<Option<String>, TestFailure> {
+        for hook in &request.post_start {
+            match check::hook(&self.runtime, id, hook, HOOK_LIMIT) {
+                Ok(()) => {}
+                Err(cause) if request.peers => return Ok(Some(cause)),
+                Err(cause) => {
+                    return Err(TestFailure::Hook {
+                        name: request.name.clone(),
+                        cause,
+                        log: Vec::new(),
+                    });
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Waits until the program ends, or has stayed up for its time. One that listens is

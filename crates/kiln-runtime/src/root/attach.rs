@@ -72,14 +72,7 @@ impl Attacher<'_> {
                 self.bind(path, &mount.target, *recursive, attributes, propagation)
             }
             InstanceMountSource::Volume { path, subpath } => {
-                let found =
-                    inside::open_path(path, subpath).map_err(|source| RootError::Content {
-                        path: format!("{subpath} of the volume {}", path.display()),
-                        target: mount.target.clone(),
-                        source,
-                    })?;
-                let at = PathBuf::from(tree::fd_path(&found));
-                self.bind(&at, &mount.target, false, attributes, None)
+                self.part_of_volume(path, subpath, &mount.target, attributes)
             }
             InstanceMountSource::File {
                 path,
@@ -127,6 +120,22 @@ impl Attacher<'_> {
                 self.bind(&path, &mount.target, false, NOSUID | NODEV | RDONLY, None)
             }
         }
+    }
+
+    fn part_of_volume(
+        &mut self,
+        volume: &Path,
+        subpath: &str,
+        target: &str,
+        attributes: u64,
+    ) -> Result<(), RootError> {
+        let found = inside::open_path(volume, subpath).map_err(|source| RootError::Content {
+            path: format!("{subpath} of the volume {}", volume.display()),
+            target: target.to_owned(),
+            source,
+        })?;
+        let at = PathBuf::from(tree::fd_path(&found));
+        self.bind(&at, target, false, attributes, None)
     }
 
     fn copy(&mut self, from: &Path, target: &str) -> Result<PathBuf, RootError> {

@@ -1,7 +1,7 @@
 //! Networks, names, ports, and networks that several projects share.
 
 use super::{Case, Has, HasNot, Is, check, look, project};
-use crate::common::{BUSYBOX, Kiln, get};
+use crate::common::{BUSYBOX, Kiln, Project, get};
 
 const CASES: &[Case] = &[
     Case {
@@ -114,8 +114,11 @@ fn networks_names_and_ports_are_as_said() {
     assert!(std::net::TcpStream::connect(("127.0.0.2", local)).is_ok());
     let mut some = range..=range.saturating_add(9);
     assert!(some.any(|port| get(port, "/").is_ok_and(|a| a.body.trim() == "network")));
+    shared_networks(&kiln, &project);
+}
 
-    // Another project on its network, by its name; and on one that belongs to nobody.
+/// Another project on its network, by its name; and on one that belongs to nobody.
+fn shared_networks(kiln: &Kiln, project: &Project) {
     let guest = "    networks: [theirs, market]
 networks:
   theirs: {external: true, name: plaza}
@@ -125,7 +128,7 @@ networks:
         format!("{BUSYBOX}services:\n  {service}:\n    build: .\n{networks}")
     };
     let text = compose("visitor", guest);
-    let containerfile = fs_read(&project, "Containerfile");
+    let containerfile = fs_read(project, "Containerfile");
     let files = [
         ("compose.yaml", text.as_str()),
         ("Containerfile", containerfile.as_str()),
@@ -178,9 +181,9 @@ networks:
     guest.run("down", &[]).ok();
     third.run("down", &[]).ok();
     kiln.run(&["networks", "remove", "market"]).ok();
-    super::nothing_is_left(&kiln);
+    super::nothing_is_left(kiln);
 }
 
-fn fs_read(project: &crate::common::Project, name: &str) -> String {
+fn fs_read(project: &Project, name: &str) -> String {
     std::fs::read_to_string(project.folder.join(name)).unwrap()
 }
