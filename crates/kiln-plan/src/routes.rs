@@ -410,6 +410,14 @@ pub(crate) fn take_addresses(
         .collect()
 }
 
+/// Some service asks for this very address.
+fn stated(release: &Release, network: &NetworkName, address: Ipv4Addr) -> bool {
+    release.services.values().any(|released| {
+        matches!(&released.service.network, NetworkMode::Networks(attached)
+            if attached.get(network).is_some_and(|a| a.ipv4_address == Some(address)))
+    })
+}
+
 /// Gives every service of `release` a stable address on each of its networks: those it
 /// has stay, new ones are the lowest free of the network's upper half, unless the file
 /// asks for one. Returns what could not be given.
@@ -433,7 +441,18 @@ pub fn assign_service_addresses(layout: &mut Layout, release: &Release) -> Vec<S
             };
             let taken = layout.services.entry(network.clone()).or_default();
             if let Some(asked) = attachment.ipv4_address {
-                if allowed(asked) {
+                let mut others = taken
+                    .iter()
+                    .filter(|(other, a)| **a == asked && *other != name);
+                let holder = others.next().map(|(other, _)| other.clone());
+                let holder = holder.filter(|other| release.services.contains_key(other));
+                if let Some(other) = holder {
+                    problems.push(format!(
+                        "service `{name}`: ipv4_address {asked} on network `{network}` is that of \
+                         service `{other}`"
+                    ));
+                } else if allowed(asked) {
+                    taken.retain(|_, address| *address != asked);
                     taken.insert(name.clone(), asked);
                 } else {
                     let (first, last) = (subnet.nth(own.start), subnet.nth(own.end - 1));
@@ -450,7 +469,7 @@ pub fn assign_service_addresses(layout: &mut Layout, release: &Release) -> Vec<S
             }
             let free = own
                 .map(|n| subnet.nth(n))
-                .find(|a| !taken.values().any(|other| other == a));
+                .find(|a| !taken.values().any(|other| other == a) && !stated(release, network, *a));
             match free {
                 Some(address) => {
                     taken.insert(name.clone(), address);

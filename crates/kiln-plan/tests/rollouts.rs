@@ -563,3 +563,45 @@ fn what_shares_a_namespace_or_restarts_with_a_service_is_replaced_with_it() {
         assert!(outside.gaps.is_empty(), "{:?}", outside.gaps);
     }
 }
+
+#[test]
+fn no_two_services_have_one_address() {
+    let network: NetworkName = "default".parse().unwrap();
+    let at = |address: &str| {
+        released("x", |s| {
+            let attachment = Attachment {
+                ipv4_address: Some(address.parse().unwrap()),
+                ..Attachment::default()
+            };
+            s.network = NetworkMode::Networks([("default".parse().unwrap(), attachment)].into());
+        })
+    };
+    let mut layout = Layout::default();
+    let bridge = BridgeNetwork {
+        name: "n".into(),
+        bridge: "b".into(),
+        subnet: "10.9.0.0/24".parse().unwrap(),
+        internal: false,
+        mtu: None,
+    };
+    layout.networks.insert(network.clone(), bridge);
+    let mut release = shop("1");
+    release.services = [
+        (name("a"), released("a", |_| {})),
+        (name("b"), at("10.9.0.128")),
+    ]
+    .into();
+    assert!(assign_service_addresses(&mut layout, &release).is_empty());
+    let given: Vec<String> = layout.services[&network]
+        .values()
+        .map(|a| a.to_string())
+        .collect();
+    assert_eq!(given, ["10.9.0.129", "10.9.0.128"]);
+    // Of one that runs, of one that is gone, and of nobody on this network.
+    release.services.insert(name("c"), at("10.9.0.129"));
+    assert_eq!(assign_service_addresses(&mut layout, &release).len(), 1);
+    release.services.remove(&name("a"));
+    assert!(assign_service_addresses(&mut layout, &release).is_empty());
+    release.services.insert(name("c"), at("10.9.0.5"));
+    assert_eq!(assign_service_addresses(&mut layout, &release).len(), 1);
+}
