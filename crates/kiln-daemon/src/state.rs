@@ -287,7 +287,7 @@ impl State {
     }
 
     fn decode<T: DeserializeOwned>(&self, what: &'static str, text: &str) -> Result<T, StateError> {
-        serde_json::from_str(text).map_err(|source| StateError::Json {
+        serde_json::from_slice(text.as_bytes()).map_err(|source| StateError::Json {
             path: self.path.clone(),
             what,
             source,

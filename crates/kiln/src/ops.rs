@@ -368,6 +368,8 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
     use super::*;
 
     fn instance(id: &str, phase: &str, serving: bool, current: bool) -> InstanceStatus {
