@@ -27,6 +27,16 @@ pub struct Cli {
 pub enum Command {
     /// Build, test and roll out a project, replacing what runs without dropping a request
     Up(UpArgs),
+    /// Roll out anew whenever files change, in a throw-away environment
+    ///
+    /// The rules are those of `develop.watch`. Everything happens in the environment
+    /// PROJECT-watch, which has networks and volumes of its own and is taken down at the
+    /// end (Ctrl-C). rebuild: the service is built and rolled out as by `up`. sync: the
+    /// changed files are put over the image as one more layer, without building it.
+    /// sync+exec: the command runs in each new instance after its start. restart: the
+    /// instances are replaced. Every change is a release, tested like any other; what
+    /// fails is told, the release before goes on, and so does the watching.
+    Watch(WatchArgs),
     /// Show what `up` would do, and why
     Plan(ProjectArgs),
     /// Build and test the images, and roll nothing out
@@ -140,6 +150,12 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct WatchArgs {
+    #[command(flatten)]
+    pub project: ReadArgs,
 }
 
 /// Which environment: by name, or that of the project here.

@@ -18,6 +18,7 @@ mod report;
 mod rollout;
 mod see;
 mod up;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     match start(&cli) {
         Ok(code) => code,
         Err(failure) => {
-            print(&cli, &failure);
+            failure.tell(cli.json);
             failure.exit_code()
         }
     }
@@ -72,6 +73,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
     }
     match command {
         Command::Up(args) => up::up(context, args).await?,
+        Command::Watch(args) => watch::watch(context, args).await?,
         Command::Plan(args) => up::plan(context, args).await?,
         Command::Build(args) => up::build(context, args).await?,
         Command::Down(args) => up::down(context, args).await?,
@@ -120,19 +122,4 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Down(_)
             | Command::Networks(_)
     )
-}
-
-fn print(cli: &Cli, failure: &Failure) {
-    if cli.json {
-        let value = serde_json::json!({
-            "error": failure.message, "kind": format!("{:?}", failure.kind).to_lowercase(),
-            "hint": failure.hint,
-        });
-        eprintln!("{value}");
-        return;
-    }
-    eprintln!("error: {}", failure.message);
-    if let Some(hint) = &failure.hint {
-        eprintln!("hint: {hint}");
-    }
 }

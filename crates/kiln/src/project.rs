@@ -8,7 +8,11 @@ use crate::failure::{Failure, Kind};
 
 /// Notes and warnings are printed; errors stop, all of them shown.
 pub fn load(args: &ProjectArgs) -> Result<Loaded, Failure> {
-    let loaded = load_from_disk(&options(&args.read)).map_err(|e| failure(&e))?;
+    load_with(&options(&args.read))
+}
+
+pub fn load_with(options: &DiskOptions) -> Result<Loaded, Failure> {
+    let loaded = load_from_disk(options).map_err(|e| failure(&e))?;
     print_notes(&loaded.notes, &loaded.sources);
     Ok(loaded)
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kiln_compose::Loaded;
 use kiln_daemon::api::types::{ReleaseAnswer, ReleaseRequest, RollbackRequest};
 use kiln_model::{EnvironmentName, Progress, ReleaseNumber};
 
-use crate::assemble::Assembler;
+use crate::assemble::{Assembled, Assembler, Over};
 use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
@@ -65,7 +66,6 @@ pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure>
     Ok(())
 }
 
-/// Builds and tests; Ctrl-C ends it with nothing touched that runs.
 async fn assembled(
     context: &Context,
     args: &ProjectArgs,
@@ -76,9 +76,29 @@ async fn assembled(
         None => loaded.spec.project.as_str().parse(),
     }
     .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = Assembler::new(context, &loaded, progress, cancel.clone())?;
+    let assembler = assembler(context, &loaded, &cancel)?;
+    let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
+    Ok((environment, assembled.release))
+}
+
+/// Shows its progress on standard error.
+pub fn assembler<'a>(
+    context: &'a Context,
+    loaded: &'a Loaded,
+    cancel: &Arc<AtomicBool>,
+) -> Result<Assembler<'a>, Failure> {
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    Assembler::new(context, loaded, progress, cancel.clone())
+}
+
+/// Builds and tests; Ctrl-C ends it with nothing touched that runs.
+pub async fn assemble(
+    assembler: &Assembler<'_>,
+    cancel: &Arc<AtomicBool>,
+    environment: &EnvironmentName,
+    over: &Over<'_>,
+) -> Result<Assembled, Failure> {
     let stopped = || {
         Failure::new(
             Kind::Interrupted,
@@ -86,8 +106,8 @@ async fn assembled(
         )
     };
     tokio::select! {
-        release = assembler.release(&environment) => match release {
-            Ok(release) => Ok((environment, release)),
+        assembled = assembler.release(environment, over) => match assembled {
+            Ok(assembled) => Ok(assembled),
             // What was cut off fails, too, but that is not why.
             Err(_) if cancel.load(Ordering::SeqCst) => Err(stopped()),
             Err(failure) => Err(failure),
@@ -128,7 +148,7 @@ async fn unchanged(
     Ok(())
 }
 
-async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
+pub async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
     let status = context.client.status(environment).await?;
     if context.json {
         return output::json(&status);
@@ -153,9 +173,7 @@ pub async fn lock(context: &Context, args: &LockArgs) -> Result<(), Failure> {
     context.need_root()?;
     context.make_root()?;
     let loaded = project::load(&args.project)?;
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
-    let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = Assembler::new(context, &loaded, progress, cancel)?;
+    let assembler = assembler(context, &loaded, &Arc::default())?;
     let changed = assembler.lock(args.update).await?;
     println!(
         "kiln.lock {}",

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use kiln_model::Millis;
 use kiln_model::spec::{
-    Check, FileSource, HealthTest, HealthcheckSetting, ImageSource, MountSource, NetworkMode,
-    PullPolicy, Ready, RestartPolicy, RootSetting, Seccomp,
+    Check, FileSource, HealthTest, HealthcheckSetting, Hook, ImageSource, MountSource, NetworkMode,
+    PullPolicy, Ready, RestartPolicy, RootSetting, Seccomp, WatchAction,
 };
 
 use super::*;
@@ -412,5 +412,75 @@ fn links_say_nothing_of_restarts() {
             .depends_on
             .values()
             .all(|d| d.restart)
+    );
+}
+
+#[test]
+fn watch_rules_are_carried_beside_the_services() {
+    let files = Files::new(&[
+        (
+            "compose.yaml",
+            "include: [sub/compose.yaml]\nservices: {a: {image: x}}",
+        ),
+        (
+            "sub/compose.yaml",
+            "services:
+  web:
+    image: x
+    develop:
+      watch:
+        - {path: src, action: sync, target: /app, ignore: node_modules/, initial_sync: true}
+        - {path: ./a/../b.conf, action: sync+exec, target: /b.conf, include: ['*.c', '*.h'],
+           exec: {command: make all, user: app, working_dir: /app, environment: {A: 1}}}
+        - {path: /abs, action: rebuild}
+        - {path: src, action: sync+restart, target: /app, exec: {command: x}}
+        - {path: src, action: restart, target: /app}
+",
+        ),
+    ]);
+    let loaded = files.load().expect("valid");
+    assert_eq!(loaded.spec.watch.len(), 1);
+    let rules = &loaded.spec.watch["web"];
+    let paths: Vec<&Path> = rules.iter().map(|rule| &*rule.path).collect();
+    let expected = [
+        "/p/sub/src",
+        "/p/sub/b.conf",
+        "/abs",
+        "/p/sub/src",
+        "/p/sub/src",
+    ];
+    assert_eq!(paths, expected.map(Path::new));
+    assert_eq!(rules[0].ignore, ["node_modules/"]);
+    assert_eq!(rules[1].include, ["*.c", "*.h"]);
+    let sync = |target: &str, initial, exec| WatchAction::Sync {
+        target: target.into(),
+        initial,
+        exec,
+    };
+    let hook = Hook {
+        command: vec!["make".into(), "all".into()],
+        user: Some("app".into()),
+        privileged: false,
+        working_dir: Some("/app".into()),
+        environment: [("A".into(), "1".into())].into(),
+    };
+    let actions: Vec<WatchAction> = rules.iter().map(|rule| rule.action.clone()).collect();
+    assert_eq!(
+        actions,
+        [
+            sync("/app", true, None),
+            sync("/b.conf", false, Some(hook)),
+            WatchAction::Rebuild,
+            sync("/app", false, None),
+            WatchAction::Restart,
+        ]
+    );
+    let notes: Vec<&str> = loaded.notes.iter().map(|n| n.message.as_str()).collect();
+    assert_eq!(
+        notes,
+        [
+            "`exec` has no effect with the action `sync+restart`",
+            "`target` has no effect with the action `restart`",
+        ]
     );
 }
