@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kiln_compose::ConfigFormat;
 use kiln_model::Millis;
 use kiln_model::spec::{
     Check, FileSource, HealthTest, HealthcheckSetting, Hook, ImageSource, MountSource, NetworkMode,
@@ -482,5 +483,29 @@ fn watch_rules_are_carried_beside_the_services() {
             "`exec` has no effect with the action `sync+restart`",
             "`target` has no effect with the action `restart`",
         ]
+    );
+}
+
+#[test]
+fn limits_of_nothing_are_printed_as_docker_compose_prints_them() {
+    let text = "services: {a: {image: x, build: {context: ., ulimits: {nproc: 0}}, \
+         ulimits: {nofile: 0, core: {soft: 0, hard: 5}, as: 7}}}";
+    let files = Files::new(&[("compose.yaml", text)]);
+    let mut options = files.options();
+    options.allow_ignored = vec!["build.ulimits".into()];
+    let loaded = files.load_with(&options).expect("valid");
+    let yaml = loaded.config(ConfigFormat::Yaml);
+    for text in [
+        "    ulimits:\n      as: 7\n      core:\n        soft: 0\n        hard: 5\n      \
+         nofile:\n        soft: 0\n        hard: 0\n",
+        "      ulimits:\n        nproc:\n          soft: 0\n          hard: 0\n",
+    ] {
+        assert!(yaml.contains(text), "{yaml}");
+    }
+    // Its JSON leaves them out.
+    let json = loaded.project.config_json();
+    assert_eq!(
+        json["services"]["a"]["ulimits"]["nofile"],
+        serde_json::json!({})
     );
 }
