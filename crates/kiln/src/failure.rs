@@ -75,12 +75,12 @@ impl Failure {
                 "error": self.message, "kind": format!("{:?}", self.kind).to_lowercase(),
                 "hint": self.hint,
             });
-            eprintln!("{value}");
+            errln!("{value}");
             return;
         }
-        eprintln!("error: {}", self.message);
+        errln!("error: {}", self.message);
         if let Some(hint) = &self.hint {
-            eprintln!("hint: {hint}");
+            errln!("hint: {hint}");
         }
     }
 

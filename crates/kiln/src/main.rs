@@ -1,6 +1,10 @@
 //! The command line: parse, call, print, exit code. Whatever decides or does something
 //! is in the other crates.
 
+// Its macros are for all that follow.
+#[macro_use]
+mod output;
+
 mod assemble;
 mod check;
 mod cli;
@@ -11,7 +15,6 @@ mod init;
 mod machine;
 mod named;
 mod ops;
-mod output;
 mod progress;
 mod project;
 mod report;
@@ -29,7 +32,7 @@ use crate::context::Context;
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(cli::in_order(std::env::args_os()));
     // The shim is single-threaded: nothing else may be set up before it.
     if let Command::Shim { args } = cli.command {
         return kiln_runtime::shim::main(args);

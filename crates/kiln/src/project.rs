@@ -21,6 +21,7 @@ pub fn options(args: &ReadArgs) -> DiskOptions {
     DiskOptions {
         files: args.files.clone(),
         project_name: args.project_name.clone(),
+        project_directory: args.project_directory.clone(),
         env_files: args.env_file.clone(),
         profiles: args.profile.clone(),
         allow_ignored: args.allow_ignored.clone(),
@@ -39,6 +40,6 @@ pub fn failure(error: &LoadError) -> Failure {
 
 pub fn print_notes(notes: &[Diagnostic], sources: &Sources) {
     for note in notes {
-        eprintln!("{}", kiln_compose::one_line(note, sources));
+        errln!("{}", kiln_compose::one_line(note, sources));
     }
 }

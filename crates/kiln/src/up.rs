@@ -33,7 +33,7 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
         return unchanged(context, &environment, &answer).await;
     }
     if args.detach {
-        eprintln!(
+        errln!(
             "release {} is being rolled out; kiln status shows how far it is",
             answer.number
         );
@@ -61,7 +61,7 @@ pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure>
         return output::json(&release);
     }
     for (name, service) in &release.services {
-        println!("{name}  {}@{}", service.image.name, service.image.digest);
+        outln!("{name}  {}@{}", service.image.name, service.image.digest);
     }
     Ok(())
 }
@@ -122,7 +122,7 @@ async fn interrupted(cancel: Arc<AtomicBool>) {
         std::future::pending::<()>().await;
     }
     cancel.store(true, Ordering::SeqCst);
-    eprintln!("interrupted; ending what is being built");
+    errln!("interrupted; ending what is being built");
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
 }
 
@@ -141,9 +141,9 @@ async fn unchanged(
         .filter(|s| !matches!(s.state.as_str(), "serving" | "running" | "completed"))
         .map(|s| format!("{} ({})", s.service, s.state))
         .collect();
-    println!("nothing changed: release {} is what runs", answer.number);
+    outln!("nothing changed: release {} is what runs", answer.number);
     if !ill.is_empty() {
-        eprintln!("warning: not serving: {}; see kiln status", ill.join(", "));
+        errln!("warning: not serving: {}; see kiln status", ill.join(", "));
     }
     Ok(())
 }
@@ -162,7 +162,7 @@ pub async fn print_urls(context: &Context, environment: &EnvironmentName) -> Res
                 let host = listen
                     .replace("0.0.0.0", "localhost")
                     .replace("[::]", "localhost");
-                println!("{}: http://{host}", service.service);
+                outln!("{}: http://{host}", service.service);
             }
         }
     }
@@ -175,7 +175,7 @@ pub async fn lock(context: &Context, args: &LockArgs) -> Result<(), Failure> {
     let loaded = project::load(&args.project)?;
     let assembler = assembler(context, &loaded, &Arc::default())?;
     let changed = assembler.lock(args.update).await?;
-    println!(
+    outln!(
         "kiln.lock {}",
         if changed { "written" } else { "is up to date" }
     );
@@ -191,7 +191,7 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> Result<(), Fail
     };
     let answer = context.client.rollback(&environment, &request).await?;
     if answer.unchanged {
-        println!("nothing to do: that is what runs");
+        outln!("nothing to do: that is what runs");
         return Ok(());
     }
     if args.detach {

@@ -75,7 +75,7 @@ impl<'a> Watch<'a> {
         let mut warnings = Vec::new();
         let rules = rules::of(&loaded.spec, &mut warnings)?;
         for warning in warnings {
-            eprintln!("warning: {warning}");
+            errln!("warning: {warning}");
         }
         if rules.is_empty() {
             let text = "no service has anything to watch (`develop.watch`)";
@@ -105,7 +105,7 @@ impl<'a> Watch<'a> {
         let first = self.roll_out(&everything).await;
         self.told(first)?;
         for rule in &self.rules {
-            eprintln!("watching: {}", rule.describe());
+            errln!("watching: {}", rule.describe());
         }
         loop {
             tokio::select! {
@@ -121,7 +121,7 @@ impl<'a> Watch<'a> {
                 continue;
             }
             for line in &turn.told {
-                eprintln!("{line}");
+                errln!("{line}");
             }
             let rolled = match turn.rebuild.is_empty() {
                 true => Ok(()),
@@ -212,7 +212,7 @@ impl<'a> Watch<'a> {
         };
         let answer = self.context.client.roll_out(&request).await?;
         if answer.unchanged {
-            eprintln!("nothing changed: release {} is what runs", answer.number);
+            errln!("nothing changed: release {} is what runs", answer.number);
             return Ok(());
         }
         rollout::follow(self.context, &self.environment, answer.after_event).await?;
@@ -247,7 +247,7 @@ impl<'a> Watch<'a> {
             Err(failure) => match failure.kind {
                 Kind::Build | Kind::Test | Kind::Rollout | Kind::Input | Kind::Conflict => {
                     failure.tell(self.context.json);
-                    eprintln!("waiting for a change");
+                    errln!("waiting for a change");
                     Ok(())
                 }
                 // Whoever asked for it is heard where all are that end the watching.
