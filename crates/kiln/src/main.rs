@@ -58,8 +58,15 @@ fn start(cli: &Cli) -> Result<ExitCode, Failure> {
     if let Command::Proxy = cli.command {
         return machine::proxy(&context).map(|()| ExitCode::SUCCESS);
     }
+    let mut runtime = match cli.command {
+        // They only read and print.
+        Command::Config(_) | Command::Check(_) | Command::Init(_) => {
+            tokio::runtime::Builder::new_current_thread()
+        }
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
     // Two threads: the daemon must stay small, and the work itself is on others.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let runtime = runtime
         .worker_threads(2)
         .enable_all()
         .build()
