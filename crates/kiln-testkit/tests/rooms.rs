@@ -49,7 +49,10 @@ const ROOMS: &[(&str, &[&str])] = &[
         ],
     ),
     ("kiln-testkit", &[]),
-    ("xtask", &["kiln-model", "kiln-runtime", "kiln-testkit"]),
+    (
+        "xtask",
+        &["kiln-compose", "kiln-model", "kiln-runtime", "kiln-testkit"],
+    ),
 ];
 
 /// All that the pure rooms may use from outside.

@@ -96,12 +96,12 @@ fn print(context: &Context, id: &InstanceId, record: &Record) {
         let line = serde_json::json!({
             "instance": id, "time": record.time, "stream": record.stream, "text": record.text,
         });
-        println!("{line}");
+        outln!("{line}");
         return;
     }
     match record.stream {
-        Stream::System => println!("{id} ! {}", record.text),
-        Stream::Stdout | Stream::Stderr => println!("{id} | {}", record.text),
+        Stream::System => outln!("{id} ! {}", record.text),
+        Stream::Stdout | Stream::Stderr => outln!("{id} | {}", record.text),
     }
 }
 
@@ -200,7 +200,7 @@ pub fn images(context: &Context) -> Result<(), Failure> {
         .collect();
     output::table(&["IMAGE", "PLATFORM", "LAYERS", "SIZE", "KEPT BY"], &rows);
     let usage = store.usage().map_err(machine)?;
-    eprintln!(
+    errln!(
         "{} images; the store takes {}",
         images.len(),
         human_bytes(usage.bytes())
@@ -277,7 +277,7 @@ pub async fn gc(context: &Context, args: &GcArgs) -> Result<(), Failure> {
     } else {
         "removed"
     };
-    println!(
+    outln!(
         "{verb} {} images, {} trees, {} blobs, {} files: {}",
         report.images,
         report.trees,
@@ -340,7 +340,7 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
         output::json(&report)?;
     } else {
         for bad in &report.bad {
-            println!(
+            outln!(
                 "{}: should be {}, is {:?}",
                 bad.path.display(),
                 bad.expected,
@@ -348,9 +348,9 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
             );
         }
         for lost in &report.lost {
-            println!("image {} is damaged: {}", lost.manifest, lost.reason);
+            outln!("image {} is damaged: {}", lost.manifest, lost.reason);
         }
-        println!(
+        outln!(
             "{} files checked, {} damaged",
             report.checked,
             report.bad.len()
