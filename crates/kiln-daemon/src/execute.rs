@@ -54,9 +54,9 @@ impl Executor {
                     let shared = this.shared.clone();
                     let environment = this.environment.clone();
                     let port = shared.proxy.catch_all_port().await?;
-                    blocking(move || shared.networks.ensure(&environment, networks, port))
-                        .await??;
-                    Ok(Event::NetworksReady)
+                    let wanted = networks.clone();
+                    blocking(move || shared.networks.ensure(&environment, wanted, port)).await??;
+                    Ok(Event::NetworksReady { networks })
                 });
             }
             Effect::Start { id } => {
@@ -114,6 +114,11 @@ impl Executor {
             // The engine only ends with the daemon.
             let _ = sender.send(Message::Event(event)).await;
         });
+    }
+
+    /// What the engine itself could not do is planned again after a pause.
+    pub fn failed_later(&self, key: EffectKey, cause: String) {
+        self.spawn(key, std::future::ready(Err(cause)));
     }
 
     fn start(&self, key: EffectKey, id: InstanceId, spec: Result<instance_spec::Built, String>) {

@@ -15,9 +15,12 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Desired { goal, layout } => desire(world, goal, layout, now),
         Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
         Event::Found { instances } => found(world, instances, now),
-        Event::NetworksReady => {
-            world.under_way.remove(&EffectKey::Networks);
-            world.networks_ready = true;
+        Event::NetworksReady { networks } => {
+            // They may have been asked for before the layout changed.
+            if networks.iter().eq(world.layout.networks.values()) {
+                world.under_way.remove(&EffectKey::Networks);
+                world.networks_ready = true;
+            }
         }
         Event::Started { id } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
@@ -49,8 +52,13 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
             end(world, &id, status, None, now);
         }
         Event::Routed { table, failed } => {
+            // A late answer says nothing about the table in force.
+            if table.generation != world.generation {
+                return;
+            }
             world.under_way.remove(&EffectKey::Route);
             world.routes = Some(table);
+            world.routes_doubtful = false;
             if let Some(cause) = &failed {
                 fail_rollout(world, cause.clone(), None);
             }
@@ -66,28 +74,37 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         }
         Event::Removed { id } => {
             world.instances.remove(&id);
-            world.under_way.retain(|key| key_instance(key) != Some(&id));
+            world
+                .under_way
+                .retain(|key, _| key_instance(key) != Some(&id));
         }
         Event::Failed { key, .. } => {
+            // It may have taken the table and failed to say so.
+            world.routes_doubtful |= key == EffectKey::Route;
             world.under_way.remove(&key);
         }
         Event::Tainted { id } => with(world, &id, |i| i.tainted = true),
         Event::ProxyRestarted => {
             world.networks_ready = false;
-            world.routes = None;
+            world.routes_doubtful = true;
+        }
+        Event::Concluded => {
+            world.under_way.remove(&EffectKey::Conclude);
+            world.concluding = None;
         }
         Event::Tick => {}
     }
 }
 
-/// A rollout's end, once its conclusion has been handed out.
-pub(crate) fn conclude(world: &mut World, conclusion: &Conclusion) {
-    match conclusion {
+/// A rollout's end; its conclusion stays in the world until it has been recorded.
+pub(crate) fn conclude(world: &mut World, conclusion: Conclusion) {
+    match &conclusion {
         Conclusion::Proven { release } => world.proven = Some(*release),
         Conclusion::Down => world.proven = None,
         Conclusion::Failed { .. } => {}
     }
     world.rollout = None;
+    world.concluding = Some(conclusion);
     if world.goal == Goal::Nothing {
         // The caller takes the networks down with the environment.
         world.networks_ready = false;
@@ -108,9 +125,11 @@ pub(crate) fn fail_rollout(world: &mut World, cause: String, instance: Option<In
 }
 
 fn desire(world: &mut World, goal: Goal, layout: Layout, now: Millis) {
-    let networks_before = world.layout.networks.clone();
+    if world.layout.networks != layout.networks {
+        world.networks_ready = false;
+        world.under_way.remove(&EffectKey::Networks);
+    }
     world.layout = layout;
-    world.networks_ready &= networks_before == world.layout.networks;
     world.attempts.clear();
     let from = world.proven;
     world.goal = goal;

@@ -29,6 +29,8 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
     planner.retire_what_is_not_wanted();
     planner.act_on_phases();
     planner.conclude();
+    planner.record_conclusion();
+    planner.wake_for_lost_outcomes();
     planner.plan
 }
 
@@ -361,11 +363,12 @@ impl<'a> Planner<'a> {
 
     fn route(&mut self) {
         let table = routes::wanted(self.world, self.releases);
-        let same = self
-            .world
-            .routes
-            .as_ref()
-            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let same = self.proxy_known()
+            && self
+                .world
+                .routes
+                .as_ref()
+                .is_some_and(|current| routes::same_but_for_generation(current, &table));
         let nothing_yet = self.world.routes.is_none()
             && table.services.is_empty()
             && self.world.goal == Goal::Nothing
@@ -428,7 +431,9 @@ impl<'a> Planner<'a> {
     /// The table in force is known: none is on its way that could still send traffic
     /// to what is about to be drained.
     fn proxy_known(&self) -> bool {
-        self.world.routes.is_some() && !self.world.under_way.contains(&EffectKey::Route)
+        self.world.routes.is_some()
+            && !self.world.routes_doubtful
+            && !self.world.under_way.contains_key(&EffectKey::Route)
     }
 
     fn is_wanted(&self, id: &InstanceId, instance: &Instance) -> bool {
@@ -471,17 +476,25 @@ impl<'a> Planner<'a> {
             })
     }
 
-    /// What each instance's phase asks for.
-    fn act_on_phases(&mut self) {
-        let kept = self.world.rollout.as_ref().and_then(|r| match &r.state {
+    /// The instance that failed a rollout stays until its log has been shown.
+    fn kept_for_its_log(&self) -> Option<InstanceId> {
+        if let Some(Conclusion::Failed { instance, .. }) = &self.world.concluding {
+            return instance.clone();
+        }
+        match &self.world.rollout.as_ref()?.state {
             RolloutState::Returning { instance, .. } => instance.clone(),
             RolloutState::Proving => None,
-        });
+        }
+    }
+
+    /// What each instance's phase asks for.
+    fn act_on_phases(&mut self) {
+        let kept = self.kept_for_its_log();
         for (id, instance) in self.world.instances.clone() {
             let released = self.releases.service_of(&instance);
             // A start that is under way ends first, or it would outlive the removal.
-            let starting = self.world.under_way.contains(&EffectKey::Start(id.clone()));
-            if starting {
+            let begun = self.world.under_way.get(&EffectKey::Start(id.clone()));
+            if begun.is_some_and(|lost| *lost > self.now) {
                 continue;
             }
             match instance.phase {
@@ -538,7 +551,7 @@ impl<'a> Planner<'a> {
             None => self.world.goal == Goal::Nothing && self.only_left(&rollout.state),
             Some((_, goal)) => self.arrived(goal, &rollout.state),
         };
-        if !arrived {
+        if !arrived || self.world.concluding.is_some() {
             return;
         }
         let conclusion = match (rollout.state, rollout.to) {
@@ -553,10 +566,14 @@ impl<'a> Planner<'a> {
                 }
             }
         };
-        conclude(self.world, &conclusion);
-        self.plan.effects.push(Effect::Conclude(conclusion));
-        // What was kept for its log can go on the next step.
-        self.wake_at(self.now);
+        conclude(self.world, conclusion);
+    }
+
+    /// Told until it is recorded.
+    fn record_conclusion(&mut self) {
+        if let Some(conclusion) = self.world.concluding.clone() {
+            self.emit(Effect::Conclude(conclusion));
+        }
     }
 
     /// Nothing is left but the instance kept for its log.
@@ -574,11 +591,12 @@ impl<'a> Planner<'a> {
     /// Every service serves with as many copies as wanted, and the proxy knows.
     fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
         let table = routes::wanted(self.world, self.releases);
-        let routed = self
-            .world
-            .routes
-            .as_ref()
-            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let routed = self.proxy_known()
+            && self
+                .world
+                .routes
+                .as_ref()
+                .is_some_and(|current| routes::same_but_for_generation(current, &table));
         let returning = matches!(state, RolloutState::Returning { .. });
         routed
             && goal.release.services.iter().all(|(name, released)| {
@@ -605,10 +623,27 @@ impl<'a> Planner<'a> {
         })
     }
 
+    /// An effect whose outcome never comes is planned again.
+    fn wake_for_lost_outcomes(&mut self) {
+        let due = self.world.under_way.values().min().copied();
+        if let Some(due) = due.filter(|due| *due != Millis(u64::MAX)) {
+            self.wake_at(due);
+        }
+    }
+
     /// Adds an effect unless it is under way already; tells whether it was added.
     fn emit(&mut self, effect: Effect) -> bool {
-        let fresh = self.world.under_way.insert(effect.key());
+        let due = match effect.patience() {
+            Some(patience) => self.now.saturating_add(patience),
+            None => Millis(u64::MAX),
+        };
+        let key = effect.key();
+        let fresh = match self.world.under_way.get(&key) {
+            Some(lost) => *lost <= self.now,
+            None => true,
+        };
         if fresh {
+            self.world.under_way.insert(key, due);
             self.plan.effects.push(effect);
         }
         fresh
@@ -644,7 +679,8 @@ pub(crate) fn waits_for(
     released: &ReleasedService,
 ) -> Option<String> {
     // Until the proxy has a table, no name resolves.
-    let Some(routes) = world.routes.as_ref().filter(|_| world.networks_ready) else {
+    let told = world.networks_ready && !world.routes_doubtful;
+    let Some(routes) = world.routes.as_ref().filter(|_| told) else {
         return Some("for its networks".into());
     };
     released

@@ -21,11 +21,15 @@ pub enum Event {
     Abandoned {
         why: String,
     },
-    /// The caller has started: what the runtime really holds for this environment.
+    /// What the runtime really holds for this environment. Newer than every outcome
+    /// told before it: the caller looks while it takes nothing else in.
     Found {
         instances: Vec<Observed>,
     },
-    NetworksReady,
+    /// These networks stand.
+    NetworksReady {
+        networks: Vec<BridgeNetwork>,
+    },
     Started {
         id: InstanceId,
     },
@@ -69,6 +73,8 @@ pub enum Event {
     Tainted {
         id: InstanceId,
     },
+    /// A rollout's end has been recorded.
+    Concluded,
     /// The proxy is another process than before: it must be told everything again.
     ProxyRestarted,
     /// Time has passed.
@@ -103,7 +109,7 @@ pub enum Effect {
     Remove {
         id: InstanceId,
     },
-    /// A rollout has come to its end.
+    /// A rollout has come to its end: to be recorded and told.
     Conclude(Conclusion),
 }
 
@@ -166,4 +172,19 @@ pub struct Plan {
 pub struct ReportLine {
     pub service: Option<ServiceName>,
     pub text: String,
+}
+
+impl Effect {
+    /// How long it may take at most; then its outcome is taken for lost and it is
+    /// planned again. `None`: it goes on for as long as the instance does.
+    pub fn patience(&self) -> Option<Millis> {
+        const CALL: Millis = Millis(120_000);
+        match self {
+            Effect::EnsureNetworks(_) | Effect::Start { .. } | Effect::Remove { .. } => Some(CALL),
+            Effect::Route(_) | Effect::Conclude(_) => Some(Millis(30_000)),
+            Effect::Drain { limit, .. } => Some(limit.saturating_add(Millis(30_000))),
+            Effect::Stop { grace, .. } => Some(grace.saturating_add(CALL)),
+            Effect::Observe { .. } => None,
+        }
+    }
 }

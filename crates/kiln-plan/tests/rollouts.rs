@@ -10,8 +10,7 @@ use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::*;
 use kiln_model::*;
 use kiln_plan::{
-    Conclusion, Effect, EffectKey, Event, Goal, Layout, Releases, World, assign_service_addresses,
-    check, step,
+    Conclusion, Effect, Event, Goal, Layout, Releases, World, assign_service_addresses, check, step,
 };
 
 fn service() -> Service {
@@ -165,8 +164,8 @@ impl Outside {
         for effect in plan.effects {
             match effect {
                 Effect::Conclude(c) => {
-                    self.world.under_way.remove(&EffectKey::Conclude);
                     self.concluded.push(c);
+                    self.happened(Event::Concluded);
                 }
                 other => self.pending.push(other),
             }
@@ -175,7 +174,7 @@ impl Outside {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::EnsureNetworks(_) => self.happened(Event::NetworksReady),
+            Effect::EnsureNetworks(networks) => self.happened(Event::NetworksReady { networks }),
             Effect::Start { id } => {
                 self.running.insert(id.clone());
                 self.started.push(id.clone());
