@@ -578,6 +578,7 @@ impl Engine {
     /// Records how a rollout ended, then tells it.
     fn conclude(&mut self, conclusion: Conclusion) -> Option<Event> {
         let name = self.keeper.world.environment.clone();
+        let mut down = false;
         let (number, outcome, kind, text) = match conclusion {
             Conclusion::Proven { release } => (
                 Some(release),
@@ -585,8 +586,13 @@ impl Engine {
                 EventKind::Succeeded,
                 format!("release {release} is proven and serves"),
             ),
+            Conclusion::Stayed { release, cause } => {
+                let kind = EventKind::Failed { log: Vec::new() };
+                let text = format!("not taken down: {cause}; release {release} serves");
+                (None, Outcome::Proven, kind, text)
+            }
             Conclusion::Down => {
-                self.executor.forget_environment();
+                down = true;
                 (
                     None,
                     Outcome::Proven,
@@ -625,6 +631,11 @@ impl Engine {
         }
         self.shared.record("kiln", action, name.as_str(), &details);
         self.tell(None, None, kind, text);
+        if down {
+            // It has ended when they are gone.
+            self.executor.forget_environment();
+            return None;
+        }
         Some(Event::Concluded)
     }
 

@@ -285,11 +285,12 @@ impl Executor {
             .map_err(ApiError::internal)?
     }
 
-    /// The environment is empty: its networks go, and volumes in memory that it had.
+    /// The environment is empty: its networks go, and volumes in memory that it had. What
+    /// can't be removed is only untidy.
     pub fn forget_environment(&self) {
         let shared = self.shared.clone();
         let environment = self.environment.clone();
-        tokio::spawn(async move {
+        self.spawn(EffectKey::Conclude, async move {
             let port = shared.proxy.catch_all_port().await.unwrap_or(0);
             let inner = shared.clone();
             let result = blocking(move || inner.networks.forget(&environment, port)).await;
@@ -299,6 +300,7 @@ impl Executor {
             if let Ok(Err(cause)) = blocking(move || volumes::let_go(&shared)).await {
                 tracing::warn!(%cause, "volumes in memory not removed");
             }
+            Ok(Event::Concluded)
         });
     }
 }

@@ -101,7 +101,7 @@ pub(crate) fn conclude(world: &mut World, conclusion: Conclusion) {
     match &conclusion {
         Conclusion::Proven { release } => world.proven = Some(*release),
         Conclusion::Down => world.proven = None,
-        Conclusion::Failed { .. } => {}
+        Conclusion::Failed { .. } | Conclusion::Stayed { .. } => {}
     }
     world.rollout = None;
     world.concluding = Some(conclusion);
@@ -149,7 +149,10 @@ fn found(world: &mut World, observed: Vec<Observed>, now: Millis) {
         let Some(instance) = world.instances.get_mut(&id) else {
             continue;
         };
+        // Its start may still bring it up: until that is told nothing is lost.
+        let starting = world.under_way.contains_key(&EffectKey::Start(id.clone()));
         match (state, &instance.phase) {
+            (None | Some(ObservedState::Dead | ObservedState::Starting), _) if starting => {}
             (Some(ObservedState::Running { .. }), _) => {}
             // Starting again under the same id is safe: the runtime finishes or redoes it,
             // and hooks that may not have come to their end are run.

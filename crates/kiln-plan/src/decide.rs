@@ -23,6 +23,7 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
         plan: Plan::default(),
     };
     planner.rest_what_has_finished();
+    planner.give_up_waiting_for_outcomes();
     planner.give_up_if_hopeless();
     planner.start_what_is_missing();
     planner.route();
@@ -45,6 +46,15 @@ impl<'a> Planner<'a> {
     fn goal(&self) -> Option<(ReleaseNumber, &'a Prepared)> {
         let number = self.world.goal.release()?;
         Some((number, self.releases.get(number)?))
+    }
+
+    /// What should have been told of long ago is planned again, if it is still wanted.
+    fn give_up_waiting_for_outcomes(&mut self) {
+        let now = self.now;
+        let lost = |due: &Millis| *due <= now;
+        let routing = self.world.under_way.get(&EffectKey::Route);
+        self.world.routes_doubtful |= routing.is_some_and(lost);
+        self.world.under_way.retain(|_, due| !lost(due));
     }
 
     /// A copy of the new release has failed as often as it may: turn back.
@@ -111,6 +121,10 @@ impl<'a> Planner<'a> {
         let Some((number, goal)) = self.goal() else {
             return;
         };
+        // The networks of what was taken down are still going.
+        if self.world.concluding == Some(Conclusion::Down) {
+            return;
+        }
         if !self.world.networks_ready {
             let networks = self.world.layout.networks.values().cloned().collect();
             self.emit(Effect::EnsureNetworks(networks));
@@ -447,11 +461,14 @@ impl<'a> Planner<'a> {
             return false;
         };
         let current = self.current(goal, &instance.service);
+        // A sick copy may get well again after another took its place: one of them goes.
+        let sick = matches!(instance.health, Health::Unhealthy { .. });
         let better = current.iter().any(|(other, i)| {
             i.index == instance.index
-                && *other > id
+                && *other != id
                 && i.phase.ready()
-                && matches!(instance.health, Health::Unhealthy { .. })
+                && !matches!(i.health, Health::Unhealthy { .. })
+                && (sick || routes::newer(other, id))
         });
         instance.index <= released.service.replicas
             && self
@@ -493,8 +510,11 @@ impl<'a> Planner<'a> {
         for (id, instance) in self.world.instances.clone() {
             let released = self.releases.service_of(&instance);
             // A start that is under way ends first, or it would outlive the removal.
-            let begun = self.world.under_way.get(&EffectKey::Start(id.clone()));
-            if begun.is_some_and(|lost| *lost > self.now) {
+            let starting = self
+                .world
+                .under_way
+                .contains_key(&EffectKey::Start(id.clone()));
+            if starting {
                 continue;
             }
             match instance.phase {
@@ -557,7 +577,10 @@ impl<'a> Planner<'a> {
         let conclusion = match (rollout.state, rollout.to) {
             (RolloutState::Proving, Goal::Nothing) => Conclusion::Down,
             (RolloutState::Proving, Goal::Release(release)) => Conclusion::Proven { release },
-            (RolloutState::Returning { .. }, Goal::Nothing) => Conclusion::Down,
+            (RolloutState::Returning { cause, .. }, Goal::Nothing) => match rollout.from {
+                Some(release) => Conclusion::Stayed { release, cause },
+                None => Conclusion::Down,
+            },
             (RolloutState::Returning { cause, instance }, Goal::Release(release)) => {
                 Conclusion::Failed {
                     release,
@@ -633,15 +656,16 @@ impl<'a> Planner<'a> {
 
     /// Adds an effect unless it is under way already; tells whether it was added.
     fn emit(&mut self, effect: Effect) -> bool {
-        let due = match effect.patience() {
-            Some(patience) => self.now.saturating_add(patience),
-            None => Millis(u64::MAX),
+        let proven = |id| {
+            let instance = self.world.instances.get(id);
+            instance.is_some_and(|i| i.phase.ready())
+        };
+        let due = match &effect {
+            Effect::Observe { id, .. } if proven(id) => Millis(u64::MAX),
+            _ => self.now.saturating_add(effect.patience()),
         };
         let key = effect.key();
-        let fresh = match self.world.under_way.get(&key) {
-            Some(lost) => *lost <= self.now,
-            None => true,
-        };
+        let fresh = !self.world.under_way.contains_key(&key);
         if fresh {
             self.world.under_way.insert(key, due);
             self.plan.effects.push(effect);
@@ -708,7 +732,9 @@ pub(crate) fn waits_for(
                         .services
                         .get(dependency)
                         .is_some_and(|r| !r.backends.is_empty());
-                    (ready as u32 >= batch(other) && reached, "to be healthy")
+                    // A job's health is that it has completed.
+                    let well = ready as u32 >= batch(other) && reached;
+                    (well || completed, "to be healthy")
                 }
                 Condition::CompletedSuccessfully => (completed, "to complete"),
             };

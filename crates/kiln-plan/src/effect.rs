@@ -151,6 +151,11 @@ pub enum Conclusion {
     },
     /// The environment is empty, as wanted.
     Down,
+    /// Taking everything down was given up: this release goes on.
+    Stayed {
+        release: ReleaseNumber,
+        cause: String,
+    },
     Failed {
         release: ReleaseNumber,
         cause: String,
@@ -176,15 +181,16 @@ pub struct ReportLine {
 
 impl Effect {
     /// How long it may take at most; then its outcome is taken for lost and it is
-    /// planned again. `None`: it goes on for as long as the instance does.
-    pub fn patience(&self) -> Option<Millis> {
+    /// planned again. Watching goes on for as long as the instance does, but something
+    /// must be heard of one that is not ready yet.
+    pub fn patience(&self) -> Millis {
         const CALL: Millis = Millis(120_000);
         match self {
-            Effect::EnsureNetworks(_) | Effect::Start { .. } | Effect::Remove { .. } => Some(CALL),
-            Effect::Route(_) | Effect::Conclude(_) => Some(Millis(30_000)),
-            Effect::Drain { limit, .. } => Some(limit.saturating_add(Millis(30_000))),
-            Effect::Stop { grace, .. } => Some(grace.saturating_add(CALL)),
-            Effect::Observe { .. } => None,
+            Effect::EnsureNetworks(_) | Effect::Start { .. } | Effect::Remove { .. } => CALL,
+            Effect::Route(_) | Effect::Conclude(_) => Millis(30_000),
+            Effect::Drain { limit, .. } => limit.saturating_add(Millis(30_000)),
+            Effect::Stop { grace, .. } => grace.saturating_add(CALL),
+            Effect::Observe { probe, .. } => probe.deadline.saturating_add(Millis(30_000)),
         }
     }
 }

@@ -132,9 +132,7 @@ fn service_route(
     let (new, old): (Vec<_>, Vec<_>) = ready
         .into_iter()
         .partition(|(_, i)| world.is_current(i, revision));
-    let handing_over = new.is_empty()
-        && is_exclusive(released)
-        && goal.is_some_and(|g| can_hand_over(world, g, name));
+    let handing_over = new.is_empty() && goal.is_some_and(|g| can_hand_over(world, g, name));
     let serving = match () {
         () if handing_over => Vec::new(),
         () if !open && !old.is_empty() => old,
@@ -167,11 +165,22 @@ fn chosen<'w>(
     let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
     let (surplus, new): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.index > replicas);
     let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));
-    let mut serving = well;
+    // Of two well copies with one number, the older is on its way out.
+    let mut serving = well.clone();
+    serving.retain(|(id, i)| {
+        let mut others = well.iter().filter(|(_, other)| other.index == i.index);
+        !others.any(|(other, _)| newer(other, id))
+    });
     let lacking = (replicas as usize).saturating_sub(serving.len());
     let others = surplus.into_iter().chain(old);
     serving.extend(others.filter(|(_, i)| !sick(i)).take(lacking));
     if serving.is_empty() { ill } else { serving }
+}
+
+/// Was made later: numbers in ids of one service only grow.
+pub(crate) fn newer(one: &InstanceId, other: &InstanceId) -> bool {
+    let age = |id: &InstanceId| (id.as_str().len(), id.to_string());
+    age(one) > age(other)
 }
 
 /// A handoff begins when the new copy could start but for the old one.
@@ -179,12 +188,11 @@ fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName) -> bool {
     let wants_new = world
         .of_service(name)
         .any(|(_, i)| !world.is_current(i, goal.revisions.get(name)) && i.phase.alive() && !i.job);
+    // The new release says whether copies may overlap; the old one may have had several.
     wants_new
-        && goal
-            .release
-            .services
-            .get(name)
-            .is_some_and(|released| waits_for(world, goal, released).is_none())
+        && goal.release.services.get(name).is_some_and(|released| {
+            is_exclusive(released) && waits_for(world, goal, released).is_none()
+        })
 }
 
 /// Callers wait when the service served before and a copy is coming.
