@@ -261,7 +261,11 @@ impl Sim {
             return;
         };
         let age = self.now - process.since;
-        let proven = process.proven.is_some();
+        // As kiln-daemon tells its prober.
+        let proven = self.keeper.as_ref().is_some_and(|k| {
+            let instance = k.world.instances.get(&id);
+            instance.is_some_and(|i| i.phase.ready())
+        });
         let behaviour = self.project.behaviour(&process.image);
         let life = self.life;
         let left = |at: u64| at.saturating_sub(age).max(1);
@@ -288,10 +292,6 @@ impl Sim {
                     let event = sick(&id);
                     self.after(left(after), Item::Observe(life, id, event));
                 }
-            }
-            _ if proven => {
-                let event = Event::Ready { id: id.clone() };
-                self.after(5, Item::Observe(life, id, event));
             }
             _ => {}
         }

@@ -86,6 +86,13 @@ fn state(sim: &Sim) -> Vec<String> {
             i.phase, i.health, i.release, i.index
         )
     }));
+    lines.extend(sim.outside.processes.iter().map(|(id, p)| {
+        let behaviour = sim.project.behaviour(&p.image);
+        format!(
+            "really: {id}: {:?}, {behaviour:?}, since {}",
+            p.run, p.since
+        )
+    }));
     lines.extend(world.attempts.iter().map(|a| format!("{a:?}")));
     lines.extend(sim.report.iter().cloned());
     lines.push(format!("under way {:?}", world.under_way));
