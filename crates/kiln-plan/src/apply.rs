@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
+use kiln_model::network::BridgeNetwork;
 use kiln_model::{InstanceId, Millis};
 
 use crate::effect::{Conclusion, EffectKey, Event};
@@ -15,13 +16,7 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Desired { goal, layout } => desire(world, goal, layout, now),
         Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
         Event::Found { instances } => found(world, instances, now),
-        Event::NetworksReady { networks } => {
-            // They may have been asked for before the layout changed.
-            if networks.iter().eq(world.layout.networks.values()) {
-                world.under_way.remove(&EffectKey::Networks);
-                world.networks_ready = true;
-            }
-        }
+        Event::NetworksReady { networks } => networks_ready(world, &networks),
         Event::Started { id } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
             with(world, &id, |i| {
@@ -93,6 +88,20 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
             world.concluding = None;
         }
         Event::Tick => {}
+    }
+}
+
+fn networks_ready(world: &mut World, networks: &[BridgeNetwork]) {
+    let down = world.goal == Goal::Nothing && world.rollout.is_none();
+    if down && world.concluding.is_none() {
+        // They came after everything had been taken down: they are taken down again.
+        world.concluding = Some(Conclusion::Down);
+        return;
+    }
+    // They may have been asked for before the layout changed.
+    if networks.iter().eq(world.layout.networks.values()) {
+        world.under_way.remove(&EffectKey::Networks);
+        world.networks_ready = true;
     }
 }
 

@@ -5,7 +5,7 @@ use kiln_model::instance::ExitStatus;
 use kiln_model::release::Outcome;
 use kiln_model::route::{RouteMode, RoutingTable};
 use kiln_model::{Generation, InstanceId};
-use kiln_plan::{Conclusion, Effect, EffectKey, Event, ProbePlan, is_exclusive};
+use kiln_plan::{Conclusion, Effect, EffectKey, Event, Goal, ProbePlan, is_exclusive};
 
 use super::laws::{Broken, Plant};
 use super::outside::{Process, Run};
@@ -61,9 +61,8 @@ impl Sim {
             Effect::Stop { id, .. } => {
                 // The signal was sent; nobody waits for what becomes of it.
                 let status = ExitStatus::Code(0);
-                match self.outside.processes.get(&id).is_some_and(|p| p.drained) {
-                    true => self.outside.end(&id, status, self.now),
-                    false => {}
+                if self.outside.processes.get(&id).is_some_and(|p| p.drained) {
+                    self.outside.end(&id, status, self.now);
                 }
                 Ok(())
             }
@@ -104,13 +103,25 @@ impl Sim {
             let cause = cause.into();
             return Ok(Event::StartFailed { id, cause });
         }
-        if !self.outside.processes.contains_key(&id) {
+        let before = self.outside.processes.get(&id).map(|p| p.run);
+        if let Some(Run::Exited { .. }) = before {
+            let cause = "it has ended".into();
+            return Ok(Event::StartFailed { id, cause });
+        }
+        if before != Some(Run::Running) {
             self.outside.start(&id, process)?;
             match behaviour {
                 Behaviour::Ends { after, .. } => self.after(after, Item::Ends(id.clone(), 1)),
                 Behaviour::Done { after, code } => self.after(after, Item::Ends(id.clone(), code)),
                 _ => {}
             }
+        }
+        if self.plant == Some(Plant::EagerReady) {
+            self.tell(10, Event::Ready { id: id.clone() });
+        }
+        if behaviour == Behaviour::HookFails {
+            let reason = "its hook failed".into();
+            return Ok(Event::Unhealthy { id, reason });
         }
         Ok(Event::Started { id })
     }
@@ -143,7 +154,8 @@ impl Sim {
     fn route(&mut self, table: RoutingTable) -> Result<Option<Event>, Broken> {
         // The table can't know of a wish that came after it.
         let wanted = self.wanted().intersection(&self.sent).cloned().collect();
-        if !self.outside.proxy_up || !self.outside.apply(&table, &wanted, self.now)? {
+        let followed = self.planted_proxy(table.clone());
+        if !self.outside.proxy_up || !self.outside.apply(&followed, &wanted, self.now)? {
             self.fail(EffectKey::Route);
             return Ok(None);
         }
@@ -152,8 +164,30 @@ impl Sim {
             let takes = self.rng.between(2, 60);
             self.after(takes, Item::Answer(number));
         }
-        let failed = None;
+        // A port of the release may have been taken by somebody else.
+        let failed = (self.restless && self.rng.permille(4)).then(|| "port in use".into());
         Ok(Some(Event::Routed { table, failed }))
+    }
+
+    /// What the proxy follows, who may have a bug, too.
+    fn planted_proxy(&self, mut table: RoutingTable) -> RoutingTable {
+        match (self.plant, &self.outside.table) {
+            (Some(Plant::StaleBackends), Some(old)) => {
+                for (name, route) in &mut table.services {
+                    let before = old.services.get(name).map_or(&[][..], |r| &r.backends);
+                    let stale = before.iter().filter(|b| !route.backends.contains(b));
+                    let stale: Vec<_> = stale.cloned().collect();
+                    route.backends.extend(stale);
+                }
+            }
+            (Some(Plant::OneFewer), _) => {
+                for route in table.services.values_mut().filter(|r| r.backends.len() > 1) {
+                    route.backends.pop();
+                }
+            }
+            _ => {}
+        }
+        table
     }
 
     pub(super) fn planted_table(&self, mut table: RoutingTable) -> RoutingTable {
@@ -161,7 +195,7 @@ impl Sim {
             Some(Plant::OldGeneration) if table.generation.0 > 3 => {
                 table.generation = Generation(2);
             }
-            Some(Plant::LoseBackends) if table.generation.0 > 3 => {
+            Some(Plant::LoseBackends) if table.generation.0.is_multiple_of(4) => {
                 if let Some(route) = table.services.values_mut().next_back() {
                     route.backends.clear();
                     route.mode = RouteMode::Serve;
@@ -220,7 +254,11 @@ impl Sim {
     fn stop(&mut self, id: InstanceId, _grace: u64) -> Result<Option<Event>, Broken> {
         let exclusive = self.outside.processes.get(&id).is_some_and(|p| p.exclusive);
         let status = ExitStatus::Code(0);
-        if exclusive && self.plant == Some(Plant::SecondWriter) {
+        let planted = match exclusive {
+            true => Plant::SecondWriter,
+            false => Plant::SayExited,
+        };
+        if self.plant == Some(planted) {
             return Ok(Some(Event::Exited { id, status }));
         }
         let wanted = self.wanted();
@@ -235,8 +273,11 @@ impl Sim {
     }
 
     fn remove(&mut self, id: InstanceId) -> Result<Option<Event>, Broken> {
-        if self.plant != Some(Plant::ForgetToRemove) {
-            self.outside.remove(&id)?;
+        let alive = self.outside.runs(&id);
+        match self.plant {
+            Some(Plant::ForgetToRemove) => {}
+            Some(Plant::SecondWriter) if alive => {}
+            _ => self.outside.remove(&id)?,
         }
         Ok(Some(Event::Removed { id }))
     }
@@ -283,6 +324,10 @@ impl Sim {
                 let event = Event::Ready { id: id.clone() };
                 self.after(ready(boot), Item::Observe(life, id, event));
             }
+            Behaviour::Done { .. } if !proven => {
+                let event = Event::Ready { id: id.clone() };
+                self.after(ready(0), Item::Observe(life, id, event));
+            }
             Behaviour::Sickens { after, boot } => {
                 if !proven {
                     let event = Event::Ready { id: id.clone() };
@@ -323,7 +368,18 @@ impl Sim {
         }
     }
 
-    pub(super) fn conclude(&mut self, conclusion: Conclusion) -> Option<Event> {
+    /// A rollout's end is recorded.
+    pub(super) fn conclude(&mut self, conclusion: Conclusion) -> Result<Option<Event>, Broken> {
+        let goal = self.keeper.as_ref().map(|k| k.world.goal);
+        match &conclusion {
+            Conclusion::Failed { release, .. } if goal == Some(Goal::Release(*release)) => {
+                Err(Broken::NotTurnedBack(release.0))
+            }
+            _ => Ok(self.record(conclusion)),
+        }
+    }
+
+    fn record(&mut self, conclusion: Conclusion) -> Option<Event> {
         let (number, outcome) = match conclusion {
             Conclusion::Down => {
                 self.begin(Effect::Conclude(conclusion));
@@ -337,6 +393,10 @@ impl Sim {
             self.fail(EffectKey::Conclude);
             return None;
         }
+        let outcome = match outcome {
+            Outcome::Failed { .. } if self.plant == Some(Plant::CallItProven) => Outcome::Proven,
+            outcome => outcome,
+        };
         match outcome {
             Outcome::Proven => self.summary.proven += 1,
             _ => self.summary.failed += 1,

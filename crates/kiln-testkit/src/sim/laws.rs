@@ -12,12 +12,22 @@ pub enum Broken {
     NotDrained(InstanceId),
     #[error("`{0}` was ended while traffic was still sent to it")]
     EndedWhileRouted(InstanceId),
+    #[error("`{0}` was removed while it ran")]
+    RemovedAlive(InstanceId),
     #[error("two instances of `{0}` wrote at once")]
     TwoWriters(ServiceName),
     #[error("a table of generation {now} was sent after one of {before}")]
     GenerationWentBack { before: u64, now: u64 },
-    #[error("a request to `{0}` was refused although it could have been answered")]
+    #[error("a request to `{0}` was lost in a replacement in which nothing went wrong")]
     RequestLost(ServiceName),
+    #[error("traffic was to go to `{0}`, which never proved itself")]
+    UnprovenServes(InstanceId),
+    #[error("traffic was to go to `{0}` after kiln had been told of its end")]
+    EndedServes(InstanceId),
+    #[error("release {0} was called proven although `{1}` in it can't serve")]
+    BadReleaseProven(u64, ServiceName),
+    #[error("release {0} has failed and is still wanted")]
+    NotTurnedBack(u64),
     #[error("`{0}` was started without being stored first")]
     NoIntent(InstanceId),
     #[error("left over when nothing was to be done any more: {0}")]
@@ -43,11 +53,13 @@ pub enum Plant {
     StopInsteadOfDrain,
     /// Says "exited" without ending an exclusive instance.
     SecondWriter,
-    /// Sends a table without the backends of its last service.
+    /// Says "exited" without ending any other.
+    SayExited,
+    /// Sends every fourth table without the backends of its last service.
     LoseBackends,
     /// Sends old generations.
     OldGeneration,
-    /// Says "removed" without removing.
+    /// Says "removed" without removing, and never finds what is left.
     ForgetToRemove,
     /// Serves where callers should be parked.
     NoParking,
@@ -57,4 +69,18 @@ pub enum Plant {
     ForgetOutcome,
     /// Says "stored" without storing.
     LyingDisk,
+    /// Says "ready" of what has only just begun.
+    EagerReady,
+    /// Never tells the planner's memory that an instance has ended.
+    SwallowEnd,
+    /// The proxy goes on using what was taken from its table.
+    StaleBackends,
+    /// The proxy uses one instance fewer than the table has.
+    OneFewer,
+    /// The proxy forgets callers who wait.
+    LoseParked,
+    /// Records failed releases as proven.
+    CallItProven,
+    /// The goal does not turn back when a release fails.
+    KeepFailed,
 }

@@ -7,6 +7,7 @@
 //! of the runs, with nothing. The laws ([`Broken`]) are looked at in the world outside,
 //! never in what kiln believes.
 
+mod chance;
 mod hands;
 mod laws;
 mod memory;
@@ -16,7 +17,7 @@ mod rng;
 mod run;
 
 use kiln_model::release::Outcome;
-use kiln_plan::Goal;
+use kiln_plan::{Goal, is_job};
 
 pub use laws::{Broken, Plant};
 pub use run::Summary;
@@ -106,16 +107,34 @@ fn whole(sim: &mut Sim) -> Result<(), Broken> {
     sim.restless = false;
     sim.disk.tear.set(None);
     sim.note(|| "==== faults stop".into());
-    rest(sim, "what was begun", |sim| rollout_over(sim))?;
+    rest(sim, "what was begun", rollout_over)?;
     sim.up(true)?;
     rest(sim, "a good release", settled)?;
     all_is_well(sim)?;
+    nothing_is_dropped(sim)?;
     if sim.rng.permille(500) {
         sim.down()?;
         rest(sim, "taking everything down", settled)?;
         nothing_is_left(&sim.outside)?;
     }
     recorded(sim)
+}
+
+/// From one good release to the next, with nothing going wrong.
+fn nothing_is_dropped(sim: &mut Sim) -> Result<(), Broken> {
+    let before = sim.wanted();
+    sim.outside.lost.clear();
+    sim.up(true)?;
+    rest(sim, "the next good release", settled)?;
+    all_is_well(sim)?;
+    let lost = sim.wanted().into_iter().find(|name| {
+        let some = sim.outside.lost.contains_key(name);
+        some && before.contains(name) && !sim.project.ends_well(name)
+    });
+    match lost {
+        Some(service) => Err(Broken::RequestLost(service)),
+        None => Ok(()),
+    }
 }
 
 fn rest(sim: &mut Sim, what: &str, over: fn(&Sim) -> bool) -> Result<(), Broken> {
@@ -171,10 +190,11 @@ fn all_is_well(sim: &Sim) -> Result<(), Broken> {
         return Ok(());
     };
     for name in sim.wanted() {
-        let replicas = release
-            .services
-            .get(&name)
-            .map_or(0, |s| s.service.replicas as usize);
+        let released = release.services.get(&name);
+        let replicas = released.map_or(0, |s| s.service.replicas as usize);
+        if sim.project.ends_well(&name) {
+            continue;
+        }
         let table = sim.outside.table.as_ref();
         let serving = table.and_then(|t| t.services.get(&name)).map_or(0, |r| {
             r.backends
@@ -213,6 +233,7 @@ fn recorded(sim: &Sim) -> Result<(), Broken> {
     if let Some((number, _)) = open {
         return Err(Broken::NotRecorded(number.0));
     }
+    none_was_called_proven_wrongly(sim)?;
     let proven = sim.keeper.as_ref().and_then(|k| k.world.proven);
     let goal = sim.keeper.as_ref().map(|k| k.world.goal);
     match goal {
@@ -221,4 +242,25 @@ fn recorded(sim: &Sim) -> Result<(), Broken> {
         }
         _ => Ok(()),
     }
+}
+
+fn none_was_called_proven_wrongly(sim: &Sim) -> Result<(), Broken> {
+    let proven = sim
+        .disk
+        .outcomes
+        .iter()
+        .filter(|(_, o)| **o == Outcome::Proven);
+    for (number, _) in proven {
+        let Some(release) = sim.disk.content(*number) else {
+            continue;
+        };
+        let hopeless = release.services.iter().find(|(name, s)| {
+            let job = is_job(release, name);
+            sim.project.behaviour(&s.image.digest).hopeless(job)
+        });
+        if let Some((name, _)) = hopeless {
+            return Err(Broken::BadReleaseProven(number.0, name.clone()));
+        }
+    }
+    Ok(())
 }

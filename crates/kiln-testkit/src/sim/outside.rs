@@ -79,6 +79,10 @@ pub struct Outside {
     /// What the proxy follows; it keeps it over its own restart.
     pub table: Option<RoutingTable>,
     highest_sent: u64,
+    /// Planted: callers who wait are forgotten when the table changes.
+    pub forgetful: bool,
+    /// Requests that nobody answered, by service.
+    pub lost: BTreeMap<ServiceName, u64>,
     pub requests: BTreeMap<u64, Request>,
     pub tally: Tally,
 }
@@ -117,6 +121,9 @@ impl Outside {
     /// # Errors
     /// When it would be a second writer.
     pub fn start(&mut self, id: &InstanceId, process: Process) -> Result<(), Broken> {
+        if self.runs(id) {
+            return Ok(());
+        }
         let second = process.exclusive
             && self.processes.iter().any(|(other, p)| {
                 other != id && p.exclusive && p.running() && p.service == process.service
@@ -124,7 +131,7 @@ impl Outside {
         if second {
             return Err(Broken::TwoWriters(process.service));
         }
-        self.processes.entry(id.clone()).or_insert(process);
+        self.processes.insert(id.clone(), process);
         Ok(())
     }
 
@@ -164,11 +171,17 @@ impl Outside {
                 ExitStatus::Unknown => Run::Dead,
                 status => Run::Exited { status, at: now },
             };
+            let service = process.service.clone();
             for request in std::mem::take(&mut process.in_flight) {
                 self.requests.remove(&request);
                 self.tally.broken_off += 1;
+                self.loses(&service);
             }
         }
+    }
+
+    fn loses(&mut self, service: &ServiceName) {
+        *self.lost.entry(service.clone()).or_default() += 1;
     }
 
     /// # Errors
@@ -176,7 +189,7 @@ impl Outside {
     pub fn remove(&mut self, id: &InstanceId) -> Result<(), Broken> {
         self.gone.insert(id.clone());
         if self.runs(id) {
-            return Err(Broken::EndedWhileRouted(id.clone()));
+            return Err(Broken::RemovedAlive(id.clone()));
         }
         self.processes.remove(id);
         Ok(())
@@ -221,10 +234,11 @@ impl Outside {
         Ok(true)
     }
 
-    /// Generations are given out in order: `Err` when one is not.
+    /// Kiln hands a table out.
     ///
     /// # Errors
-    /// When an earlier table had as high a generation.
+    /// When an earlier one had as high a generation, or it sends traffic to what never
+    /// proved itself.
     pub fn sent(&mut self, table: &RoutingTable) -> Result<(), Broken> {
         let now = table.generation.0;
         if now <= self.highest_sent {
@@ -232,6 +246,13 @@ impl Outside {
             return Err(Broken::GenerationWentBack { before, now });
         }
         self.highest_sent = now;
+        let backends = table.services.values().flat_map(|s| &s.backends);
+        for id in backends.map(|b| &b.instance) {
+            let process = self.processes.get(id);
+            if process.is_some_and(|p| p.proven.is_none()) {
+                return Err(Broken::UnprovenServes(id.clone()));
+            }
+        }
         Ok(())
     }
 
@@ -250,7 +271,12 @@ impl Outside {
                 .is_some_and(|r| r.backends.is_empty() && r.mode != RouteMode::Serve);
             if !waits {
                 self.requests.remove(&number);
-                self.dispatch(number, &service, now);
+                if self.forgetful {
+                    self.tally.refused += 1;
+                    self.loses(&service);
+                } else {
+                    self.dispatch(number, &service, now);
+                }
             }
         }
     }
@@ -269,6 +295,7 @@ impl Outside {
     fn dispatch(&mut self, number: u64, service: &ServiceName, now: u64) -> Option<u64> {
         let Some(route) = self.table.as_ref().and_then(|t| t.services.get(service)) else {
             self.tally.refused += 1;
+            self.loses(service);
             return None;
         };
         let best = route
@@ -293,6 +320,7 @@ impl Outside {
             }
             _ => {
                 self.tally.refused += 1;
+                self.loses(service);
                 return None;
             }
         };
@@ -317,15 +345,16 @@ impl Outside {
 
     /// Callers who have waited for as long as the table says.
     pub fn give_up_waiting(&mut self, now: u64) {
-        let over: Vec<u64> = self
+        let over: Vec<(u64, ServiceName)> = self
             .requests
             .iter()
             .filter(|(_, r)| matches!(r.held, Held::Parked { until } if until <= now))
-            .map(|(n, _)| *n)
+            .map(|(n, r)| (*n, r.service.clone()))
             .collect();
-        for number in over {
+        for (number, service) in over {
             self.requests.remove(&number);
             self.tally.park_ran_out += 1;
+            self.loses(&service);
         }
     }
 

@@ -19,6 +19,8 @@ pub enum Behaviour {
         boot: u64,
     },
     StartFails,
+    /// Its `post_start` hook fails.
+    HookFails,
     /// Ends with a failure this long after its start.
     Ends {
         after: u64,
@@ -38,6 +40,17 @@ pub enum Behaviour {
 }
 
 impl Behaviour {
+    /// It can never be proven.
+    pub fn hopeless(self, job: bool) -> bool {
+        match self {
+            Behaviour::StartFails | Behaviour::HookFails | Behaviour::NeverReady => true,
+            Behaviour::Ends { after, boot } => after < boot,
+            // A program without a port is taken for ready after a second.
+            Behaviour::Done { code, after } => code != 0 && (job || after < 900),
+            Behaviour::Good { .. } | Behaviour::Sickens { .. } => false,
+        }
+    }
+
     pub fn good(self) -> bool {
         matches!(
             self,
@@ -77,6 +90,12 @@ impl Project {
     pub fn behaviour(&self, image: &Digest) -> Behaviour {
         let unknown = Behaviour::Good { boot: 10 };
         self.behaviours.get(image).copied().unwrap_or(unknown)
+    }
+
+    /// It is no server: it does its work and may rest.
+    pub fn ends_well(&self, name: &ServiceName) -> bool {
+        let image = self.services.get(name).map(|s| s.image.digest);
+        image.is_some_and(|i| matches!(self.behaviour(&i), Behaviour::Done { code: 0, .. }))
     }
 
     pub fn release(&self) -> Result<Release, kiln_model::IdError> {
@@ -148,6 +167,9 @@ impl Project {
         self.services.remove(name);
         for other in self.services.values_mut() {
             other.service.depends_on.remove(name);
+            if other.service.network == NetworkMode::Service(name.clone()) {
+                other.service.network = self.blank.network.clone();
+            }
         }
     }
 
@@ -172,7 +194,13 @@ impl Project {
                 exec: false,
             });
         }
-        let others: Vec<ServiceName> = self.services.keys().cloned().collect();
+        let lasting = |s: &&ReleasedService| s.service.restart != RestartPolicy::No;
+        let others: Vec<ServiceName> = self
+            .services
+            .iter()
+            .filter(|(_, s)| lasting(s))
+            .map(|(n, _)| n.clone())
+            .collect();
         if rng.permille(400)
             && let Some(other) = rng.pick(&others)
         {
@@ -181,6 +209,17 @@ impl Project {
                 false => Condition::Started,
             };
             depend(&mut service, other, condition);
+            let how = service.depends_on.get_mut(other);
+            if let Some(how) = how.filter(|_| rng.permille(300)) {
+                how.restart = true;
+            }
+        }
+        if rng.permille(100)
+            && let Some(other) = rng.pick(&others)
+            && let Some(NetworkMode::Networks(_)) =
+                self.services.get(other).map(|s| &s.service.network)
+        {
+            service.network = NetworkMode::Service(other.clone());
         }
         let mut released = ReleasedService {
             service,
@@ -195,7 +234,14 @@ impl Project {
             files: BTreeMap::new(),
             mounted_images: BTreeMap::new(),
         };
-        settings(&mut released, rng);
+        if rng.permille(80) {
+            // It does something and ends.
+            released.listens.clear();
+            released.service.mounts.clear();
+        } else {
+            released.service.restart = RestartPolicy::Always;
+            settings(&mut released, rng);
+        }
         self.services.insert(name.clone(), released);
         self.new_image(rng, &name, true);
     }
@@ -227,6 +273,7 @@ impl Project {
         for other in first {
             if let Some(service) = self.services.get_mut(&other) {
                 service.service.depends_on.clear();
+                service.service.network = self.blank.network.clone();
             }
         }
         self.services.insert(name.clone(), job);
@@ -243,7 +290,9 @@ impl Project {
         service.image.tree = digest;
         let job = service.service.mode == ServiceMode::Job;
         let good = good || rng.permille(650);
-        self.behaviours.insert(digest, behaviour(rng, job, good));
+        // With no policy it is no server: it does something and ends.
+        let ends = job || service.service.restart == RestartPolicy::No;
+        self.behaviours.insert(digest, behaviour(rng, ends, good));
     }
 }
 
@@ -258,8 +307,9 @@ fn behaviour(rng: &mut Rng, job: bool, good: bool) -> Behaviour {
             code: i32::from(!good),
         },
         (false, true) => Behaviour::Good { boot },
-        (false, false) => match rng.below(5) {
+        (false, false) => match rng.below(6) {
             0 => Behaviour::StartFails,
+            5 => Behaviour::HookFails,
             1 => Behaviour::NeverReady,
             2 => Behaviour::Ends {
                 after: rng.between(1, 400),
@@ -289,7 +339,7 @@ fn depend(service: &mut Service, other: &ServiceName, condition: Condition) {
 /// What a file may say about how a service is kept and replaced.
 fn settings(released: &mut ReleasedService, rng: &mut Rng) {
     let service = &mut released.service;
-    if service.mode == ServiceMode::Job {
+    if service.mode == ServiceMode::Job || service.restart == RestartPolicy::No {
         return;
     }
     service.restart = match rng.below(4) {
@@ -313,7 +363,8 @@ fn settings(released: &mut ReleasedService, rng: &mut Rng) {
         }),
         false => HealthcheckSetting::Inherit,
     };
-    if service.mounts.is_empty() && rng.permille(50) {
+    let own = matches!(service.network, NetworkMode::Networks(_));
+    if own && service.mounts.is_empty() && rng.permille(50) {
         service.network = NetworkMode::Host;
     }
 }

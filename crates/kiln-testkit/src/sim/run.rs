@@ -3,15 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use kiln_model::network::BridgeNetwork;
-use kiln_model::{InstanceId, Millis, ServiceName};
-use kiln_plan::{
-    Effect, Event, Goal, Keeper, Layout, Plan, Refused, TRY_AGAIN, World, assign_service_addresses,
-    is_job,
-};
+use kiln_model::{InstanceId, Millis, RoutingTable, ServiceName};
+use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Plan, Refused, TRY_AGAIN, World, is_job};
 
 use super::laws::{Broken, Plant};
-use super::memory::{Disk, Tear};
+use super::memory::Disk;
 use super::outside::Outside;
 use super::project::Project;
 use super::rng::Rng;
@@ -92,6 +88,8 @@ pub(super) struct Sim {
     pub sent: BTreeSet<ServiceName>,
     /// What the last plan said.
     pub report: Vec<String>,
+    /// Instances of whose end this life of the daemon has been told.
+    told_ended: BTreeSet<InstanceId>,
 }
 
 impl Sim {
@@ -118,8 +116,10 @@ impl Sim {
             wake: None,
             sent: BTreeSet::new(),
             report: Vec::new(),
+            told_ended: BTreeSet::new(),
         };
         sim.outside.proxy_up = true;
+        sim.outside.forgetful = plant == Some(Plant::LoseParked);
         sim.disk.lies.set(plant == Some(Plant::LyingDisk));
         sim.after(0, Item::Command);
         sim.after(0, Item::Arrive);
@@ -168,11 +168,9 @@ impl Sim {
             Item::Act(life, effect) if life == self.life => self.act(effect)?,
             Item::Draining(life, id, until) if life == self.life => self.drain(id, until),
             Item::Observe(life, id, event) if life == self.life => self.observed(&id, event),
-            Item::Wake(life) if life == self.life => {
-                if self.wake.is_some_and(|at| at <= self.now) {
-                    self.wake = None;
-                    self.take(Event::Tick)?;
-                }
+            Item::Wake(life) if life == self.life && self.wake.is_some_and(|at| at <= self.now) => {
+                self.wake = None;
+                self.take(Event::Tick)?;
             }
             Item::LookAgain(life) if life == self.life => {
                 self.look()?;
@@ -225,6 +223,13 @@ impl Sim {
             };
             self.summary.steps += 1;
             let shown = brief(&event);
+            if let Event::Exited { id, .. } | Event::StartFailed { id, .. } = &event {
+                self.told_ended.insert(id.clone());
+            }
+            let event = match (self.plant, event) {
+                (Some(Plant::SwallowEnd), Event::Exited { .. }) => Event::Tick,
+                (_, event) => event,
+            };
             let taken = keeper.take(&self.disk, event, clock);
             self.note(|| shown);
             if self.disk.torn.take() {
@@ -232,6 +237,7 @@ impl Sim {
                 self.host_goes_down();
                 return Ok(());
             }
+            self.keep_failed_if_planted();
             next = match taken {
                 Ok(plan) => self.carry_out(plan)?,
                 Err(Refused::Unlawful { violation, plan }) => {
@@ -245,6 +251,15 @@ impl Sim {
             };
         }
         Ok(())
+    }
+
+    fn keep_failed_if_planted(&mut self) {
+        let world = self.keeper.as_mut().map(|k| &mut k.world);
+        if let (Some(Plant::KeepFailed), Some(world)) = (self.plant, world)
+            && let Some(Conclusion::Failed { release, .. }) = &world.concluding
+        {
+            world.goal = Goal::Release(*release);
+        }
     }
 
     fn wake_in(&mut self, ahead: u64) {
@@ -273,11 +288,12 @@ impl Sim {
                 other => format!("    → {other:?}").chars().take(200).collect(),
             });
             match effect {
-                Effect::Conclude(conclusion) => follows = self.conclude(conclusion),
+                Effect::Conclude(conclusion) => follows = self.conclude(conclusion)?,
                 Effect::Observe { id, probe } => self.watch(id, &probe),
                 Effect::Route(table) => {
                     let table = self.planted_table(table);
                     self.outside.sent(&table)?;
+                    self.none_has_ended(&table)?;
                     self.sent = self.wanted();
                     self.begin(Effect::Route(table));
                 }
@@ -288,6 +304,14 @@ impl Sim {
             }
         }
         Ok(follows)
+    }
+
+    fn none_has_ended(&self, table: &RoutingTable) -> Result<(), Broken> {
+        let mut backends = table.services.values().flat_map(|s| &s.backends);
+        match backends.find(|b| self.told_ended.contains(&b.instance)) {
+            Some(backend) => Err(Broken::EndedServes(backend.instance.clone())),
+            None => Ok(()),
+        }
     }
 
     /// A crash between an effect and its record must not make anybody forget it.
@@ -342,7 +366,7 @@ impl Sim {
             .outside
             .processes
             .keys()
-            .filter(|id| !known.contains(*id))
+            .filter(|id| !known.contains(*id) && self.plant != Some(Plant::ForgetToRemove))
             .cloned()
             .collect();
         for id in strays {
@@ -358,6 +382,7 @@ impl Sim {
         self.life += 1;
         self.keeper = None;
         self.wake = None;
+        self.told_ended.clear();
         // What was begun is finished by the kernel, or it never happens.
         let begun: Vec<(u64, u64)> = self
             .queue
@@ -422,185 +447,8 @@ impl Sim {
         }
     }
 
-    /// Somebody wants something.
-    fn command(&mut self) -> Result<(), Broken> {
-        if !self.restless {
-            return Ok(());
-        }
-        let gap = self.rng.between(200, 40_000);
-        self.after(gap, Item::Command);
-        let Some(keeper) = &self.keeper else {
-            return Ok(());
-        };
-        if keeper.world.rollout.is_some() {
-            if self.rng.permille(150) {
-                let why = "asked".into();
-                return self.take(Event::Abandoned { why });
-            }
-            return Ok(());
-        }
-        match self.rng.below(20) {
-            0 => self.down(),
-            1..=3 => self.rollback(),
-            4 => self.taint(),
-            _ => self.up(false),
-        }
-    }
-
-    pub fn down(&mut self) -> Result<(), Broken> {
-        let Some(keeper) = &self.keeper else {
-            return Ok(());
-        };
-        let layout = keeper.world.layout.clone();
-        self.take(Event::Desired {
-            goal: Goal::Nothing,
-            layout,
-        })
-    }
-
-    fn rollback(&mut self) -> Result<(), Broken> {
-        let proven: Vec<_> = self
-            .disk
-            .outcomes
-            .iter()
-            .filter(|(_, o)| **o == kiln_model::release::Outcome::Proven)
-            .map(|(n, _)| *n)
-            .collect();
-        let to = self.rng.pick(&proven).copied();
-        match to.and_then(|n| self.disk.content(n)).cloned() {
-            Some(release) => self.roll_out(release),
-            None => Ok(()),
-        }
-    }
-
-    fn taint(&mut self) -> Result<(), Broken> {
-        let ids: Vec<InstanceId> = self.outside.processes.keys().cloned().collect();
-        match self.rng.pick(&ids).cloned() {
-            Some(id) => self.take(Event::Tainted { id }),
-            None => Ok(()),
-        }
-    }
-
-    pub fn up(&mut self, good: bool) -> Result<(), Broken> {
-        if !self.disk.outcomes.is_empty() {
-            self.project.edit(&mut self.rng, good);
-        }
-        let release = self.project.release().map_err(simulator)?;
-        self.roll_out(release)
-    }
-
-    fn roll_out(&mut self, release: kiln_model::Release) -> Result<(), Broken> {
-        let Some(keeper) = &self.keeper else {
-            return Ok(());
-        };
-        let layout = lay_out(keeper.world.layout.clone(), &release).map_err(simulator)?;
-        if self.disk.full.get() {
-            return Ok(());
-        }
-        let number = self.disk.add_release(release);
-        self.summary.rollouts += 1;
-        self.note(|| format!("==== rolling out {number}"));
-        let goal = Goal::Release(number);
-        self.take(Event::Desired { goal, layout })?;
-        // What was not stored was not begun; kiln says so in the release's record.
-        let begun = self
-            .keeper
-            .as_ref()
-            .is_some_and(|k| k.world.goal == goal || k.world.rollout.is_some());
-        if !begun {
-            let cause = "not begun".into();
-            let outcome = kiln_model::release::Outcome::Failed { cause };
-            self.disk.outcomes.insert(number, outcome);
-        }
-        Ok(())
-    }
-
-    /// Something goes wrong.
-    fn fault(&mut self) -> Result<(), Broken> {
-        if !self.restless {
-            return Ok(());
-        }
-        let gap = self.rng.between(500, 40_000);
-        self.after(gap, Item::Fault);
-        self.summary.faults += 1;
-        match self.rng.below(10) {
-            0 | 1 if self.keeper.is_some() => {
-                self.note(|| "**** the daemon is killed".into());
-                self.crash();
-            }
-            2 if self.keeper.is_some() => {
-                let tear = match self.rng.permille(500) {
-                    true => Tear::Before,
-                    false => Tear::After,
-                };
-                self.disk.tear.set(Some(tear));
-            }
-            3 if self.keeper.is_some() => {
-                self.note(|| "**** the host is restarted".into());
-                self.host_goes_down();
-            }
-            4 if self.outside.proxy_up => {
-                self.note(|| "**** the proxy is killed".into());
-                self.outside.proxy_ends();
-                let delay = self.rng.between(20, 2_000);
-                self.after(delay, Item::ProxyStarts);
-            }
-            5 => {
-                self.note(|| "**** the disk is full".into());
-                self.disk.full.set(true);
-                let delay = self.rng.between(500, 30_000);
-                self.after(delay, Item::DiskFree);
-            }
-            6..=7 => {
-                let ids: Vec<InstanceId> = self.outside.processes.keys().cloned().collect();
-                if let Some(id) = self.rng.pick(&ids).cloned() {
-                    self.note(|| format!("**** {id} crashes"));
-                    self.ends(&id, 139);
-                }
-            }
-            _ => self.lie_about_health(),
-        }
-        Ok(())
-    }
-
-    /// A check that fails once or says nonsense.
-    fn lie_about_health(&mut self) {
-        let ids: Vec<InstanceId> = self.outside.processes.keys().cloned().collect();
-        let Some(id) = self.rng.pick(&ids).cloned() else {
-            return;
-        };
-        let event = match self.rng.below(3) {
-            0 => Event::Healthy { id },
-            _ => Event::Unhealthy {
-                id,
-                reason: "it flaps".into(),
-            },
-        };
-        self.tell(0, event);
-    }
-
     pub fn restless_until() -> u64 {
         1_000_000_000 + RESTLESS
-    }
-}
-
-fn lay_out(mut layout: Layout, release: &kiln_model::Release) -> Result<Layout, String> {
-    let name = "default"
-        .parse()
-        .map_err(|e: kiln_model::IdError| e.to_string())?;
-    let subnet = "10.9.0.0/20"
-        .parse()
-        .map_err(|e: kiln_model::network::SubnetError| e.to_string())?;
-    layout.networks.entry(name).or_insert(BridgeNetwork {
-        name: "shop_default".into(),
-        bridge: "kn0".into(),
-        subnet,
-        internal: false,
-        mtu: None,
-    });
-    match assign_service_addresses(&mut layout, release).pop() {
-        Some(problem) => Err(problem),
-        None => Ok(layout),
     }
 }
 
