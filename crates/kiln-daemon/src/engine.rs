@@ -578,7 +578,7 @@ impl Engine {
     /// Records how a rollout ended, then tells it.
     fn conclude(&mut self, conclusion: Conclusion) -> Option<Event> {
         let name = self.keeper.world.environment.clone();
-        let mut down = false;
+        let done = conclusion.clone();
         let (number, outcome, kind, text) = match conclusion {
             Conclusion::Proven { release } => (
                 Some(release),
@@ -592,25 +592,21 @@ impl Engine {
                 (None, Outcome::Proven, kind, text)
             }
             Conclusion::Down => {
-                down = true;
-                (
-                    None,
-                    Outcome::Proven,
-                    EventKind::Succeeded,
-                    "everything is down".to_owned(),
-                )
+                let text = "everything is down".to_owned();
+                (None, Outcome::Proven, EventKind::Succeeded, text)
             }
             Conclusion::Failed {
                 release,
                 cause,
                 instance,
+                back,
             } => {
                 let log = instance
                     .map(|id| log_tail::read(&self.shared.runtime, &id, SHOWN_LOG_LINES))
                     .unwrap_or_default();
-                let back = match self.keeper.world.goal {
-                    Goal::Release(n) => format!("release {n} serves"),
-                    Goal::Nothing => "nothing serves, as before".to_owned(),
+                let back = match back {
+                    Some(n) => format!("release {n} serves"),
+                    None => "nothing serves, as before".to_owned(),
                 };
                 let text = format!("release {release} failed: {cause}; {back}");
                 let outcome = Outcome::Failed { cause };
@@ -631,12 +627,12 @@ impl Engine {
         }
         self.shared.record("kiln", action, name.as_str(), &details);
         self.tell(None, None, kind, text);
-        if down {
+        if done.empties() {
             // It has ended when they are gone.
-            self.executor.forget_environment();
+            self.executor.forget_environment(done);
             return None;
         }
-        Some(Event::Concluded)
+        Some(Event::Concluded { conclusion: done })
     }
 
     pub(crate) fn warn(&self, text: String) {

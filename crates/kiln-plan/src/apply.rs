@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
-use kiln_model::network::BridgeNetwork;
 use kiln_model::{InstanceId, Millis};
 
 use crate::effect::{Conclusion, EffectKey, Event};
@@ -16,7 +15,12 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Desired { goal, layout } => desire(world, goal, layout, now),
         Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
         Event::Found { instances } => found(world, instances, now),
-        Event::NetworksReady { networks } => networks_ready(world, &networks),
+        Event::NetworksReady { wish } => {
+            if wish == world.networks_wish {
+                world.under_way.remove(&EffectKey::Networks);
+                world.networks_ready = true;
+            }
+        }
         Event::Started { id } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
             with(world, &id, |i| {
@@ -27,7 +31,7 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         }
         Event::StartFailed { id, cause } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
-            end(world, &id, ExitStatus::StartFailed, Some(cause), now);
+            start_failed(world, &id, cause, now);
         }
         Event::Ready { id } => with(world, &id, |i| {
             if matches!(i.phase, Phase::Warming { .. }) {
@@ -44,7 +48,7 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Exited { id, status } => {
             world.under_way.remove(&EffectKey::Stop(id.clone()));
             world.under_way.remove(&EffectKey::Observe(id.clone()));
-            end(world, &id, status, None, now);
+            end(world, &id, status, now);
         }
         Event::Routed { table, failed } => {
             // A late answer says nothing about the table in force.
@@ -83,25 +87,13 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
             world.networks_ready = false;
             world.routes_doubtful = true;
         }
-        Event::Concluded => {
-            world.under_way.remove(&EffectKey::Conclude);
-            world.concluding = None;
+        Event::Concluded { conclusion } => {
+            if world.concluding.as_ref() == Some(&conclusion) {
+                world.under_way.remove(&EffectKey::Conclude);
+                world.concluding = None;
+            }
         }
         Event::Tick => {}
-    }
-}
-
-fn networks_ready(world: &mut World, networks: &[BridgeNetwork]) {
-    let down = world.goal == Goal::Nothing && world.rollout.is_none();
-    if down && world.concluding.is_none() {
-        // They came after everything had been taken down: they are taken down again.
-        world.concluding = Some(Conclusion::Down);
-        return;
-    }
-    // They may have been asked for before the layout changed.
-    if networks.iter().eq(world.layout.networks.values()) {
-        world.under_way.remove(&EffectKey::Networks);
-        world.networks_ready = true;
     }
 }
 
@@ -117,6 +109,7 @@ pub(crate) fn conclude(world: &mut World, conclusion: Conclusion) {
     if world.goal == Goal::Nothing {
         // The caller takes the networks down with the environment.
         world.networks_ready = false;
+        world.networks_wish += 1;
     }
 }
 
@@ -167,7 +160,7 @@ fn found(world: &mut World, observed: Vec<Observed>, now: Millis) {
             // and hooks that may not have come to their end are run.
             (None | Some(ObservedState::Dead | ObservedState::Starting), Phase::Starting) => {}
             (Some(ObservedState::Exited { status, at }), phase) if phase.alive() => {
-                end(world, &id, status, None, at);
+                end(world, &id, status, at);
             }
             (None | Some(ObservedState::Dead | ObservedState::Starting), phase)
                 if phase.alive() =>
@@ -218,7 +211,19 @@ fn unhealthy(world: &mut World, id: &InstanceId, reason: String, now: Millis) {
     }
 }
 
-fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<String>, now: Millis) {
+/// Something of it may run all the same, from an earlier try: that is ended first.
+fn start_failed(world: &mut World, id: &InstanceId, cause: String, now: Millis) {
+    let Some(instance) = world.instances.get_mut(id) else {
+        return;
+    };
+    if instance.phase.rising() {
+        instance.phase = Phase::Stopping;
+        let instance = instance.clone();
+        count_failure(world, &instance, None, cause, now);
+    }
+}
+
+fn end(world: &mut World, id: &InstanceId, status: ExitStatus, now: Millis) {
     let Some(instance) = world.instances.get_mut(id) else {
         return;
     };
@@ -235,7 +240,7 @@ fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<Str
                 return;
             }
             if status != ExitStatus::Unknown {
-                let cause = cause.unwrap_or_else(|| format!("it {status}"));
+                let cause = format!("it {status}");
                 count_failure(world, &instance, ready_since, cause, now);
             }
         }

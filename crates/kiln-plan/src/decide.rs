@@ -11,7 +11,7 @@ use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
 use crate::probe::probe_plan;
 use crate::routes;
 use crate::service::{
-    backoff, batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
+    batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
 };
 use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, RolloutState, World};
 
@@ -122,12 +122,16 @@ impl<'a> Planner<'a> {
             return;
         };
         // The networks of what was taken down are still going.
-        if self.world.concluding == Some(Conclusion::Down) {
+        let concluding = self.world.concluding.as_ref();
+        if concluding.is_some_and(Conclusion::empties) {
             return;
         }
         if !self.world.networks_ready {
             let networks = self.world.layout.networks.values().cloned().collect();
-            self.emit(Effect::EnsureNetworks(networks));
+            let wish = self.world.networks_wish + 1;
+            if self.emit(Effect::EnsureNetworks { networks, wish }) {
+                self.world.networks_wish = wish;
+            }
         }
         for (name, released) in &goal.release.services {
             if is_job(&goal.release, name) {
@@ -230,8 +234,12 @@ impl<'a> Planner<'a> {
             self.report(Some(name), format!("waits: {blocked}"));
             return;
         }
-        if is_exclusive(released) && self.hand_over(name) {
-            return;
+        if is_exclusive(released) {
+            // Until another may be started, a sick copy is better than none.
+            let due = |p: &mut Self, index: &u32| p.attempts_left(name, *index).is_some();
+            if !missing.iter().any(|index| due(self, index)) || self.hand_over(name) {
+                return;
+            }
         }
         let mut room = self.room(goal, name, released);
         for index in missing {
@@ -273,7 +281,7 @@ impl<'a> Planner<'a> {
         let Some(attempt) = self.world.attempts.get(&(name.clone(), index)) else {
             return Some(());
         };
-        let at = attempt.last.saturating_add(backoff(attempt.failures));
+        let at = attempt.next();
         if at > self.now {
             self.wake_at(at);
             return None;
@@ -376,7 +384,7 @@ impl<'a> Planner<'a> {
     }
 
     fn route(&mut self) {
-        let table = routes::wanted(self.world, self.releases);
+        let table = routes::wanted(self.world, self.releases, self.now);
         let same = self.proxy_known()
             && self
                 .world
@@ -397,7 +405,7 @@ impl<'a> Planner<'a> {
     }
 
     fn retire_what_is_not_wanted(&mut self) {
-        let wanted = routes::wanted(self.world, self.releases);
+        let wanted = routes::wanted(self.world, self.releases, self.now);
         let open = routes::gate_open(self.world, self.releases);
         let unwanted: Vec<InstanceId> = self
             .world
@@ -477,19 +485,25 @@ impl<'a> Planner<'a> {
             && !better
     }
 
-    /// When services go for good, those that depend on others go first.
+    /// When services go for good, those that depend on others go first: as the release that
+    /// is left says. Instances may be of older ones, whose orders contradict each other.
     fn still_needed_by(&self, service: &ServiceName, retiring: &BTreeSet<ServiceName>) -> bool {
         let stays = self
             .goal()
             .is_some_and(|(_, g)| g.release.services.contains_key(service));
+        let left = self.world.rollout.as_ref().and_then(|r| r.from);
+        let left = left
+            .or(self.world.proven)
+            .and_then(|n| self.releases.get(n));
+        let depends = |other: &ServiceName| {
+            let released = left.and_then(|l| l.release.services.get(other));
+            released.is_some_and(|r| r.service.depends_on.contains_key(service))
+        };
         !stays
             && self.world.instances.values().any(|other| {
                 other.phase.alive()
                     && (retiring.contains(&other.service) || !other.phase.rising())
-                    && self
-                        .releases
-                        .service_of(other)
-                        .is_some_and(|r| r.service.depends_on.contains_key(service))
+                    && depends(&other.service)
             })
     }
 
@@ -586,6 +600,7 @@ impl<'a> Planner<'a> {
                     release,
                     cause,
                     instance,
+                    back: self.world.goal.release(),
                 }
             }
         };
@@ -613,7 +628,7 @@ impl<'a> Planner<'a> {
 
     /// Every service serves with as many copies as wanted, and the proxy knows.
     fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
-        let table = routes::wanted(self.world, self.releases);
+        let table = routes::wanted(self.world, self.releases, self.now);
         let routed = self.proxy_known()
             && self
                 .world

@@ -26,9 +26,9 @@ pub enum Event {
     Found {
         instances: Vec<Observed>,
     },
-    /// These networks stand.
+    /// The networks of this [`Effect::EnsureNetworks`] stand.
     NetworksReady {
-        networks: Vec<BridgeNetwork>,
+        wish: u64,
     },
     Started {
         id: InstanceId,
@@ -74,7 +74,9 @@ pub enum Event {
         id: InstanceId,
     },
     /// A rollout's end has been recorded.
-    Concluded,
+    Concluded {
+        conclusion: Conclusion,
+    },
     /// The proxy is another process than before: it must be told everything again.
     ProxyRestarted,
     /// Time has passed.
@@ -84,7 +86,11 @@ pub enum Event {
 /// One thing to do. Carrying one out twice does no harm.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    EnsureNetworks(Vec<BridgeNetwork>),
+    EnsureNetworks {
+        networks: Vec<BridgeNetwork>,
+        /// An answer to an earlier one says nothing: they may have gone since.
+        wish: u64,
+    },
     /// Start it and run its `post_start` hooks.
     Start {
         id: InstanceId,
@@ -116,7 +122,7 @@ pub enum Effect {
 impl Effect {
     pub fn key(&self) -> EffectKey {
         match self {
-            Effect::EnsureNetworks(_) => EffectKey::Networks,
+            Effect::EnsureNetworks { .. } => EffectKey::Networks,
             Effect::Start { id } => EffectKey::Start(id.clone()),
             Effect::Observe { id, .. } => EffectKey::Observe(id.clone()),
             Effect::Route(_) => EffectKey::Route,
@@ -160,7 +166,19 @@ pub enum Conclusion {
         release: ReleaseNumber,
         cause: String,
         instance: Option<InstanceId>,
+        /// What serves again; `None`: nothing did before.
+        back: Option<ReleaseNumber>,
     },
+}
+
+impl Conclusion {
+    /// Nothing is left that needs the environment's networks: they are to go.
+    pub fn empties(&self) -> bool {
+        matches!(
+            self,
+            Conclusion::Down | Conclusion::Failed { back: None, .. }
+        )
+    }
 }
 
 /// What to do now, and why.
@@ -186,7 +204,7 @@ impl Effect {
     pub fn patience(&self) -> Millis {
         const CALL: Millis = Millis(120_000);
         match self {
-            Effect::EnsureNetworks(_) | Effect::Start { .. } | Effect::Remove { .. } => CALL,
+            Effect::EnsureNetworks { .. } | Effect::Start { .. } | Effect::Remove { .. } => CALL,
             Effect::Route(_) | Effect::Conclude(_) => Millis(30_000),
             Effect::Drain { limit, .. } => limit.saturating_add(Millis(30_000)),
             Effect::Stop { grace, .. } => grace.saturating_add(CALL),

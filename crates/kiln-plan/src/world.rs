@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::effect::{Conclusion, EffectKey};
 use crate::revision;
+use crate::service::backoff;
 
 /// A release with what planning needs of it computed once.
 #[derive(Clone, Debug)]
@@ -96,6 +97,9 @@ pub struct World {
     pub counter: u64,
     /// Networks stand as the layout says.
     pub networks_ready: bool,
+    /// Counts what was wanted of them: only the answer to the latest is believed.
+    #[serde(default)]
+    pub networks_wish: u64,
     /// How the last rollout ended, until that is recorded.
     #[serde(default)]
     pub concluding: Option<Conclusion>,
@@ -235,6 +239,13 @@ pub struct Attempt {
     pub revision: Option<Digest>,
 }
 
+impl Attempt {
+    /// The next copy may be started then.
+    pub(crate) fn next(&self) -> Millis {
+        self.last.saturating_add(backoff(self.failures))
+    }
+}
+
 /// Addresses handed out in this environment; they outlive instances.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
@@ -273,6 +284,7 @@ impl World {
             ports_failed: None,
             counter: 0,
             networks_ready: false,
+            networks_wish: 0,
             concluding: None,
             under_way: BTreeMap::new(),
         }
@@ -304,6 +316,7 @@ impl World {
             ports_failed,
             counter,
             networks_ready,
+            networks_wish,
             concluding,
             under_way: _,
         } = self;
@@ -321,6 +334,7 @@ impl World {
             && *layout == other.layout
             && *ports_failed == other.ports_failed
             && *networks_ready == other.networks_ready
+            && *networks_wish == other.networks_wish
             && *environment == other.environment
     }
 

@@ -164,8 +164,8 @@ impl Outside {
         for effect in plan.effects {
             match effect {
                 Effect::Conclude(c) => {
-                    self.concluded.push(c);
-                    self.happened(Event::Concluded);
+                    self.concluded.push(c.clone());
+                    self.happened(Event::Concluded { conclusion: c });
                 }
                 other => self.pending.push(other),
             }
@@ -174,7 +174,7 @@ impl Outside {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::EnsureNetworks(networks) => self.happened(Event::NetworksReady { networks }),
+            Effect::EnsureNetworks { wish, .. } => self.happened(Event::NetworksReady { wish }),
             Effect::Start { id } => {
                 self.running.insert(id.clone());
                 self.started.push(id.clone());

@@ -17,7 +17,7 @@ const PAUSE: u64 = 1_000;
 
 impl Sim {
     /// Carries an effect out and tells what came of it.
-    pub(super) fn act(&mut self, effect: Effect) -> Result<(), Broken> {
+    pub(super) fn act(&mut self, effect: Effect, wish: u64) -> Result<(), Broken> {
         let key = effect.key();
         // It fails before or after it took effect.
         let fails = self.restless && self.rng.permille(10);
@@ -26,18 +26,24 @@ impl Sim {
             return Ok(());
         }
         let event = match effect {
-            Effect::EnsureNetworks(networks) => {
+            Effect::EnsureNetworks { .. } | Effect::Conclude(_)
+                if wish != self.outside.networks_wish =>
+            {
+                self.fail(key);
+                return Ok(());
+            }
+            Effect::EnsureNetworks { wish, .. } => {
                 self.outside.networks = true;
-                Some(Event::NetworksReady { networks })
+                Some(Event::NetworksReady { wish })
             }
             Effect::Start { id } => Some(self.start(id)?),
             Effect::Route(table) => self.route(table)?,
             Effect::Drain { id, limit } => self.begin_drain(id, limit.0)?,
             Effect::Stop { id, grace, .. } => self.stop(id, grace.0)?,
             Effect::Remove { id } => self.remove(id)?,
-            Effect::Conclude(_) => {
+            Effect::Conclude(conclusion) => {
                 self.outside.networks = false;
-                Some(Event::Concluded)
+                Some(Event::Concluded { conclusion })
             }
             Effect::Observe { .. } => None,
         };
@@ -380,12 +386,13 @@ impl Sim {
     }
 
     fn record(&mut self, conclusion: Conclusion) -> Option<Event> {
+        let done = conclusion.clone();
         let (number, outcome) = match conclusion {
             Conclusion::Down => {
                 self.begin(Effect::Conclude(conclusion));
                 return None;
             }
-            Conclusion::Stayed { .. } => return Some(Event::Concluded),
+            Conclusion::Stayed { .. } => return Some(Event::Concluded { conclusion }),
             Conclusion::Proven { release } => (release, Outcome::Proven),
             Conclusion::Failed { release, cause, .. } => (release, Outcome::Failed { cause }),
         };
@@ -404,6 +411,10 @@ impl Sim {
         if self.plant != Some(Plant::ForgetOutcome) {
             self.disk.outcomes.insert(number, outcome);
         }
-        Some(Event::Concluded)
+        if done.empties() {
+            self.begin(Effect::Conclude(done));
+            return None;
+        }
+        Some(Event::Concluded { conclusion: done })
     }
 }

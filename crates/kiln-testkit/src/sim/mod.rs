@@ -108,6 +108,10 @@ fn whole(sim: &mut Sim) -> Result<(), Broken> {
     sim.disk.tear.set(None);
     sim.note(|| "==== faults stop".into());
     rest(sim, "what was begun", rollout_over)?;
+    let nothing = sim.keeper.as_ref().map(|k| k.world.goal) == Some(Goal::Nothing);
+    if nothing {
+        nothing_is_left(&sim.outside)?;
+    }
     sim.up(true)?;
     rest(sim, "a good release", settled)?;
     all_is_well(sim)?;
@@ -157,10 +161,10 @@ fn rest(sim: &mut Sim, what: &str, over: fn(&Sim) -> bool) -> Result<(), Broken>
 fn rollout_over(sim: &Sim) -> bool {
     sim.outside.proxy_up
         && !sim.disk.full.get()
-        && sim
-            .keeper
-            .as_ref()
-            .is_some_and(|k| k.world.rollout.is_none() && k.world.concluding.is_none())
+        && sim.keeper.as_ref().is_some_and(|k| {
+            let emptied = k.world.goal != Goal::Nothing || k.world.instances.is_empty();
+            k.world.rollout.is_none() && k.world.concluding.is_none() && emptied
+        })
 }
 
 fn settled(sim: &Sim) -> bool {

@@ -75,6 +75,8 @@ pub struct Outside {
     /// Gone for good: a start that hung must not bring it back.
     pub gone: BTreeSet<InstanceId>,
     pub networks: bool,
+    /// The latest wish about them: what an earlier one hung for is refused.
+    pub networks_wish: u64,
     pub proxy_up: bool,
     /// What the proxy follows; it keeps it over its own restart.
     pub table: Option<RoutingTable>,

@@ -17,8 +17,8 @@ use super::rng::Rng;
 pub(super) enum Item {
     /// Reaches the loop of this life of the daemon.
     Tell(u32, Event),
-    /// An effect is carried out, and then told of.
-    Act(u32, Effect),
+    /// An effect is carried out, and then told of. Last: the wish about networks it is.
+    Act(u32, Effect, u64),
     /// A drain that goes on until this time.
     Draining(u32, InstanceId, u64),
     Wake(u32),
@@ -165,7 +165,7 @@ impl Sim {
     fn happen(&mut self, item: Item) -> Result<(), Broken> {
         match item {
             Item::Tell(life, event) if life == self.life => self.take(event)?,
-            Item::Act(life, effect) if life == self.life => self.act(effect)?,
+            Item::Act(life, effect, wish) if life == self.life => self.act(effect, wish)?,
             Item::Draining(life, id, until) if life == self.life => self.drain(id, until),
             Item::Observe(life, id, event) if life == self.life => self.observed(&id, event),
             Item::Wake(life) if life == self.life && self.wake.is_some_and(|at| at <= self.now) => {
@@ -332,7 +332,11 @@ impl Sim {
                 self.note(|| format!("    hangs for {delay} ms"));
             }
         }
-        self.after(delay, Item::Act(self.life, effect));
+        if matches!(effect, Effect::EnsureNetworks { .. } | Effect::Conclude(_)) {
+            self.outside.networks_wish += 1;
+        }
+        let wish = self.outside.networks_wish;
+        self.after(delay, Item::Act(self.life, effect, wish));
     }
 
     /// Services the goal wants, but for jobs: nobody may take them from traffic.
@@ -391,7 +395,7 @@ impl Sim {
             .map(|(at, _)| *at)
             .collect();
         for at in begun {
-            if let Some(Item::Act(_, effect)) = self.queue.remove(&at)
+            if let Some(Item::Act(_, effect, _)) = self.queue.remove(&at)
                 && self.rng.permille(400)
             {
                 self.half_done(effect);
