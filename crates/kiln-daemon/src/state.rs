@@ -295,6 +295,20 @@ impl State {
     }
 }
 
+impl kiln_plan::Memory for State {
+    fn save(&self, world: &World) -> Result<(), String> {
+        self.save_world(world).map_err(|e| e.to_string())
+    }
+
+    fn release(
+        &self,
+        environment: &EnvironmentName,
+        number: ReleaseNumber,
+    ) -> Result<Option<Release>, String> {
+        State::release(self, environment, number).map_err(|e| e.to_string())
+    }
+}
+
 const SCHEMA: &str = "
 BEGIN;
 CREATE TABLE environments (name TEXT PRIMARY KEY, world TEXT NOT NULL) STRICT;

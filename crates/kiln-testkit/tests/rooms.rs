@@ -48,7 +48,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "kiln-daemon",
         ],
     ),
-    ("kiln-testkit", &[]),
+    ("kiln-testkit", &["kiln-model", "kiln-plan"]),
     (
         "xtask",
         &["kiln-compose", "kiln-model", "kiln-runtime", "kiln-testkit"],
