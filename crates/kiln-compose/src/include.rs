@@ -59,36 +59,46 @@ pub(crate) fn apply(root: &mut Node, model: &Model<'_>, session: &mut Session<'_
     }
 }
 
-fn read_entry(item: &Node, model: &Model<'_>, session: &mut Session<'_>) -> Option<Entry> {
-    let wrong = |span: Span, what: String| Diagnostic::error(Code::Schema, span, what);
-    let (path, map) = match &item.value {
-        Value::Str(_) => (item, None),
+const KEYS: [&str; 3] = ["path", "env_file", "project_directory"];
+
+fn wrong(span: Span, what: String) -> Diagnostic {
+    Diagnostic::error(Code::Schema, span, what)
+}
+
+/// What the entry names, and the mapping that it is, unless it is but a path.
+fn form(item: &Node) -> Result<(&Node, Option<&Map>), Diagnostic> {
+    match &item.value {
+        Value::Str(_) => Ok((item, None)),
         Value::Map(map) => match map.get("path") {
-            Some(path) => (path, Some(map)),
+            Some(path) => Ok((path, Some(map))),
             None => {
-                let missing = wrong(item.span, "include: the key `path` is missing".into());
-                session.diagnostics.push(missing);
-                return None;
+                let what = "include: the key `path` is missing";
+                Err(wrong(item.span, what.into()))
             }
         },
-        _ => {
-            let form = wrong(
-                item.span,
-                format!(
-                    "include: each entry is a path or a mapping, not {}",
-                    item.kind()
-                ),
-            );
-            session.diagnostics.push(form);
+        _ => Err(wrong(
+            item.span,
+            format!(
+                "include: each entry is a path or a mapping, not {}",
+                item.kind()
+            ),
+        )),
+    }
+}
+
+fn read_entry(item: &Node, model: &Model<'_>, session: &mut Session<'_>) -> Option<Entry> {
+    let (path, map) = match form(item) {
+        Ok(said) => said,
+        Err(wrong) => {
+            session.diagnostics.push(wrong);
             return None;
         }
     };
     for (key, node) in map.into_iter().flatten() {
-        if !["path", "env_file", "project_directory"].contains(&key.as_str()) {
-            let known = ["path", "env_file", "project_directory"];
+        if !KEYS.contains(&key.as_str()) {
             session.diagnostics.push(
                 wrong(node.key, format!("unknown key `{key}` in include"))
-                    .maybe_hint(crate::diag::did_you_mean(key, known)),
+                    .maybe_hint(crate::diag::did_you_mean(key, KEYS)),
             );
         }
     }

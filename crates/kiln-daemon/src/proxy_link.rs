@@ -2,20 +2,29 @@
 //! of its own and outlives the daemon.
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use kiln_model::{InstanceId, Millis, RoutingTable};
 use kiln_proxy::Client;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
+use tokio::time::Instant;
 
 use crate::shared::ended;
 
 /// How long a new proxy may take to answer.
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// How often it is looked for until then.
+const START_LOOK: Duration = Duration::from_millis(20);
+/// What makes a new proxy take the place of the one that there is.
+const TAKE_OVER: &str = "--take-over";
+
+/// Tells how a proxy that this daemon started has ended.
+type Ended = oneshot::Receiver<std::io::Result<ExitStatus>>;
 
 pub struct ProxyLink {
     root: PathBuf,
@@ -46,23 +55,54 @@ impl ProxyLink {
         if let Ok(client) = Client::connect(&self.socket).await {
             return Ok(client);
         }
-        self.spawn()?;
-        let deadline = tokio::time::Instant::now() + START_LIMIT;
+        let ended = self.spawn(&[])?;
+        self.new_proxy(ended, None).await?;
+        let client = Client::connect(&self.socket).await;
+        client.map_err(|e| e.to_string())
+    }
+
+    /// Puts this program's proxy in the place of one that another program runs, which is
+    /// how a new kiln comes in: no listener or connection is closed. If it can't be done,
+    /// the proxy that there is goes on.
+    pub async fn renew(&self) -> Result<(), String> {
+        let _one = self.starting.lock().await;
+        let Some(old) = self.pid() else {
+            return Ok(());
+        };
+        let program = self.command.first().map(Path::new);
+        if program.is_none_or(|program| runs(old, program)) {
+            return Ok(());
+        }
+        let ended = self.spawn(&[TAKE_OVER])?;
+        let pid = self.new_proxy(ended, Some(old)).await?;
+        tracing::info!(old, new = pid, "this program's proxy has taken over");
+        Ok(())
+    }
+
+    /// Waits until another than the old proxy listens; which one.
+    async fn new_proxy(&self, mut ended: Ended, old: Option<u32>) -> Result<u32, String> {
+        let deadline = Instant::now() + START_LIMIT;
         loop {
-            match Client::connect(&self.socket).await {
-                Ok(client) => return Ok(client),
-                Err(error) if tokio::time::Instant::now() > deadline => {
-                    return Err(format!(
-                        "the proxy did not start: {error}; see {}",
-                        self.root.join("run/proxy.log").display()
-                    ));
-                }
-                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            if let Some(pid) = self.pid().filter(|pid| Some(*pid) != old) {
+                return Ok(pid);
             }
+            let why = match ended.try_recv() {
+                Ok(Ok(status)) => status.to_string(),
+                _ if Instant::now() > deadline => "it does not answer".to_owned(),
+                _ => {
+                    tokio::time::sleep(START_LOOK).await;
+                    continue;
+                }
+            };
+            let log = self.root.join("run/proxy.log");
+            return Err(format!(
+                "the proxy did not start: {why}; see {}",
+                log.display()
+            ));
         }
     }
 
-    fn spawn(&self) -> Result<(), String> {
+    fn spawn(&self, more: &[&str]) -> Result<Ended, String> {
         let log_path = self.root.join("run/proxy.log");
         let fail = |e: std::io::Error| format!("the proxy could not be started: {e}");
         let log = OpenOptions::new()
@@ -76,6 +116,7 @@ impl ProxyLink {
             .ok_or("the proxy's command is empty")?;
         let mut child = Command::new(program)
             .args(arguments)
+            .args(more)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -83,9 +124,10 @@ impl ProxyLink {
             .current_dir("/")
             .spawn()
             .map_err(fail)?;
-        // Only there to reap it should it end while this daemon lives.
-        std::thread::spawn(move || child.wait());
-        Ok(())
+        let (tell, ended) = oneshot::channel();
+        // Also there to reap it, should it end when nobody asks any more.
+        std::thread::spawn(move || tell.send(child.wait()));
+        Ok(ended)
     }
 
     /// Returns when the present proxy has ended, having started it if there was none.
@@ -142,4 +184,14 @@ impl ProxyLink {
             .map_err(|e| e.to_string())?;
         Ok(report.cut)
     }
+}
+
+/// Whether the process runs the program that is at this path now. What can't be told is
+/// taken for the same.
+pub fn runs(pid: u32, program: &Path) -> bool {
+    let runs = fs::metadata(format!("/proc/{pid}/exe"));
+    let (Ok(runs), Ok(program)) = (runs, fs::metadata(program)) else {
+        return true;
+    };
+    (runs.dev(), runs.ino()) == (program.dev(), program.ino())
 }

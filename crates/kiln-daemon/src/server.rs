@@ -75,6 +75,9 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     fs::set_permissions(&root, Permissions::from_mode(0o700)).map_err(io("securing", &root))?;
     let _lock = lock(&root)?;
     let shared = open(config)?;
+    if let Err(cause) = shared.proxy.renew().await {
+        tracing::warn!(%cause, "the proxy of an earlier kiln goes on");
+    }
     let socket = socket_path(&root);
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(io("listening on", &socket))?;

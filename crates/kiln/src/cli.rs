@@ -151,7 +151,11 @@ pub enum Command {
     },
     /// The proxy's process (internal)
     #[command(hide = true)]
-    Proxy,
+    Proxy {
+        /// Take the place of the one that there is
+        #[arg(long)]
+        take_over: bool,
+    },
 }
 
 /// Which project, and which environment.
@@ -519,6 +523,11 @@ pub enum DaemonCommand {
     Run,
     /// Stop the daemon; services go on serving
     Stop,
+    /// Put this kiln's daemon and proxy in the place of those that run, as after an update
+    ///
+    /// No connection is closed: the new proxy is given the sockets of the old one, which
+    /// lives on until its last connection has ended.
+    Restart,
     /// Say whether it runs
     Status,
     /// Install a systemd unit, so that services come back after a reboot

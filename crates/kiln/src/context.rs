@@ -19,8 +19,8 @@ use crate::cli::{AtArgs, Cli, ProjectArgs, ReadArgs};
 use crate::failure::{Failure, Kind, machine};
 use crate::project;
 
-/// How long a new daemon may take to answer.
-const DAEMON_START_LIMIT: Duration = Duration::from_secs(10);
+/// How long a new daemon may take to answer: longer than it gives a new proxy.
+const DAEMON_START_LIMIT: Duration = Duration::from_secs(15);
 
 pub struct Context {
     pub root: PathBuf,
@@ -95,7 +95,14 @@ impl Context {
 
     /// Starts the daemon unless one answers.
     pub async fn need_daemon(&self) -> Result<(), Failure> {
-        if self.client.daemon().await.is_ok() {
+        if let Ok(daemon) = self.client.daemon().await {
+            if !runs_this_program(daemon.pid) {
+                errln!(
+                    "note: the daemon (pid {}) runs another kiln than this one; `kiln daemon \
+                     restart` puts this one in its place, and no connection is closed",
+                    daemon.pid
+                );
+            }
             return Ok(());
         }
         self.need_root()?;
@@ -186,6 +193,11 @@ pub fn this_program(words: &[&str]) -> Result<Vec<OsString>, Failure> {
     Ok(std::iter::once(exe.into_os_string())
         .chain(words.iter().map(OsString::from))
         .collect())
+}
+
+/// Whether a process runs this very program; told apart only by who may look.
+pub fn runs_this_program(pid: u32) -> bool {
+    kiln_daemon::runs(pid, Path::new("/proc/self/exe"))
 }
 
 /// The login name of whoever asks: behind sudo, who called it.

@@ -10,7 +10,7 @@ use kiln_runtime::doctor::State;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::cli::{Cli, DaemonCommand};
-use crate::context::{Context, this_program};
+use crate::context::{Context, runs_this_program, this_program};
 use crate::failure::{Failure, Kind, machine};
 use crate::output;
 
@@ -19,6 +19,8 @@ const UNIT_PATH: &str = "/etc/systemd/system/kiln.service";
 /// What a daemon is given to end; it has nothing to wait for itself.
 const END_LIMIT: Duration = Duration::from_secs(10);
 const END_LOOK: Duration = Duration::from_millis(10);
+/// The unit's `RestartSec`, and what a new daemon may take to answer.
+const SUPERVISED_LIMIT: Duration = Duration::from_secs(20);
 
 pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Failure> {
     match command {
@@ -29,6 +31,7 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
             outln!("the daemon has stopped; services go on serving");
             Ok(())
         }
+        DaemonCommand::Restart => restart(context).await,
         DaemonCommand::Status => {
             let status = context.client.daemon().await?;
             if context.json {
@@ -52,6 +55,49 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
         }
         DaemonCommand::Install { print } => install(context, *print),
     }
+}
+
+/// Who supervises the daemon starts it; else this program does.
+async fn restart(context: &Context) -> Result<(), Failure> {
+    let before = context.client.daemon().await.ok();
+    if before.is_some() {
+        context.client.stop().await?;
+        ended(&context.root).await?;
+    }
+    let supervised = before.is_some_and(|daemon| daemon.supervised);
+    if supervised {
+        answers(context).await?;
+    } else {
+        context.need_daemon().await?;
+    }
+    let now = context.client.daemon().await?;
+    if supervised && !runs_this_program(now.pid) {
+        let text = "the daemon that systemd has started runs another kiln than this one";
+        return Err(Failure::new(Kind::Conflict, text)
+            .hint("`kiln daemon install` writes a unit for this one"));
+    }
+    outln!("the daemon runs as pid {}", now.pid);
+    match now.proxy_pid {
+        Some(pid) if !runs_this_program(pid) => Err(machine(format!(
+            "the proxy (pid {pid}) of the earlier kiln goes on; {} says why",
+            context.root.join("run/daemon.log").display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Waits for the daemon that systemd starts again.
+async fn answers(context: &Context) -> Result<(), Failure> {
+    let limit = Instant::now() + SUPERVISED_LIMIT;
+    while context.client.daemon().await.is_err() {
+        if Instant::now() >= limit {
+            return Err(
+                machine("systemd has not started the daemon again").hint("systemctl status kiln")
+            );
+        }
+        tokio::time::sleep(END_LOOK).await;
+    }
+    Ok(())
 }
 
 /// Waits until the daemon has let go of its root: a new one may be started then.
@@ -136,10 +182,13 @@ fn install(context: &Context, print: bool) -> Result<(), Failure> {
 }
 
 /// The proxy's process.
-pub fn proxy(context: &Context) -> Result<(), Failure> {
+pub fn proxy(context: &Context, take_over: bool) -> Result<(), Failure> {
     let _ = rustix::process::setsid();
     let run = context.root.join("run");
-    let config = kiln_proxy::ProxyConfig::new(run.join("proxy.sock"), run.join("proxy.json"));
+    let config = kiln_proxy::ProxyConfig {
+        take_over,
+        ..kiln_proxy::ProxyConfig::new(run.join("proxy.sock"), run.join("proxy.json"))
+    };
     kiln_proxy::run_blocking(config).map_err(machine)
 }
 

@@ -55,8 +55,8 @@ fn main() -> ExitCode {
 
 fn start(cli: &Cli) -> Result<ExitCode, Failure> {
     let context = Context::new(cli)?;
-    if let Command::Proxy = cli.command {
-        return machine::proxy(&context).map(|()| ExitCode::SUCCESS);
+    if let Command::Proxy { take_over } = cli.command {
+        return machine::proxy(&context, take_over).map(|()| ExitCode::SUCCESS);
     }
     let mut runtime = match cli.command {
         // They only read and print.
@@ -111,7 +111,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Completion { shell } => machine::completion(*shell),
         Command::Man { folder } => machine::man(folder)?,
         // Taken before: they are processes of their own kind.
-        Command::Shim { .. } | Command::Proxy => {}
+        Command::Shim { .. } | Command::Proxy { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }

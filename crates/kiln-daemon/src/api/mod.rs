@@ -130,11 +130,17 @@ async fn daemon(State(api): State<Api>) -> Json<DaemonStatus> {
     Json(DaemonStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
+        supervised: is_supervised(),
         root: api.shared.root.display().to_string(),
         since: api.shared.started.0,
         proxy_pid: api.shared.proxy.pid(),
         environments,
     })
+}
+
+/// systemd.exec(5): the process which systemd itself started.
+fn is_supervised() -> bool {
+    std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
 
 #[utoipa::path(post, path = "/v1/daemon/stop", responses((status = 200)))]

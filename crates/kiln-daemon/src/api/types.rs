@@ -15,6 +15,9 @@ use utoipa::ToSchema;
 pub struct DaemonStatus {
     pub version: String,
     pub pid: u32,
+    /// systemd started it, and starts it again when it ends.
+    #[serde(default)]
+    pub supervised: bool,
     /// KILN_ROOT.
     pub root: String,
     /// Milliseconds since the epoch.

@@ -17,4 +17,5 @@ mod load;
 mod looking;
 mod network;
 mod serving;
+mod upgrade;
 mod watch;

@@ -52,7 +52,12 @@ impl Kiln {
     }
 
     pub fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
+        self.command_of(Path::new(env!("CARGO_BIN_EXE_kiln")), words)
+    }
+
+    /// The same of another kiln.
+    pub fn command_of(&self, program: &Path, words: &[&str]) -> Command {
+        let mut command = Command::new(program);
         for (key, _) in std::env::vars_os() {
             let name = key.to_string_lossy();
             if name.starts_with("KILN_") || name.starts_with("COMPOSE_") {
