@@ -69,7 +69,10 @@ async fn exchange(load: &Load, sender: &mut SendRequest<Body>) -> Result<Answere
     let response = response.map_err(|_| Failure::NoAnswer)?;
     let answered = answered(&response);
     let body = response.into_body().collect().await;
-    body.map_err(|_| Failure::HalfAnswer)?;
+    let body = body.map_err(|_| Failure::HalfAnswer)?.to_bytes();
+    if load.echoed && answered.status < 400 && body != load.body {
+        return Err(Failure::Wrong);
+    }
     Ok(answered)
 }
 

@@ -29,6 +29,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
+pub use hyper::Method;
 pub use latency::Latency;
 pub use report::{Failure, Report};
 
@@ -51,6 +52,8 @@ pub struct Load {
     pub body: Vec<u8>,
     /// Send the body in chunks of this many bytes, without a length.
     pub chunked: Option<usize>,
+    /// The answer's body has to be the request's.
+    pub echoed: bool,
     /// For each request, from its moment to the last byte of its answer.
     pub timeout: Duration,
 }
@@ -83,6 +86,7 @@ impl Load {
             host: target.to_string(),
             body: Vec::new(),
             chunked: None,
+            echoed: false,
             timeout: Duration::from_secs(30),
         }
     }
@@ -99,6 +103,12 @@ impl Load {
     #[must_use]
     pub fn chunked(mut self, bytes: usize) -> Self {
         self.chunked = Some(bytes.max(1));
+        self
+    }
+
+    #[must_use]
+    pub fn echoed(mut self) -> Self {
+        self.echoed = true;
         self
     }
 

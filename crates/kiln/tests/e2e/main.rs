@@ -15,6 +15,7 @@ mod honour;
 mod input;
 mod load;
 mod looking;
+mod matrix;
 mod network;
 mod serving;
 mod upgrade;

@@ -3,6 +3,7 @@
 //!
 //! Nothing is started here but the binary under test. [`Kiln`] cleans up whatever happens.
 
+mod app;
 mod fixture;
 mod http;
 mod leftovers;
@@ -10,6 +11,7 @@ mod machine;
 mod process;
 mod project;
 
+pub use app::App;
 pub use fixture::{BUSYBOX, Page};
 pub use http::{Answer, get, request};
 pub use leftovers::leftovers;
