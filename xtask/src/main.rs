@@ -18,6 +18,7 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask test     install what the tests need (Debian, as root), then check and test everything
        cargo xtask bench    measure the release build, as a table; --runs N (default 20), --only NAME
+       cargo xtask soak     50 replacements under every kind of load, 500 requests a second (as root)
        cargo xtask simulate run kiln's loop against a made-up machine and its faults; --seeds N (default 1000), --seed FIRST (default 1)
        cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Some("test") if words.len() == 1 => test::run(),
         Some("advisories") if words.len() == 1 => test::advisories(),
         Some("bench") => bench(&words[1..]),
+        Some("soak") if words.len() == 1 => soak(),
         Some("simulate") => simulate(&words[1..]),
         _ => {
             eprintln!("{USAGE}");
@@ -52,6 +54,18 @@ fn bench(words: &[String]) -> ExitCode {
     again(&run.split(' ').collect::<Vec<_>>(), words)
 }
 
+/// The end-to-end tests' own soak at full length, with an optimised kiln.
+fn soak() -> ExitCode {
+    let build = "build --release --package kiln --example app";
+    let built = again(&build.split(' ').collect::<Vec<_>>(), &[]);
+    if built != ExitCode::SUCCESS {
+        return built;
+    }
+    let run = "test --release --package kiln --test e2e --config env.KILN_SOAK='full' \
+               soak:: -- --nocapture";
+    again(&run.split_whitespace().collect::<Vec<_>>(), &[])
+}
+
 #[cfg(feature = "simulate")]
 fn simulate(words: &[String]) -> ExitCode {
     simulate::run(words)
@@ -64,7 +78,6 @@ fn simulate(words: &[String]) -> ExitCode {
     again(&run.split(' ').collect::<Vec<_>>(), words)
 }
 
-#[cfg(not(all(feature = "bench", feature = "simulate")))]
 fn again(step: &[&str], words: &[String]) -> ExitCode {
     match cargo::cargo(step).args(words).status() {
         Ok(status) if status.success() => ExitCode::SUCCESS,

@@ -18,5 +18,6 @@ mod looking;
 mod matrix;
 mod network;
 mod serving;
+mod soak;
 mod upgrade;
 mod watch;

@@ -15,7 +15,7 @@ const THREE: &str = "    deploy: {replicas: 3}";
 /// The status of a close frame from a server that goes away (RFC 6455, 7.4.1).
 const GOING_AWAY: u16 = 1001;
 
-fn at(port: u16) -> SocketAddr {
+pub fn at(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 
