@@ -17,6 +17,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::api::error::ApiError;
 use crate::api::types::{EnvironmentStatus, EventKind, EventRecord, Explanation, ReleaseAnswer};
+use crate::crash;
 use crate::execute::Executor;
 use crate::narrate::outline_lines;
 use crate::shared::Shared;
@@ -131,6 +132,9 @@ fn look_again() -> Interval {
 
 impl Engine {
     async fn run(mut self) {
+        if let Err(error) = self.close_records() {
+            self.warn(format!("releases that were not begun: {}", error.message));
+        }
         self.adopt().await;
         for early in self.find_routes().await {
             self.handle(early).await;
@@ -177,6 +181,24 @@ impl Engine {
             }
         }
         early
+    }
+
+    /// A daemon may have ended between a release's record and its rollout: nobody ever
+    /// wanted it, and it says so.
+    fn close_records(&mut self) -> Result<(), ApiError> {
+        let world = &self.keeper.world;
+        let mut wanted = world.needed_releases();
+        wanted.extend(world.concluding.as_ref().and_then(Conclusion::release));
+        let name = world.environment.clone();
+        for record in self.records()? {
+            if record.outcome == Outcome::RollingOut && !wanted.contains(&record.number) {
+                let cause = "the daemon ended before it was begun".to_owned();
+                let outcome = Outcome::Failed { cause };
+                let closed = self.shared.state.set_outcome(&name, record.number, outcome);
+                closed.map_err(|e| ApiError::internal(e.to_string()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Finds out what the runtime really holds of this environment.
@@ -311,7 +333,11 @@ impl Engine {
         }
         for effect in plan.effects {
             match effect {
-                Effect::Conclude(conclusion) => follows = self.conclude(conclusion),
+                Effect::Conclude(conclusion) => {
+                    crash::point("before", "conclude");
+                    follows = self.conclude(conclusion);
+                    crash::point("after", "conclude");
+                }
                 Effect::Observe { id, probe } => {
                     let task = self.executor.observe(&self.keeper.world, id.clone(), probe);
                     if let Some(old) = self.observers.insert(id, task) {
@@ -366,14 +392,16 @@ impl Engine {
         let outline = probe.get(probe_number).map_or_else(Vec::new, |to| {
             outline_lines(kiln_plan::outline::outline(present.map(|(_, p)| p), to))
         });
+        // Who asks for what is under way already sees it through like who began it: so an
+        // answer that was lost may be asked for again.
         if let Some((number, prepared)) = present
             && prepared.digest == digest
-            && self.keeper.world.rollout.is_none()
+            && (self.keeper.world.rollout.is_none() || self.is_rolling_out(number))
         {
             return Ok(ReleaseAnswer {
                 number,
                 digest,
-                unchanged: true,
+                unchanged: self.keeper.world.rollout.is_none(),
                 after_event,
                 outline,
             });
@@ -399,10 +427,12 @@ impl Engine {
             by: by.clone(),
             outcome: Outcome::RollingOut,
         };
+        crash::point("before", "release");
         self.shared
             .state
             .add_release(&release, &record)
             .map_err(|e| ApiError::internal(e.to_string()))?;
+        crash::point("after", "release");
         self.audit_release(&by, &record);
         self.tell(
             None,
@@ -449,6 +479,13 @@ impl Engine {
                     .record(by, "rollback", &subject, &[digest, ("to", to.to_string())]);
             }
         }
+    }
+
+    fn is_rolling_out(&self, number: ReleaseNumber) -> bool {
+        self.keeper.world.rollout.as_ref().is_some_and(|rollout| {
+            rollout.to == Goal::Release(number)
+                && !matches!(rollout.state, RolloutState::Returning { .. })
+        })
     }
 
     fn refuse_second_rollout(&self) -> Result<(), ApiError> {

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 
 use crate::api::error::ApiError;
 use crate::api::types::{EventKind, EventRecord};
+use crate::crash;
 use crate::engine::Message;
 use crate::overtaken::Overtaken;
 use crate::shared::{Shared, blocking, ended};
@@ -122,7 +123,11 @@ impl Executor {
     ) {
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let event = match work.await {
+            let effect = crash::name(&key);
+            crash::point("before", effect);
+            let done = work.await;
+            crash::point("after", effect);
+            let event = match done {
                 Ok(event) => event,
                 Err(cause) => {
                     tokio::time::sleep(PAUSE).await;

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::types::EventRecord;
+use crate::crash;
 
 /// Older events are forgotten; the audit log keeps what matters.
 const KEPT_EVENTS: i64 = 10_000;
@@ -297,7 +298,10 @@ impl State {
 
 impl kiln_plan::Memory for State {
     fn save(&self, world: &World) -> Result<(), String> {
-        self.save_world(world).map_err(|e| e.to_string())
+        crash::point("before", "save");
+        let saved = self.save_world(world).map_err(|e| e.to_string());
+        crash::point("after", "save");
+        saved
     }
 
     fn release(

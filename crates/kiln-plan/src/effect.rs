@@ -172,6 +172,14 @@ pub enum Conclusion {
 }
 
 impl Conclusion {
+    /// The release whose rollout it ends.
+    pub fn release(&self) -> Option<ReleaseNumber> {
+        match self {
+            Conclusion::Proven { release } | Conclusion::Failed { release, .. } => Some(*release),
+            Conclusion::Down | Conclusion::Stayed { .. } => None,
+        }
+    }
+
     /// Nothing is left that needs the environment's networks: they are to go.
     pub fn empties(&self) -> bool {
         matches!(

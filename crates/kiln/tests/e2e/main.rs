@@ -11,6 +11,7 @@ mod common;
 mod crash;
 mod examples;
 mod failing;
+mod faults;
 mod honour;
 mod input;
 mod load;
