@@ -5,6 +5,7 @@
 //! failed step stays.
 
 mod agent;
+mod apt;
 pub mod layer;
 mod mounts;
 mod run;

@@ -81,6 +81,7 @@ impl Site<'_> {
                 dev: false,
             });
         }
+        spec.mounts.extend(self.apt(&before, &mut work)?);
         let mut made = Vec::new();
         let fixed = ["/dev", "/proc", "/sys"].map(str::to_owned);
         let targets = spec.mounts.iter().map(|m| m.target.clone()).chain(fixed);
