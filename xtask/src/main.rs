@@ -1,7 +1,7 @@
-//! Chores of the repository: `cargo xtask test`, `cargo xtask bench`, `cargo xtask advisories`.
+//! Chores of the repository: `cargo xtask test`, `bench`, `simulate`, `advisories`.
 //!
-//! `test` is built without any dependency, so that it starts at once; `bench` starts this
-//! program again with its own feature, optimised.
+//! `test` is built without any dependency, so that it starts at once; `bench` and `simulate`
+//! start this program again with a feature of their own.
 
 mod cargo;
 mod debian;
@@ -10,12 +10,15 @@ mod test;
 
 #[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "simulate")]
+mod simulate;
 
 use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: cargo xtask test     install what the tests need (Debian, as root), then check and test everything
        cargo xtask bench    measure the release build, as a table; --runs N (default 20), --only NAME
+       cargo xtask simulate run kiln's loop against a made-up machine and its faults; --seeds N (default 1000), --seed FIRST (default 1)
        cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";
 
 fn main() -> ExitCode {
@@ -24,6 +27,7 @@ fn main() -> ExitCode {
         Some("test") if words.len() == 1 => test::run(),
         Some("advisories") if words.len() == 1 => test::advisories(),
         Some("bench") => bench(&words[1..]),
+        Some("simulate") => simulate(&words[1..]),
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(2)
@@ -39,33 +43,35 @@ fn bench(words: &[String]) -> ExitCode {
 /// Builds kiln and this program, optimised, and starts the latter.
 #[cfg(not(feature = "bench"))]
 fn bench(words: &[String]) -> ExitCode {
-    let steps: [&[&str]; 2] = [
-        &["build", "--release", "--package", "kiln"],
-        &[
-            "run",
-            "--quiet",
-            "--release",
-            "--package",
-            "xtask",
-            "--features",
-            "bench",
-            "--",
-            "bench",
-        ],
-    ];
-    for (at, step) in steps.iter().enumerate() {
-        let mut command = cargo::cargo(step);
-        if at == 1 {
-            command.args(words);
-        }
-        match command.status() {
-            Ok(status) if status.success() => {}
-            Ok(_) => return ExitCode::FAILURE,
-            Err(error) => {
-                eprintln!("cargo: {error}");
-                return ExitCode::FAILURE;
-            }
+    let build: &[&str] = &["build", "--release", "--package", "kiln"];
+    let built = again(build, &[]);
+    if built != ExitCode::SUCCESS {
+        return built;
+    }
+    let run = "run --quiet --release --package xtask --features bench -- bench";
+    again(&run.split(' ').collect::<Vec<_>>(), words)
+}
+
+#[cfg(feature = "simulate")]
+fn simulate(words: &[String]) -> ExitCode {
+    simulate::run(words)
+}
+
+/// The simulator's crates are optimised in the ordinary profile, too.
+#[cfg(not(feature = "simulate"))]
+fn simulate(words: &[String]) -> ExitCode {
+    let run = "run --quiet --package xtask --features simulate -- simulate";
+    again(&run.split(' ').collect::<Vec<_>>(), words)
+}
+
+#[cfg(not(all(feature = "bench", feature = "simulate")))]
+fn again(step: &[&str], words: &[String]) -> ExitCode {
+    match cargo::cargo(step).args(words).status() {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo: {error}");
+            ExitCode::FAILURE
         }
     }
-    ExitCode::SUCCESS
 }

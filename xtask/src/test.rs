@@ -186,8 +186,9 @@ fn deny(tally: &mut Tally) {
             return;
         }
     }
-    let rules = ["--all-features", "check", "bans", "licenses", "sources"];
-    check(tally, "cargo deny", &mut cargo_deny(&rules));
+    let mut rules = cargo_deny(&["--all-features", "check", "--hide-inclusion-graph"]);
+    rules.args(["bans", "licenses", "sources"]);
+    check(tally, "cargo deny", &mut rules);
 }
 
 /// Are there known holes in what kiln is made of? Needs the advisory database's host.

@@ -5,14 +5,18 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use kiln_build::build::BuildRequest;
+use kiln_build::build::{BuildRequest, Synced};
+use kiln_build::context::Context;
+use kiln_build::context::changes::changes;
 use kiln_build::test::{Outcome, TestRequest, Tester};
 use kiln_model::instance::{InstanceLimits, InstanceSecurity};
 use kiln_model::spec::{Check, HealthTest, Healthcheck};
 use kiln_model::{Digest, Millis};
+use kiln_store::tree::Kind;
 use world::{busybox, context, sandboxes, world};
 
 const FILES: [(&str, &str); 4] = [("a", "1"), ("d/b", "2"), ("d/c/e", "3"), ("x.log", "no")];
@@ -86,6 +90,122 @@ fn only_what_is_needed_is_built_and_read() {
     assert!(told.contains("/x.log: not found"), "{told}");
     let told = world.build(folder.path(), "FROM nope\nRUN x").unwrap_err();
     assert!(told.contains("image nope is not there"), "{told}");
+}
+
+/// The paths that `sync` puts over an image made of `COPY src /app`.
+const SRC: [(&str, &str); 4] = [
+    ("src/kept", "1"),
+    ("src/edited", "1"),
+    ("src/gone/x", "1"),
+    ("src/turns/y", "1"),
+];
+
+fn look(folder: &Path) -> Context {
+    let seen = Context::look(folder, &|path| path.ends_with('~'), false).unwrap();
+    seen.unwrap()
+}
+
+/// A base, its tree with the changes of a developer's minute over it, and what syncing the
+/// same again gives.
+fn synced(world: &world::World, folder: &Path) -> (Digest, Digest, Digest) {
+    let base = world.build(
+        folder,
+        "FROM scratch\nCOPY src /app\nCOPY src/kept /app/own/made",
+    );
+    let (base, src) = (base.unwrap(), folder.join("src"));
+    let before = look(&src);
+    fs::write(src.join("edited"), "2").unwrap();
+    fs::remove_dir_all(src.join("gone")).unwrap();
+    fs::remove_dir_all(src.join("turns")).unwrap();
+    fs::write(src.join("turns"), "a file now").unwrap();
+    fs::create_dir_all(src.join("new/empty")).unwrap();
+    fs::write(src.join("edited~"), "an editor's").unwrap();
+    std::os::unix::fs::symlink("kept", src.join("link")).unwrap();
+    let after = look(&src);
+    let paths = changes(Some(&before), Some(&after));
+    let part = Synced {
+        context: Some(&after),
+        paths: &paths,
+        target: "/app",
+    };
+    let once = world.builder.sync("app", &base, &[part], 0).unwrap();
+    let again = world.builder.sync("app", &once, &[part], 0).unwrap();
+    (base, once, again)
+}
+
+#[test]
+fn synced_files_are_one_more_layer_over_an_image_that_is_not_built_again() {
+    let (one, two) = (world(), world());
+    let folders = [context(&SRC), context(&SRC)];
+    let (base, digest, again) = synced(&one, folders[0].path());
+    assert_eq!(again, digest, "what is there already is no layer");
+    assert_eq!(synced(&two, folders[1].path()).1, digest, "another root");
+    let image = |digest| one.builder.store.image(digest).unwrap().unwrap();
+    assert_eq!(
+        image(&digest).layers[..image(&base).layers.len()],
+        image(&base).layers[..]
+    );
+    assert_eq!(image(&digest).layers.len(), image(&base).layers.len() + 1);
+    let tree = one.tree(&digest);
+    for (path, text) in [
+        ("app/edited", "2"),
+        ("app/turns", "a file now"),
+        ("app/kept", "1"),
+    ] {
+        assert_eq!(one.text(&digest, path), text);
+    }
+    assert_eq!(
+        one.text(&digest, "app/own/made"),
+        "1",
+        "what only the image has stays"
+    );
+    assert!(tree.get("app/new/empty").is_some_and(|node| node.is_dir()));
+    assert!(matches!(
+        &tree.get("app/link").unwrap().kind,
+        Kind::Symlink { .. }
+    ));
+    for gone in ["app/gone", "app/gone/x", "app/turns/y", "app/edited~"] {
+        assert!(tree.get(gone).is_none(), "{gone}");
+    }
+    let meta = &tree.get("app/edited").unwrap().meta;
+    assert_eq!((meta.uid, meta.mtime.seconds), (0, 0));
+}
+
+#[test]
+fn a_synced_file_may_be_any_path_of_the_image_and_its_digest_is_of_its_content() {
+    let (world, folder) = (world(), context(&[("a", "1")]));
+    let base = world
+        .build(folder.path(), "FROM scratch\nCOPY a /a")
+        .unwrap();
+    let file = folder.path().join("a");
+    let (seen, paths) = (look(&file), look(&file).paths());
+    let part = |target| Synced {
+        context: Some(&seen),
+        paths: &paths,
+        target,
+    };
+    let digest = world
+        .builder
+        .sync("app", &base, &[part("/etc/deep/name")], 0);
+    assert_eq!(world.text(&digest.unwrap(), "etc/deep/name"), "1");
+    let before = world.builder.digest_of(&[part("/a")]).unwrap();
+    fs::write(&file, "1").unwrap();
+    let (touched, gone) = (look(&file), None);
+    let of = |context| {
+        let part = Synced {
+            context,
+            ..part("/a")
+        };
+        world.builder.digest_of(&[part]).unwrap()
+    };
+    assert_eq!(of(Some(&touched)), before, "only touched");
+    assert_ne!(of(gone), before);
+    let part = Synced {
+        context: gone,
+        ..part("/a")
+    };
+    let without = world.builder.sync("app", &base, &[part], 0).unwrap();
+    assert!(world.tree(&without).get("a").is_none());
 }
 
 #[test]

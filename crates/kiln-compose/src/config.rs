@@ -52,8 +52,25 @@ impl Project {
     pub fn to_config_yaml(&self) -> String {
         let mut json = self.model(true);
         drop_empty(&mut json);
+        whole_ulimits(&mut json);
         output::escape_dollars(&mut json);
         output::to_yaml(&json)
+    }
+}
+
+/// Go's JSON leaves zeros out of a pair of limits; its YAML does not.
+fn whole_ulimits(json: &mut Json) {
+    let services = json.get_mut("services").and_then(Json::as_object_mut);
+    for service in services.into_iter().flatten().map(|(_, service)| service) {
+        for place in ["/ulimits", "/build/ulimits"] {
+            let limits = service.pointer_mut(place).and_then(Json::as_object_mut);
+            for pair in limits.into_iter().flatten().map(|(_, pair)| pair) {
+                if let Some(said) = pair.as_object() {
+                    let of = |key: &str| said.get(key).cloned().unwrap_or_else(|| 0.into());
+                    *pair = serde_json::json!({"soft": of("soft"), "hard": of("hard")});
+                }
+            }
+        }
     }
 }
 

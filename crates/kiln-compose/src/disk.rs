@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::dotenv::{self, Variables};
 use crate::interpolate::Environment;
@@ -25,6 +26,8 @@ pub const OVERRIDE_NAMES: [&str; 4] = [
     "docker-compose.override.yaml",
     "docker-compose.override.yml",
 ];
+/// As a file: what comes on standard input.
+const STDIN: &str = "-";
 /// No file is read beyond this.
 pub const MAX_READ_BYTES: u64 = 16 << 20;
 
@@ -66,11 +69,27 @@ impl DiskOptions {
 
 /// Reads a file, up to [`MAX_READ_BYTES`].
 pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    use std::io::Read as _;
     let file = std::fs::File::open(path)?;
     if file.metadata()?.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());
     }
+    read_bounded(file)
+}
+
+/// It ends but once: whoever asks again gets the same.
+fn read_stdin() -> io::Result<Vec<u8>> {
+    static READ: Mutex<Option<Vec<u8>>> = Mutex::new(None);
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(bytes) = &*read {
+        return Ok(bytes.clone());
+    }
+    let bytes = read_bounded(io::stdin().lock())?;
+    *read = Some(bytes.clone());
+    Ok(bytes)
+}
+
+fn read_bounded(file: impl io::Read) -> io::Result<Vec<u8>> {
+    use std::io::Read as _;
     let mut bytes = vec![];
     file.take(MAX_READ_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_READ_BYTES {
@@ -84,17 +103,40 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
 
 /// Finds, reads and lowers a project.
 pub fn load_from_disk(options: &DiskOptions) -> Result<Loaded, LoadError> {
-    load(&prepare(options)?, &read_file)
+    let prepared = prepare(options)?;
+    load(&prepared, &|path: &Path| read(options, &prepared, path))
 }
 
 /// Finds, reads and resolves a project: for printing it.
 pub fn resolve_from_disk(options: &DiskOptions) -> Result<Resolved, LoadError> {
-    resolve(&prepare(options)?, &read_file)
+    let prepared = prepare(options)?;
+    resolve(&prepared, &|path: &Path| read(options, &prepared, path))
+}
+
+/// `-f -` is a file of this name beside the others, whose content is standard input.
+fn read(options: &DiskOptions, prepared: &LoadOptions, path: &Path) -> io::Result<Vec<u8>> {
+    let named = options.files.iter().zip(&prepared.files);
+    match named
+        .into_iter()
+        .any(|(said, file)| said.as_os_str() == STDIN && file == path)
+    {
+        true => read_stdin(),
+        false => read_file(path),
+    }
 }
 
 /// Finds the files and the environment of a project.
 pub fn prepare(options: &DiskOptions) -> Result<LoadOptions, LoadError> {
     let start = absolute(&options.folder)?;
+    if !start.exists() {
+        return Err(LoadError::usage(format!("there is no {}", start.display())));
+    }
+    if let Some(remote) = options.files.iter().find(|file| is_remote(file)) {
+        return Err(LoadError::usage(format!(
+            "`{}`: kiln fetches no compose files; copy it into the project",
+            remote.display()
+        )));
+    }
     let (start, named) = if start.is_file() {
         (paths::parent(&start), vec![start])
     } else {
@@ -106,10 +148,11 @@ pub fn prepare(options: &DiskOptions) -> Result<LoadOptions, LoadError> {
         (start, named)
     };
     let mut environment = options.environment.clone();
-    let explicit = !options.env_files.is_empty();
+    let env_files = env_files(options);
+    let explicit = !env_files.is_empty();
     if explicit {
         let mut found = Variables::new();
-        for file in &options.env_files {
+        for file in &env_files {
             read_env(&join(&start, file), &environment, &mut found, true)?;
         }
         add(&mut environment, found);
@@ -144,6 +187,24 @@ pub fn prepare(options: &DiskOptions) -> Result<LoadOptions, LoadError> {
         skip: options.skip,
         allow_ignored: options.allow_ignored.clone(),
     })
+}
+
+/// `--env-file`, or else COMPOSE_ENV_FILES.
+fn env_files(options: &DiskOptions) -> Vec<PathBuf> {
+    if !options.env_files.is_empty() {
+        return options.env_files.clone();
+    }
+    let said = options.environment.get("COMPOSE_ENV_FILES");
+    let names = said.map_or("", String::as_str).split(',').map(str::trim);
+    names
+        .filter(|name| !name.is_empty())
+        .map(PathBuf::from)
+        .collect()
+}
+
+fn is_remote(file: &Path) -> bool {
+    let text = file.to_string_lossy();
+    text.contains("://") || text.starts_with("git@")
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, LoadError> {

@@ -26,7 +26,6 @@ const REAL_TIME: &str = "control groups of today have no real-time CPU time; use
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
 const ALL_OR_NOTHING: &str =
     "every new instance must prove itself, or the release that serves stays";
-const WATCH: &str = "it only concerns watching for changes during development";
 const NO_DRIVER: &str =
     "kiln reads configs and secrets from files, the environment or its own store";
 
@@ -39,7 +38,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         "services.*.provider",
         Refused("kiln starts no provider programs; take the service out, or give it an image"),
     ),
-    ("services.*.develop", Note(WATCH)),
     (
         "services.*.attach",
         Note("it only says whose output a terminal shows"),
@@ -218,6 +216,7 @@ pub const LIMITS: &[(&str, &str)] = &[
     ("services.*.build.context", "folders only"),
     ("services.*.build.network", "host, none or the default"),
     ("services.*.deploy.endpoint_mode", "vip only"),
+    ("services.*.develop.watch.[].action", WATCHED),
     ("services.*.expose", "tcp and udp"),
     ("services.*.ipc", SHARED),
     ("services.*.logging.driver", "json-file, local or none"),
@@ -251,6 +250,7 @@ pub const LIMITS: &[(&str, &str)] = &[
     ),
 ];
 
+const WATCHED: &str = "by `kiln watch`; each is a new release, so sync is sync+restart";
 const SHARED: &str = "host, private or service:NAME";
 
 /// Refusals that cannot be ignored: nothing could be put in the place of what is said.

@@ -402,17 +402,63 @@ pub struct Binder<'a> {
     pub extensions: bool,
 }
 
+/// Where in the model a value is: only written out where something is wrong.
+#[derive(Clone, Copy)]
+pub struct At<'a> {
+    above: Option<&'a At<'a>>,
+    key: &'a str,
+}
+
+impl<'a> At<'a> {
+    pub fn top(key: &'a str) -> Self {
+        Self { above: None, key }
+    }
+
+    pub fn below(&'a self, key: &'a str) -> Self {
+        Self {
+            above: Some(self),
+            key,
+        }
+    }
+
+    /// An item of a list of a service's `blkio_config`.
+    fn is_block_device(&self) -> bool {
+        let depth = std::iter::successors(Some(self), |at| at.above).count();
+        // services, its name, blkio_config, the list
+        depth == 4 && self.above.is_some_and(|above| above.key == "blkio_config")
+    }
+}
+
+impl std::fmt::Display for At<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(above) = self.above {
+            write!(f, "{above}.")?;
+        }
+        f.write_str(self.key)
+    }
+}
+
 impl Binder<'_> {
-    pub fn bind(&mut self, fields: &'static [Field], node: &Node, path: &str) -> Json {
+    pub fn bind(&mut self, fields: &'static [Field], node: &Node, at: &At<'_>) -> Json {
         let empty = Map::new();
         let map = node.as_map().unwrap_or(&empty);
+        // A mapping says few of the keys that it may have: each is looked for once.
+        let mut said: Vec<Option<&Node>> = vec![None; fields.len()];
+        for (key, node) in map {
+            if let Some(place) = fields.iter().position(|field| field.key == key) {
+                said[place] = Some(node);
+            }
+        }
         let mut out = JsonMap::new();
-        for field in fields {
-            let value = self.field(field, map.get(field.key), path);
+        for (field, node) in fields.iter().zip(said) {
+            let value = match node {
+                Some(node) => self.field(field, node, at),
+                None => self.missing(field, at),
+            };
             if let Some(value) = value {
                 let key = match field.key {
                     // Go prints these without a tag.
-                    "path" | "rate" | "weight" if path.contains(".blkio_config.") => {
+                    "path" | "rate" | "weight" if at.is_block_device() => {
                         let mut key = field.key.to_owned();
                         key[..1].make_ascii_uppercase();
                         key
@@ -430,10 +476,20 @@ impl Binder<'_> {
         Json::Object(out)
     }
 
-    fn field(&mut self, field: &Field, node: Option<&Node>, path: &str) -> Option<Json> {
-        let missing = Node::null(crate::span::Span::NONE);
-        let node = node.unwrap_or(&missing);
-        let here = format!("{path}.{}", field.key);
+    /// What is printed of a key that is not there.
+    fn missing(&mut self, field: &Field, at: &At<'_>) -> Option<Json> {
+        match field.kind {
+            Shell => Some(Json::Null),
+            Always(fields) => {
+                let nothing = Node::null(crate::span::Span::NONE);
+                Some(self.bind(fields, &nothing, &at.below(field.key)))
+            }
+            _ => None,
+        }
+    }
+
+    fn field(&mut self, field: &Field, node: &Node, at: &At<'_>) -> Option<Json> {
+        let here = at.below(field.key);
         match field.kind {
             Struct(_) if node.is_null() => None,
             Struct(fields) | Always(fields) => Some(self.bind(fields, node, &here)),
@@ -462,7 +518,7 @@ impl Binder<'_> {
             kind => match scalar(kind, node) {
                 Ok(value) => value,
                 Err(what) => {
-                    let text = format!("{}: {what}", here.trim_start_matches('.'));
+                    let text = format!("{here}: {what}");
                     self.diagnostics.error(Code::Schema, node.span, text);
                     None
                 }

@@ -10,7 +10,7 @@ use crate::defaults;
 use crate::diag::{Code, Diagnostic, RenderOptions, Severity, did_you_mean, render};
 use crate::dotenv::{self, Variables};
 use crate::interpolate::{Environment, Interpolation};
-use crate::model::{self, Binder};
+use crate::model::{self, At, Binder};
 use crate::model_files::{Model, load_model};
 use crate::node::{Map, Node, Value};
 use crate::output;
@@ -441,7 +441,7 @@ impl Project {
             entries.sort_by_key(|(key, _)| *key);
             let mut map = JsonMap::new();
             for (key, node) in entries {
-                let bound = binder.bind(fields, node, &format!("{section}.{key}"));
+                let bound = binder.bind(fields, node, &At::top(section).below(key));
                 map.insert(key.to_owned(), bound);
             }
             if !map.is_empty() || section == "services" {

@@ -13,8 +13,9 @@ use serde_json::Value as Json;
 use crate::diag::{Code, Diagnostic, Diagnostics, did_you_mean};
 use crate::node::{Node, Value};
 
-/// The schema's text.
-pub const SCHEMA_JSON: &str = include_str!("../schema/compose-spec.json");
+/// The schema's text without its prose, which takes longer to read than the rest: every
+/// command does so. A test holds that it is the schema.
+const SCHEMA_JSON: &str = include_str!("../schema/compose-spec.min.json");
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Type {
@@ -73,7 +74,29 @@ struct Schema {
 #[derive(Debug)]
 pub struct ComposeSchema {
     root: Schema,
-    definitions: BTreeMap<String, Schema>,
+    definitions: BTreeMap<String, Definition>,
+}
+
+/// Understood when it is first needed: few files use half of them.
+#[derive(Debug)]
+struct Definition {
+    json: Json,
+    schema: OnceLock<Schema>,
+}
+
+impl Definition {
+    fn new(json: Json) -> Self {
+        Self {
+            json,
+            schema: OnceLock::new(),
+        }
+    }
+
+    /// A test holds that each can be read; one that can't would allow everything.
+    fn schema(&self) -> &Schema {
+        self.schema
+            .get_or_init(|| Schema::read(&self.json).unwrap_or_default())
+    }
 }
 
 /// The compiled schema. A schema that cannot be read gives an error text, never a panic; a
@@ -120,17 +143,17 @@ pub fn all_keys() -> Vec<String> {
 
 impl ComposeSchema {
     fn read(text: &str) -> Result<ComposeSchema, String> {
-        let json: Json = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        let definitions = match json.get("definitions") {
-            Some(Json::Object(map)) => map
-                .iter()
-                .map(|(name, value)| Ok((name.clone(), Schema::read(value)?)))
-                .collect::<Result<_, String>>()?,
-            _ => BTreeMap::new(),
+        let mut json: Json = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        let definitions = match json.get_mut("definitions").map(Json::take) {
+            Some(Json::Object(map)) => map,
+            _ => serde_json::Map::new(),
         };
         Ok(ComposeSchema {
             root: Schema::read(&json)?,
-            definitions,
+            definitions: definitions
+                .into_iter()
+                .map(|(name, json)| (name, Definition::new(json)))
+                .collect(),
         })
     }
 
@@ -140,7 +163,7 @@ impl ComposeSchema {
             .as_ref()
             .and_then(|name| self.definitions.get(name))
         {
-            schema = next;
+            schema = next.schema();
         }
         schema
     }
@@ -550,6 +573,7 @@ impl Schema {
                     .collect::<Result<_, _>>()?;
             }
             ("properties", Json::Object(map)) => {
+                self.properties.reserve(map.len());
                 for (key, inner) in map {
                     self.properties.insert(key.clone(), Schema::read(inner)?);
                 }
@@ -596,9 +620,42 @@ mod tests {
 
     #[test]
     fn the_built_in_schema_is_understood() {
-        compiled().expect("schema");
+        let schema = compiled().expect("schema");
+        for (name, definition) in &schema.definitions {
+            Schema::read(&definition.json).unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
         assert!(all_keys().len() > 300);
         assert!(keys_at("services.*.healthcheck").contains(&"start_period".to_owned()));
+    }
+
+    /// `names`: the keys are those of compose files, not of the schema.
+    fn without_prose(value: &Json, names: bool) -> Json {
+        match value {
+            Json::Object(map) => {
+                let said = map
+                    .iter()
+                    .filter(|(key, _)| names || !PROSE.contains(&&***key));
+                let inner = |key: &str| !names && NAMES.contains(&key);
+                said.map(|(key, value)| (key.clone(), without_prose(value, inner(key))))
+                    .collect()
+            }
+            Json::Array(list) => list.iter().map(|v| without_prose(v, false)).collect(),
+            other => other.clone(),
+        }
+    }
+
+    const PROSE: [&str; 4] = ["description", "title", "$comment", "deprecated"];
+    const NAMES: [&str; 3] = ["properties", "definitions", "patternProperties"];
+
+    #[test]
+    fn the_built_in_schema_is_the_specifications() {
+        let whole: Json =
+            serde_json::from_str(include_str!("../schema/compose-spec.json")).unwrap();
+        let lean = without_prose(&whole, false).to_string();
+        assert!(
+            lean == SCHEMA_JSON.trim_end(),
+            "schema/compose-spec.min.json is to be:\n{lean}"
+        );
     }
 
     #[test]

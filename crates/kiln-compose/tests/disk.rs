@@ -95,3 +95,45 @@ fn what_is_missing_is_said() {
     let text = load_from_disk(&said).unwrap_err().to_string();
     assert!(text.contains("more than"), "{text}");
 }
+
+#[test]
+fn what_is_named_is_not_looked_for_elsewhere() {
+    let temp = tempfile::tempdir().unwrap();
+    write(temp.path(), "compose.yaml", "services: {a: {image: x}}");
+    let told = |said: &DiskOptions| load_from_disk(said).unwrap_err().to_string();
+    // There is a file above it, but that is another project.
+    let text = told(&options(&temp.path().join("web")));
+    assert!(
+        text.contains("there is no") && text.contains("/web"),
+        "{text}"
+    );
+    for remote in [
+        "https://example.test/c.yaml",
+        "oci://example.test/c",
+        "git@example.test:a/b",
+    ] {
+        let mut said = options(temp.path());
+        said.files = vec![remote.into()];
+        let text = told(&said);
+        assert!(
+            text.contains(remote) && text.contains("fetches no"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn env_files_may_be_named_by_a_variable() {
+    let temp = tempfile::tempdir().unwrap();
+    write(temp.path(), "compose.yaml", "services: {a: {image: x}}");
+    for (name, text) in [(".env", "T=0"), ("a.env", "T=1\nA=1"), ("b.env", "T=2")] {
+        write(temp.path(), name, text);
+    }
+    let mut said = options(temp.path());
+    let variable = ("COMPOSE_ENV_FILES".into(), "a.env, b.env".into());
+    said.environment = Environment::from([variable]);
+    let environment = prepare(&said).unwrap().environment;
+    assert_eq!((&*environment["T"], &*environment["A"]), ("2", "1"));
+    said.env_files = vec!["a.env".into()];
+    assert_eq!(prepare(&said).unwrap().environment["T"], "1");
+}

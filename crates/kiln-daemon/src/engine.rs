@@ -6,23 +6,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_model::release::{Outcome, Reason};
-use kiln_model::{InstanceId, Release, ReleaseNumber, ReleaseRecord};
+use kiln_model::{InstanceId, Millis, Release, ReleaseNumber, ReleaseRecord};
 use kiln_plan::{
-    Conclusion, Effect, EffectKey, Event, Goal, Phase, Plan, Releases, RolloutState, World, check,
-    step,
+    Conclusion, Effect, EffectKey, Event, Goal, Keeper, Layout, Plan, Refused, Releases,
+    RolloutState, TRY_AGAIN, World,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::api::error::ApiError;
-use crate::api::types::{
-    EnvironmentStatus, EventKind, EventRecord, Explanation, OutlineLine, ReleaseAnswer,
-};
+use crate::api::types::{EnvironmentStatus, EventKind, EventRecord, Explanation, ReleaseAnswer};
 use crate::execute::Executor;
+use crate::narrate::outline_lines;
 use crate::shared::Shared;
 use crate::{log_tail, status};
 
+/// How often the runtime is asked what it really holds: what told of an instance's end
+/// may itself have failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// Messages that wait for an engine; senders wait when it is full.
 const QUEUE: usize = 256;
 /// How long the proxy of an earlier daemon may take to be found again.
@@ -94,13 +96,13 @@ impl EngineHandle {
 
 pub struct Engine {
     shared: Arc<Shared>,
-    world: World,
-    releases: Releases,
+    pub(crate) keeper: Keeper,
     executor: Executor,
     receiver: mpsc::Receiver<Message>,
     wake: Option<Instant>,
     observers: BTreeMap<InstanceId, JoinHandle<()>>,
     report: Vec<String>,
+    look_again: Interval,
 }
 
 /// Starts the engine of an environment, new or as it was stored.
@@ -109,16 +111,22 @@ pub fn spawn(shared: Arc<Shared>, world: World) -> EngineHandle {
     let executor = Executor::new(shared.clone(), world.environment.clone(), sender.clone());
     let engine = Engine {
         shared,
-        world: world.recovered(),
-        releases: Releases::default(),
+        keeper: Keeper::resume(world),
         executor,
         receiver,
         wake: None,
         observers: BTreeMap::new(),
         report: Vec::new(),
+        look_again: look_again(),
     };
     tokio::spawn(engine.run());
     EngineHandle { sender }
+}
+
+fn look_again() -> Interval {
+    let mut interval = tokio::time::interval_at(Instant::now() + LOOK_AGAIN, LOOK_AGAIN);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
 }
 
 impl Engine {
@@ -134,11 +142,15 @@ impl Engine {
 
     /// The next message, or the tick that was asked for. `None`: all senders are gone.
     async fn next(&mut self) -> Option<Message> {
-        tokio::select! {
-            message = self.receiver.recv() => message,
-            () = sleep_until(self.wake) => {
-                self.wake = None;
-                Some(Message::Event(Event::Tick))
+        loop {
+            let wake = self.wake;
+            tokio::select! {
+                message = self.receiver.recv() => return message,
+                _ = self.look_again.tick() => self.look_again().await,
+                () = sleep_until(wake) => {
+                    self.wake = None;
+                    return Some(Message::Event(Event::Tick));
+                }
             }
         }
     }
@@ -150,10 +162,10 @@ impl Engine {
         let mut early = Vec::new();
         let limit = Instant::now() + ROUTES_LIMIT;
         let unknown = |world: &World| {
-            world.routes.is_none()
+            (world.routes.is_none() || world.routes_doubtful)
                 && (world.goal.release().is_some() || !world.instances.is_empty())
         };
-        while unknown(&self.world) && early.len() < QUEUE {
+        while unknown(&self.keeper.world) && early.len() < QUEUE {
             let message = tokio::select! {
                 message = self.next() => message,
                 () = tokio::time::sleep_until(limit) => break,
@@ -169,22 +181,32 @@ impl Engine {
 
     /// Finds out what the runtime really holds of this environment.
     async fn adopt(&mut self) {
-        match self.executor.found(&self.world).await {
+        match self.executor.found(&self.keeper.world).await {
             Ok(instances) => {
                 for observed in &instances {
-                    if self.world.instances.contains_key(&observed.id) {
+                    if self.keeper.world.instances.contains_key(&observed.id) {
                         self.executor.watch_exit(observed.id.clone());
                     }
                 }
-                self.happened(Event::Found { instances });
+                self.noticed(Event::Found { instances });
             }
+            Err(cause) => self.warn(format!("instances could not be listed: {cause}")),
+        }
+    }
+
+    async fn look_again(&mut self) {
+        if self.keeper.world.instances.is_empty() {
+            return;
+        }
+        match self.executor.found(&self.keeper.world).await {
+            Ok(instances) => self.noticed(Event::Found { instances }),
             Err(cause) => self.warn(format!("instances could not be listed: {cause}")),
         }
     }
 
     async fn handle(&mut self, message: Message) {
         match message {
-            Message::Event(event) => self.happened(event),
+            Message::Event(event) => self.noticed(event),
             Message::Release {
                 release,
                 by,
@@ -202,10 +224,9 @@ impl Engine {
                 let _ = reply.send(self.down(by));
             }
             Message::Abandon { by, reply } => {
-                self.happened(Event::Abandoned {
-                    why: format!("asked by {by}"),
-                });
-                let _ = reply.send(Ok(()));
+                let why = format!("asked by {by}");
+                let done = self.happened(Event::Abandoned { why });
+                let _ = reply.send(done.map_err(|e| ApiError::internal(e.to_string())));
             }
             Message::Tainted {
                 id,
@@ -218,8 +239,8 @@ impl Engine {
             Message::Status { reply } => {
                 let status = status::environment(
                     &self.shared,
-                    &self.world,
-                    &self.releases,
+                    &self.keeper.world,
+                    &self.keeper.releases,
                     self.report.clone(),
                 );
                 tokio::spawn(async move {
@@ -229,54 +250,54 @@ impl Engine {
             Message::Explain { id, reply } => {
                 let _ = reply.send(status::explain(
                     &self.shared,
-                    &self.world,
-                    &self.releases,
+                    &self.keeper.world,
+                    &self.keeper.releases,
                     &id,
                 ));
             }
         }
     }
 
-    fn happened(&mut self, event: Event) {
-        let wanted = match &event {
-            Event::Desired { goal, .. } => goal.release(),
-            _ => None,
-        };
-        if let Err(error) = self.load_releases(wanted) {
-            self.warn(format!("a release could not be read: {error}"));
-            return;
+    /// Takes an event in and sees to what follows; what that brings about at once comes
+    /// next.
+    fn happened(&mut self, event: Event) -> Result<(), Refused> {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            self.tell_failure(&event);
+            let before = self.keeper.world.clone();
+            let taken = self
+                .keeper
+                .take(&self.shared.state, event, Shared::steady_now());
+            self.tell_changes(&before);
+            let plan = match taken {
+                Ok(plan) => plan,
+                Err(refused) => {
+                    tracing::error!(?refused, "step refused");
+                    self.warn(format!("a step was refused: {refused}"));
+                    self.wake_in(TRY_AGAIN);
+                    return Err(refused);
+                }
+            };
+            next = self.carry_out(plan);
         }
-        let before = self.world.clone();
-        self.tell_failure(&event);
-        let plan = step(&mut self.world, &self.releases, event, Shared::now());
-        if let Err(violation) = check(&self.world, &self.releases, &plan) {
-            self.refuse(before, &plan, &violation.to_string());
-            return;
-        }
-        self.tell_changes(&before);
-        if self.world != before
-            && let Err(error) = self.shared.state.save_world(&self.world)
-        {
-            // Effects without a stored intent would be forgotten by a crash.
-            self.refuse(before, &plan, &error.to_string());
-            return;
-        }
-        self.carry_out(plan);
+        Ok(())
     }
 
-    /// Takes back a step; the same situation is planned again a second later.
-    fn refuse(&mut self, before: World, plan: &Plan, why: &str) {
-        tracing::error!(%why, ?plan, "plan refused");
-        self.warn(format!("a step was refused: {why}"));
-        self.world = before;
-        self.wake = Some(Instant::now() + Duration::from_secs(1));
+    /// A fact: if nothing can be done about it now, it is planned for again soon.
+    fn noticed(&mut self, event: Event) {
+        // Said and set to be tried again by `happened`.
+        let _ = self.happened(event);
     }
 
-    fn carry_out(&mut self, plan: Plan) {
+    fn wake_in(&mut self, ahead: Millis) {
+        let at = Instant::now() + Duration::from(ahead);
+        self.wake = Some(self.wake.map_or(at, |w| w.min(at)));
+    }
+
+    fn carry_out(&mut self, plan: Plan) -> Option<Event> {
+        let mut follows = None;
         if let Some(at) = plan.wake {
-            let ahead = Duration::from(at.saturating_sub(Shared::now()));
-            let at = Instant::now() + ahead;
-            self.wake = Some(self.wake.map_or(at, |w| w.min(at)));
+            self.wake_in(at.saturating_sub(Shared::steady_now()));
         }
         if !plan.report.is_empty() {
             self.report = plan
@@ -290,17 +311,19 @@ impl Engine {
         }
         for effect in plan.effects {
             match effect {
-                Effect::Conclude(conclusion) => self.conclude(conclusion),
+                Effect::Conclude(conclusion) => follows = self.conclude(conclusion),
                 Effect::Observe { id, probe } => {
-                    let task = self.executor.observe(&self.world, id.clone(), probe);
+                    let task = self.executor.observe(&self.keeper.world, id.clone(), probe);
                     if let Some(old) = self.observers.insert(id, task) {
                         old.abort();
                     }
                 }
-                other => self.executor.begin(&self.world, &self.releases, other),
+                other => self
+                    .executor
+                    .begin(&self.keeper.world, &self.keeper.releases, other),
             }
         }
-        let world = &self.world;
+        let world = &self.keeper.world;
         self.observers.retain(|id, task| {
             let keep = world.instances.get(id).is_some_and(|i| i.phase.rising());
             if !keep {
@@ -308,32 +331,7 @@ impl Engine {
             }
             keep
         });
-    }
-
-    /// Those the world refers to, and the one that is about to be wanted.
-    fn load_releases(&mut self, wanted: Option<ReleaseNumber>) -> Result<(), String> {
-        let mut needed = self.world.needed_releases();
-        needed.extend(wanted);
-        self.releases.retain(|number| needed.contains(&number));
-        for number in needed {
-            self.load(number)?;
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, number: ReleaseNumber) -> Result<(), String> {
-        if self.releases.get(number).is_some() {
-            return Ok(());
-        }
-        let release = self
-            .shared
-            .state
-            .release(&self.world.environment, number)
-            .map_err(|e| e.to_string())?
-            .ok_or_else(|| format!("release {number} is not in the database"))?;
-        self.releases
-            .insert(number, release)
-            .map_err(|e| e.to_string())
+        follows
     }
 
     async fn release(
@@ -351,12 +349,15 @@ impl Engine {
             .state
             .last_event()
             .map_err(|e| ApiError::internal(e.to_string()))?;
-        self.load_releases(None).map_err(ApiError::internal)?;
+        self.keeper
+            .load(&self.shared.state, None)
+            .map_err(ApiError::internal)?;
         let present = self
+            .keeper
             .world
             .goal
             .release()
-            .and_then(|n| Some((n, self.releases.get(n)?)));
+            .and_then(|n| Some((n, self.keeper.releases.get(n)?)));
         let mut probe = Releases::default();
         let probe_number = ReleaseNumber(0);
         probe
@@ -367,7 +368,7 @@ impl Engine {
         });
         if let Some((number, prepared)) = present
             && prepared.digest == digest
-            && self.world.rollout.is_none()
+            && self.keeper.world.rollout.is_none()
         {
             return Ok(ReleaseAnswer {
                 number,
@@ -388,7 +389,7 @@ impl Engine {
             });
         }
         self.refuse_second_rollout()?;
-        let layout = self.executor.lay_out(&self.world, &release).await?;
+        let layout = self.executor.lay_out(&self.keeper.world, &release).await?;
         self.executor.pin(&release, number).await?;
         let record = ReleaseRecord {
             number,
@@ -409,10 +410,7 @@ impl Engine {
             EventKind::Rollout,
             format!("rolling out release {number}"),
         );
-        self.happened(Event::Desired {
-            goal: Goal::Release(number),
-            layout,
-        });
+        self.want(Goal::Release(number), layout)?;
         Ok(ReleaseAnswer {
             number,
             digest,
@@ -422,8 +420,27 @@ impl Engine {
         })
     }
 
+    /// What could not be stored was not begun, and its release says so.
+    fn want(&mut self, goal: Goal, layout: Layout) -> Result<(), ApiError> {
+        let Err(refused) = self.happened(Event::Desired { goal, layout }) else {
+            return Ok(());
+        };
+        if let Some(number) = goal.release() {
+            let cause = refused.to_string();
+            let environment = &self.keeper.world.environment;
+            let outcome = Outcome::Failed { cause };
+            if let Err(error) = self.shared.state.set_outcome(environment, number, outcome) {
+                self.warn(format!("the outcome of release {number}: {error}"));
+            }
+        }
+        Err(ApiError::internal(refused.to_string()))
+    }
+
     fn audit_release(&self, by: &str, record: &ReleaseRecord) {
-        let subject = format!("{} release {}", self.world.environment, record.number);
+        let subject = format!(
+            "{} release {}",
+            self.keeper.world.environment, record.number
+        );
         let digest = ("digest", record.digest.to_string());
         match &record.reason {
             Reason::Up => self.shared.record(by, "release", &subject, &[digest]),
@@ -435,7 +452,7 @@ impl Engine {
     }
 
     fn refuse_second_rollout(&self) -> Result<(), ApiError> {
-        let Some(rollout) = &self.world.rollout else {
+        let Some(rollout) = &self.keeper.world.rollout else {
             return Ok(());
         };
         let what = match (&rollout.state, rollout.to) {
@@ -444,7 +461,10 @@ impl Engine {
             (_, Goal::Nothing) => "taking everything down".to_owned(),
         };
         Err(ApiError::conflict(
-            format!("{what} is still under way in `{}`", self.world.environment),
+            format!(
+                "{what} is still under way in `{}`",
+                self.keeper.world.environment
+            ),
             "wait for it (kiln status), or give it up with Ctrl-C in the `kiln up` that began it",
         ))
     }
@@ -457,7 +477,7 @@ impl Engine {
     fn records(&self) -> Result<Vec<ReleaseRecord>, ApiError> {
         self.shared
             .state
-            .records(&self.world.environment)
+            .records(&self.keeper.world.environment)
             .map_err(|e| ApiError::internal(e.to_string()))
     }
 
@@ -467,7 +487,12 @@ impl Engine {
         by: String,
     ) -> Result<ReleaseAnswer, ApiError> {
         let records = self.records()?;
-        let present = self.world.goal.release().or(self.world.proven);
+        let present = self
+            .keeper
+            .world
+            .goal
+            .release()
+            .or(self.keeper.world.proven);
         let now = records
             .iter()
             .find(|r| Some(r.number) == present)
@@ -483,14 +508,14 @@ impl Engine {
                 format!("there is no release {n}")
             });
             return Err(ApiError::not_found(
-                format!("{what} in `{}`", self.world.environment),
+                format!("{what} in `{}`", self.keeper.world.environment),
                 "kiln releases lists what there is",
             ));
         };
         let release = self
             .shared
             .state
-            .release(&self.world.environment, target)
+            .release(&self.keeper.world.environment, target)
             .map_err(|e| ApiError::internal(e.to_string()))?
             .ok_or_else(|| ApiError::internal(format!("release {target} has no content")))?;
         self.release(release, Reason::Rollback { to: target }, by, false)
@@ -505,18 +530,15 @@ impl Engine {
             .last_event()
             .map_err(|e| ApiError::internal(e.to_string()))?;
         self.shared
-            .record(&by, "down", self.world.environment.as_str(), &[]);
+            .record(&by, "down", self.keeper.world.environment.as_str(), &[]);
         self.tell(
             None,
             None,
             EventKind::Rollout,
             "taking everything down".into(),
         );
-        let layout = self.world.layout.clone();
-        self.happened(Event::Desired {
-            goal: Goal::Nothing,
-            layout,
-        });
+        let layout = self.keeper.world.layout.clone();
+        self.want(Goal::Nothing, layout)?;
         Ok(after)
     }
 
@@ -526,7 +548,7 @@ impl Engine {
         by: String,
         command: Vec<String>,
     ) -> Result<(), ApiError> {
-        if !self.world.instances.contains_key(&id) {
+        if !self.keeper.world.instances.contains_key(&id) {
             return Err(ApiError::not_found(
                 format!("there is no instance `{id}`"),
                 "kiln status lists them",
@@ -534,7 +556,12 @@ impl Engine {
         }
         self.shared
             .record(&by, "exec", id.as_str(), &[("command", command.join(" "))]);
-        let service = self.world.instances.get(&id).map(|i| i.service.clone());
+        let service = self
+            .keeper
+            .world
+            .instances
+            .get(&id)
+            .map(|i| i.service.clone());
         self.tell(
             service,
             Some(id.clone()),
@@ -544,13 +571,14 @@ impl Engine {
                 command.join(" ")
             ),
         );
-        self.happened(Event::Tainted { id });
+        self.noticed(Event::Tainted { id });
         Ok(())
     }
 
-    fn conclude(&mut self, conclusion: Conclusion) {
-        self.world.under_way.remove(&EffectKey::Conclude);
-        let name = self.world.environment.clone();
+    /// Records how a rollout ended, then tells it.
+    fn conclude(&mut self, conclusion: Conclusion) -> Option<Event> {
+        let name = self.keeper.world.environment.clone();
+        let done = conclusion.clone();
         let (number, outcome, kind, text) = match conclusion {
             Conclusion::Proven { release } => (
                 Some(release),
@@ -558,26 +586,27 @@ impl Engine {
                 EventKind::Succeeded,
                 format!("release {release} is proven and serves"),
             ),
+            Conclusion::Stayed { release, cause } => {
+                let kind = EventKind::Failed { log: Vec::new() };
+                let text = format!("not taken down: {cause}; release {release} serves");
+                (None, Outcome::Proven, kind, text)
+            }
             Conclusion::Down => {
-                self.executor.forget_environment();
-                (
-                    None,
-                    Outcome::Proven,
-                    EventKind::Succeeded,
-                    "everything is down".to_owned(),
-                )
+                let text = "everything is down".to_owned();
+                (None, Outcome::Proven, EventKind::Succeeded, text)
             }
             Conclusion::Failed {
                 release,
                 cause,
                 instance,
+                back,
             } => {
                 let log = instance
                     .map(|id| log_tail::read(&self.shared.runtime, &id, SHOWN_LOG_LINES))
                     .unwrap_or_default();
-                let back = match self.world.goal {
-                    Goal::Release(n) => format!("release {n} serves"),
-                    Goal::Nothing => "nothing serves, as before".to_owned(),
+                let back = match back {
+                    Some(n) => format!("release {n} serves"),
+                    None => "nothing serves, as before".to_owned(),
                 };
                 let text = format!("release {release} failed: {cause}; {back}");
                 let outcome = Outcome::Failed { cause };
@@ -589,76 +618,29 @@ impl Engine {
             _ => "replace",
         };
         let details = [("outcome", text.clone())];
-        self.shared.record("kiln", action, name.as_str(), &details);
         if let Some(number) = number
             && let Err(error) = self.shared.state.set_outcome(&name, number, outcome)
         {
-            self.warn(format!(
-                "the outcome of release {number} was not stored: {error}"
-            ));
+            let cause = error.to_string();
+            self.executor.failed_later(EffectKey::Conclude, cause);
+            return None;
         }
-        if let Err(error) = self.shared.state.save_world(&self.world) {
-            self.warn(format!("the environment's state was not stored: {error}"));
-        }
+        self.shared.record("kiln", action, name.as_str(), &details);
         self.tell(None, None, kind, text);
+        if done.empties() {
+            // It has ended when they are gone.
+            self.executor.forget_environment(done);
+            return None;
+        }
+        Some(Event::Concluded { conclusion: done })
     }
 
-    fn tell_failure(&self, event: &Event) {
-        match event {
-            Event::Failed { key, cause } => self.warn(format!("{}: {cause}", name_of(key))),
-            Event::StartFailed { id, cause } => {
-                let service = self.world.instances.get(id).map(|i| i.service.clone());
-                let text = format!("{id} could not be started: {cause}");
-                self.tell(service, Some(id.clone()), EventKind::Warning, text);
-            }
-            Event::Unhealthy { id, reason } => {
-                let service = self.world.instances.get(id).map(|i| i.service.clone());
-                let text = format!("{id} is unhealthy: {reason}");
-                self.tell(service, Some(id.clone()), EventKind::Warning, text);
-            }
-            Event::Routed {
-                failed: Some(cause),
-                ..
-            } => self.warn(cause.clone()),
-            _ => {}
-        }
-    }
-
-    fn tell_changes(&self, before: &World) {
-        for (id, instance) in &self.world.instances {
-            let old = before.instances.get(id).map(|i| &i.phase);
-            let changed = old.is_none_or(|phase| {
-                std::mem::discriminant(phase) != std::mem::discriminant(&instance.phase)
-            });
-            if changed {
-                let phase = phase_name(&instance.phase);
-                let text = match &instance.phase {
-                    Phase::Ended { status, .. } => format!("{id} {status}"),
-                    _ => format!("{id} {phase}"),
-                };
-                let kind = EventKind::Instance {
-                    phase: phase.to_owned(),
-                };
-                self.tell(Some(instance.service.clone()), Some(id.clone()), kind, text);
-            }
-        }
-        for (id, instance) in &before.instances {
-            if !self.world.instances.contains_key(id) {
-                let kind = EventKind::Instance {
-                    phase: "gone".into(),
-                };
-                let text = format!("{id} is gone");
-                self.tell(Some(instance.service.clone()), Some(id.clone()), kind, text);
-            }
-        }
-    }
-
-    fn warn(&self, text: String) {
-        tracing::warn!(environment = %self.world.environment, "{text}");
+    pub(crate) fn warn(&self, text: String) {
+        tracing::warn!(environment = %self.keeper.world.environment, "{text}");
         self.tell(None, None, EventKind::Warning, text);
     }
 
-    fn tell(
+    pub(crate) fn tell(
         &self,
         service: Option<kiln_model::ServiceName>,
         instance: Option<InstanceId>,
@@ -668,62 +650,13 @@ impl Engine {
         self.shared.tell(EventRecord {
             id: 0,
             time: Shared::now(),
-            environment: self.world.environment.clone(),
+            environment: self.keeper.world.environment.clone(),
             service,
             instance,
             kind,
             text,
         });
     }
-}
-
-/// A phase in one word.
-pub fn phase_name(phase: &Phase) -> &'static str {
-    match phase {
-        Phase::Starting => "starting",
-        Phase::Warming { .. } => "warming",
-        Phase::Ready { .. } => "ready",
-        Phase::Draining => "draining",
-        Phase::Stopping => "stopping",
-        Phase::Ended { .. } => "ended",
-        Phase::Removing => "removing",
-    }
-}
-
-fn name_of(key: &EffectKey) -> String {
-    match key {
-        EffectKey::Networks => "setting up networks".into(),
-        EffectKey::Start(id) => format!("starting {id}"),
-        EffectKey::Observe(id) => format!("watching {id}"),
-        EffectKey::Route => "telling the proxy".into(),
-        EffectKey::Drain(id) => format!("draining {id}"),
-        EffectKey::Stop(id) => format!("stopping {id}"),
-        EffectKey::Remove(id) => format!("removing {id}"),
-        EffectKey::Conclude => "concluding".into(),
-    }
-}
-
-fn outline_lines(steps: Vec<kiln_plan::outline::Step>) -> Vec<OutlineLine> {
-    use kiln_plan::outline::Action;
-    steps
-        .into_iter()
-        .map(|step| {
-            let action = match step.action {
-                Action::Create => "create",
-                Action::Replace => "replace",
-                Action::Handoff => "hand over",
-                Action::RunJob => "run",
-                Action::Adjust => "adjust",
-                Action::Keep => "keep",
-                Action::Remove => "remove",
-            };
-            OutlineLine {
-                service: step.service,
-                action: action.into(),
-                why: step.why,
-            }
-        })
-        .collect()
 }
 
 async fn sleep_until(at: Option<Instant>) {

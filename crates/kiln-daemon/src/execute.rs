@@ -7,17 +7,22 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use kiln_model::instance::{InstanceSpec, Observed, ObservedState};
+use kiln_model::instance::{ExitStatus, InstanceSpec, Observed, ObservedState};
+use kiln_model::network::BridgeNetwork;
 use kiln_model::release::Release;
 use kiln_model::spec::{FileVersion, Hook, Port, Protocol};
 use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
-use kiln_plan::{Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, host_port_key};
+use kiln_plan::{
+    Conclusion, Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, host_port_key,
+};
+use kiln_runtime::RuntimeError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::api::error::ApiError;
 use crate::api::types::{EventKind, EventRecord};
 use crate::engine::Message;
+use crate::overtaken::Overtaken;
 use crate::shared::{Shared, blocking, ended};
 use crate::{inside, instance_spec, probe, volumes};
 
@@ -29,6 +34,7 @@ pub struct Executor {
     shared: Arc<Shared>,
     environment: EnvironmentName,
     sender: mpsc::Sender<Message>,
+    overtaken: Arc<Overtaken>,
 }
 
 impl Executor {
@@ -41,6 +47,7 @@ impl Executor {
             shared,
             environment,
             sender,
+            overtaken: Arc::default(),
         }
     }
 
@@ -48,16 +55,8 @@ impl Executor {
     pub fn begin(&self, world: &World, releases: &Releases, effect: Effect) {
         let key = effect.key();
         match effect {
-            Effect::EnsureNetworks(networks) => {
-                let this = self.clone();
-                self.spawn(key, async move {
-                    let shared = this.shared.clone();
-                    let environment = this.environment.clone();
-                    let port = shared.proxy.catch_all_port().await?;
-                    blocking(move || shared.networks.ensure(&environment, networks, port))
-                        .await??;
-                    Ok(Event::NetworksReady)
-                });
+            Effect::EnsureNetworks { networks, wish } => {
+                self.ensure_networks(key, networks, wish);
             }
             Effect::Start { id } => {
                 let spec = instance_spec::build(&self.shared, world, releases, &id);
@@ -78,12 +77,14 @@ impl Executor {
                 });
             }
             Effect::Stop { id, signal, grace } => {
+                self.overtaken.no_start(&id);
                 let instance = world.instances.get(&id);
                 let released = instance.and_then(|i| releases.service_of(i));
                 let hooks = released.map_or_else(Vec::new, |r| r.service.pre_stop.clone());
                 self.stop(key, id, (signal, grace), hooks);
             }
             Effect::Remove { id } => {
+                self.overtaken.no_start(&id);
                 let shared = self.shared.clone();
                 self.spawn(key, async move {
                     let gone = id.clone();
@@ -95,6 +96,23 @@ impl Executor {
             // The engine sees to these itself.
             Effect::Observe { .. } | Effect::Conclude(_) => {}
         }
+    }
+
+    fn ensure_networks(&self, key: EffectKey, networks: Vec<BridgeNetwork>, wish: u64) {
+        let this = self.clone();
+        let turn = self.overtaken.wish();
+        self.spawn(key, async move {
+            let port = this.shared.proxy.catch_all_port().await?;
+            blocking(move || match this.overtaken.turn(turn) {
+                Some(_turn) => this
+                    .shared
+                    .networks
+                    .ensure(&this.environment, networks, port),
+                None => Err("other networks are wanted by now".to_owned()),
+            })
+            .await??;
+            Ok(Event::NetworksReady { wish })
+        });
     }
 
     fn spawn(
@@ -116,8 +134,14 @@ impl Executor {
         });
     }
 
+    /// What the engine itself could not do is planned again after a pause.
+    pub fn failed_later(&self, key: EffectKey, cause: String) {
+        self.spawn(key, std::future::ready(Err(cause)));
+    }
+
     fn start(&self, key: EffectKey, id: InstanceId, spec: Result<instance_spec::Built, String>) {
         let this = self.clone();
+        self.overtaken.start_begins(&id);
         self.spawn(key, async move {
             let built = match spec {
                 Ok(built) => built,
@@ -125,9 +149,13 @@ impl Executor {
             };
             let shared = this.shared.clone();
             let (volumes, instance) = (built.volumes, built.spec);
+            let overtaken = this.overtaken.clone();
             let started = blocking(move || {
                 let _turn = volumes::TURN.read().unwrap_or_else(PoisonError::into_inner);
                 volumes::prepare(&shared, &volumes)?;
+                if !overtaken.may_start(&instance.id) {
+                    return Err("it is not wanted any more".to_owned());
+                }
                 shared.runtime.start(&instance).map_err(|e| e.to_string())
             })
             .await?;
@@ -165,9 +193,13 @@ impl Executor {
                 {
                     this.warn(&target, &cause);
                 }
-                runtime
-                    .stop(&target, &signal, grace)
-                    .map_err(|e| e.to_string())
+                match runtime.stop(&target, &signal, grace) {
+                    // There is nothing to be ended: that is all that was wanted.
+                    Err(RuntimeError::Unknown(_) | RuntimeError::NotRunning(_)) => {
+                        Ok(ExitStatus::Unknown)
+                    }
+                    other => other.map_err(|e| e.to_string()),
+                }
             })
             .await??;
             Ok(Event::Exited { id, status })
@@ -280,20 +312,27 @@ impl Executor {
             .map_err(ApiError::internal)?
     }
 
-    /// The environment is empty: its networks go, and volumes in memory that it had.
-    pub fn forget_environment(&self) {
+    /// The environment is empty: its networks go, and volumes in memory that it had. What
+    /// can't be removed is only untidy.
+    pub fn forget_environment(&self, conclusion: Conclusion) {
         let shared = self.shared.clone();
         let environment = self.environment.clone();
-        tokio::spawn(async move {
+        let (overtaken, wish) = (self.overtaken.clone(), self.overtaken.wish());
+        self.spawn(EffectKey::Conclude, async move {
             let port = shared.proxy.catch_all_port().await.unwrap_or(0);
             let inner = shared.clone();
-            let result = blocking(move || inner.networks.forget(&environment, port)).await;
+            let result = blocking(move || match overtaken.turn(wish) {
+                Some(_turn) => inner.networks.forget(&environment, port),
+                None => Err("networks are wanted again".to_owned()),
+            })
+            .await;
             if let Ok(Err(cause)) | Err(cause) = result {
                 tracing::warn!(%cause, "networks not removed");
             }
             if let Ok(Err(cause)) = blocking(move || volumes::let_go(&shared)).await {
                 tracing::warn!(%cause, "volumes in memory not removed");
             }
+            Ok(Event::Concluded { conclusion })
         });
     }
 }

@@ -110,8 +110,9 @@ impl Prober {
                 }
                 Ok(()) => failures = 0,
                 Err(reason) => {
-                    failures += 1;
-                    if failures == self.plan.retries {
+                    failures = failures.saturating_add(1);
+                    // Said again as long as it is so: the first time may have gone unheard.
+                    if failures % self.plan.retries == 0 {
                         let id = self.target.id.clone();
                         self.tell(Event::Unhealthy { id, reason }).await;
                     }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_model::{EnvironmentName, Millis};
 use kiln_runtime::Runtime;
@@ -43,6 +43,14 @@ impl Shared {
             .duration_since(UNIX_EPOCH)
             .map(Millis::from)
             .unwrap_or_default()
+    }
+
+    /// As [`Shared::now`] when first asked, and from then on at an even pace: setting the
+    /// machine's clock cuts no wait short and makes none longer.
+    pub fn steady_now() -> Millis {
+        static BEGUN: OnceLock<(Instant, Millis)> = OnceLock::new();
+        let (begun, at) = BEGUN.get_or_init(|| (Instant::now(), Self::now()));
+        at.saturating_add(Millis::from(begun.elapsed()))
     }
 
     /// Stores an event and tells its followers. What can't be stored is at least logged.

@@ -287,11 +287,25 @@ impl State {
     }
 
     fn decode<T: DeserializeOwned>(&self, what: &'static str, text: &str) -> Result<T, StateError> {
-        serde_json::from_str(text).map_err(|source| StateError::Json {
+        serde_json::from_slice(text.as_bytes()).map_err(|source| StateError::Json {
             path: self.path.clone(),
             what,
             source,
         })
+    }
+}
+
+impl kiln_plan::Memory for State {
+    fn save(&self, world: &World) -> Result<(), String> {
+        self.save_world(world).map_err(|e| e.to_string())
+    }
+
+    fn release(
+        &self,
+        environment: &EnvironmentName,
+        number: ReleaseNumber,
+    ) -> Result<Option<Release>, String> {
+        State::release(self, environment, number).map_err(|e| e.to_string())
     }
 }
 

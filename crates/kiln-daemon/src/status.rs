@@ -13,7 +13,7 @@ use crate::api::error::ApiError;
 use crate::api::types::{
     EnvironmentStatus, Explanation, InstanceStatus, RolloutStatus, ServiceStatus,
 };
-use crate::engine::phase_name;
+use crate::narrate::phase_name;
 use crate::shared::{Shared, blocking};
 
 /// The view is taken at once; looking into the instances for drift happens in the

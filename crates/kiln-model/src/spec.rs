@@ -26,6 +26,37 @@ pub struct Spec {
     pub bases: BTreeMap<String, DebianBase>,
     /// `x-kiln.debian.mirror`; `None`: the machine's own apt configuration.
     pub debian_mirror: Option<String>,
+    /// `develop.watch`, by service. Beside the services, as no release is made of it.
+    #[serde(default)]
+    pub watch: BTreeMap<ServiceName, Vec<WatchRule>>,
+}
+
+/// One rule of `develop.watch`: what a change of files leads to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WatchRule {
+    /// Absolute; a folder or a file.
+    pub path: PathBuf,
+    pub action: WatchAction,
+    /// Patterns of `.dockerignore`, relative to `path`, of what is not looked at.
+    pub ignore: Vec<String>,
+    /// Such patterns of what alone is looked at; empty: everything.
+    pub include: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchAction {
+    Rebuild,
+    Restart,
+    /// `sync`, `sync+restart` and `sync+exec`: who gets new files is a new instance anyway.
+    Sync {
+        /// Where `path` is in the instance.
+        target: String,
+        /// Everything is put there at the beginning.
+        initial: bool,
+        /// Run in an instance after its start, once something was put there.
+        exec: Option<Hook>,
+    },
 }
 
 /// Where a service's image comes from.

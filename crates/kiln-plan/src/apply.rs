@@ -15,9 +15,11 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Desired { goal, layout } => desire(world, goal, layout, now),
         Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
         Event::Found { instances } => found(world, instances, now),
-        Event::NetworksReady => {
-            world.under_way.remove(&EffectKey::Networks);
-            world.networks_ready = true;
+        Event::NetworksReady { wish } => {
+            if wish == world.networks_wish {
+                world.under_way.remove(&EffectKey::Networks);
+                world.networks_ready = true;
+            }
         }
         Event::Started { id } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
@@ -29,7 +31,7 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         }
         Event::StartFailed { id, cause } => {
             world.under_way.remove(&EffectKey::Start(id.clone()));
-            end(world, &id, ExitStatus::StartFailed, Some(cause), now);
+            start_failed(world, &id, cause, now);
         }
         Event::Ready { id } => with(world, &id, |i| {
             if matches!(i.phase, Phase::Warming { .. }) {
@@ -46,11 +48,16 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         Event::Exited { id, status } => {
             world.under_way.remove(&EffectKey::Stop(id.clone()));
             world.under_way.remove(&EffectKey::Observe(id.clone()));
-            end(world, &id, status, None, now);
+            end(world, &id, status, now);
         }
         Event::Routed { table, failed } => {
+            // A late answer says nothing about the table in force.
+            if table.generation != world.generation {
+                return;
+            }
             world.under_way.remove(&EffectKey::Route);
             world.routes = Some(table);
+            world.routes_doubtful = false;
             if let Some(cause) = &failed {
                 fail_rollout(world, cause.clone(), None);
             }
@@ -66,31 +73,43 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
         }
         Event::Removed { id } => {
             world.instances.remove(&id);
-            world.under_way.retain(|key| key_instance(key) != Some(&id));
+            world
+                .under_way
+                .retain(|key, _| key_instance(key) != Some(&id));
         }
         Event::Failed { key, .. } => {
+            // It may have taken the table and failed to say so.
+            world.routes_doubtful |= key == EffectKey::Route;
             world.under_way.remove(&key);
         }
         Event::Tainted { id } => with(world, &id, |i| i.tainted = true),
         Event::ProxyRestarted => {
             world.networks_ready = false;
-            world.routes = None;
+            world.routes_doubtful = true;
+        }
+        Event::Concluded { conclusion } => {
+            if world.concluding.as_ref() == Some(&conclusion) {
+                world.under_way.remove(&EffectKey::Conclude);
+                world.concluding = None;
+            }
         }
         Event::Tick => {}
     }
 }
 
-/// A rollout's end, once its conclusion has been handed out.
-pub(crate) fn conclude(world: &mut World, conclusion: &Conclusion) {
-    match conclusion {
+/// A rollout's end; its conclusion stays in the world until it has been recorded.
+pub(crate) fn conclude(world: &mut World, conclusion: Conclusion) {
+    match &conclusion {
         Conclusion::Proven { release } => world.proven = Some(*release),
         Conclusion::Down => world.proven = None,
-        Conclusion::Failed { .. } => {}
+        Conclusion::Failed { .. } | Conclusion::Stayed { .. } => {}
     }
     world.rollout = None;
+    world.concluding = Some(conclusion);
     if world.goal == Goal::Nothing {
         // The caller takes the networks down with the environment.
         world.networks_ready = false;
+        world.networks_wish += 1;
     }
 }
 
@@ -108,9 +127,11 @@ pub(crate) fn fail_rollout(world: &mut World, cause: String, instance: Option<In
 }
 
 fn desire(world: &mut World, goal: Goal, layout: Layout, now: Millis) {
-    let networks_before = world.layout.networks.clone();
+    if world.layout.networks != layout.networks {
+        world.networks_ready = false;
+        world.under_way.remove(&EffectKey::Networks);
+    }
     world.layout = layout;
-    world.networks_ready &= networks_before == world.layout.networks;
     world.attempts.clear();
     let from = world.proven;
     world.goal = goal;
@@ -130,13 +151,16 @@ fn found(world: &mut World, observed: Vec<Observed>, now: Millis) {
         let Some(instance) = world.instances.get_mut(&id) else {
             continue;
         };
+        // Its start may still bring it up: until that is told nothing is lost.
+        let starting = world.under_way.contains_key(&EffectKey::Start(id.clone()));
         match (state, &instance.phase) {
+            (None | Some(ObservedState::Dead | ObservedState::Starting), _) if starting => {}
             (Some(ObservedState::Running { .. }), _) => {}
             // Starting again under the same id is safe: the runtime finishes or redoes it,
             // and hooks that may not have come to their end are run.
             (None | Some(ObservedState::Dead | ObservedState::Starting), Phase::Starting) => {}
             (Some(ObservedState::Exited { status, at }), phase) if phase.alive() => {
-                end(world, &id, status, None, at);
+                end(world, &id, status, at);
             }
             (None | Some(ObservedState::Dead | ObservedState::Starting), phase)
                 if phase.alive() =>
@@ -187,7 +211,19 @@ fn unhealthy(world: &mut World, id: &InstanceId, reason: String, now: Millis) {
     }
 }
 
-fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<String>, now: Millis) {
+/// Something of it may run all the same, from an earlier try: that is ended first.
+fn start_failed(world: &mut World, id: &InstanceId, cause: String, now: Millis) {
+    let Some(instance) = world.instances.get_mut(id) else {
+        return;
+    };
+    if instance.phase.rising() {
+        instance.phase = Phase::Stopping;
+        let instance = instance.clone();
+        count_failure(world, &instance, None, cause, now);
+    }
+}
+
+fn end(world: &mut World, id: &InstanceId, status: ExitStatus, now: Millis) {
     let Some(instance) = world.instances.get_mut(id) else {
         return;
     };
@@ -204,7 +240,7 @@ fn end(world: &mut World, id: &InstanceId, status: ExitStatus, cause: Option<Str
                 return;
             }
             if status != ExitStatus::Unknown {
-                let cause = cause.unwrap_or_else(|| format!("it {status}"));
+                let cause = format!("it {status}");
                 count_failure(world, &instance, ready_since, cause, now);
             }
         }

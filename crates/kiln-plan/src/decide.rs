@@ -11,7 +11,7 @@ use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
 use crate::probe::probe_plan;
 use crate::routes;
 use crate::service::{
-    backoff, batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
+    batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
 };
 use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, RolloutState, World};
 
@@ -23,12 +23,15 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
         plan: Plan::default(),
     };
     planner.rest_what_has_finished();
+    planner.give_up_waiting_for_outcomes();
     planner.give_up_if_hopeless();
     planner.start_what_is_missing();
     planner.route();
     planner.retire_what_is_not_wanted();
     planner.act_on_phases();
     planner.conclude();
+    planner.record_conclusion();
+    planner.wake_for_lost_outcomes();
     planner.plan
 }
 
@@ -43,6 +46,15 @@ impl<'a> Planner<'a> {
     fn goal(&self) -> Option<(ReleaseNumber, &'a Prepared)> {
         let number = self.world.goal.release()?;
         Some((number, self.releases.get(number)?))
+    }
+
+    /// What should have been told of long ago is planned again, if it is still wanted.
+    fn give_up_waiting_for_outcomes(&mut self) {
+        let now = self.now;
+        let lost = |due: &Millis| *due <= now;
+        let routing = self.world.under_way.get(&EffectKey::Route);
+        self.world.routes_doubtful |= routing.is_some_and(lost);
+        self.world.under_way.retain(|_, due| !lost(due));
     }
 
     /// A copy of the new release has failed as often as it may: turn back.
@@ -109,9 +121,17 @@ impl<'a> Planner<'a> {
         let Some((number, goal)) = self.goal() else {
             return;
         };
+        // The networks of what was taken down are still going.
+        let concluding = self.world.concluding.as_ref();
+        if concluding.is_some_and(Conclusion::empties) {
+            return;
+        }
         if !self.world.networks_ready {
             let networks = self.world.layout.networks.values().cloned().collect();
-            self.emit(Effect::EnsureNetworks(networks));
+            let wish = self.world.networks_wish + 1;
+            if self.emit(Effect::EnsureNetworks { networks, wish }) {
+                self.world.networks_wish = wish;
+            }
         }
         for (name, released) in &goal.release.services {
             if is_job(&goal.release, name) {
@@ -214,8 +234,12 @@ impl<'a> Planner<'a> {
             self.report(Some(name), format!("waits: {blocked}"));
             return;
         }
-        if is_exclusive(released) && self.hand_over(name) {
-            return;
+        if is_exclusive(released) {
+            // Until another may be started, a sick copy is better than none.
+            let due = |p: &mut Self, index: &u32| p.attempts_left(name, *index).is_some();
+            if !missing.iter().any(|index| due(self, index)) || self.hand_over(name) {
+                return;
+            }
         }
         let mut room = self.room(goal, name, released);
         for index in missing {
@@ -257,7 +281,7 @@ impl<'a> Planner<'a> {
         let Some(attempt) = self.world.attempts.get(&(name.clone(), index)) else {
             return Some(());
         };
-        let at = attempt.last.saturating_add(backoff(attempt.failures));
+        let at = attempt.next();
         if at > self.now {
             self.wake_at(at);
             return None;
@@ -360,12 +384,13 @@ impl<'a> Planner<'a> {
     }
 
     fn route(&mut self) {
-        let table = routes::wanted(self.world, self.releases);
-        let same = self
-            .world
-            .routes
-            .as_ref()
-            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let table = routes::wanted(self.world, self.releases, self.now);
+        let same = self.proxy_known()
+            && self
+                .world
+                .routes
+                .as_ref()
+                .is_some_and(|current| routes::same_but_for_generation(current, &table));
         let nothing_yet = self.world.routes.is_none()
             && table.services.is_empty()
             && self.world.goal == Goal::Nothing
@@ -380,7 +405,7 @@ impl<'a> Planner<'a> {
     }
 
     fn retire_what_is_not_wanted(&mut self) {
-        let wanted = routes::wanted(self.world, self.releases);
+        let wanted = routes::wanted(self.world, self.releases, self.now);
         let open = routes::gate_open(self.world, self.releases);
         let unwanted: Vec<InstanceId> = self
             .world
@@ -428,7 +453,9 @@ impl<'a> Planner<'a> {
     /// The table in force is known: none is on its way that could still send traffic
     /// to what is about to be drained.
     fn proxy_known(&self) -> bool {
-        self.world.routes.is_some() && !self.world.under_way.contains(&EffectKey::Route)
+        self.world.routes.is_some()
+            && !self.world.routes_doubtful
+            && !self.world.under_way.contains_key(&EffectKey::Route)
     }
 
     fn is_wanted(&self, id: &InstanceId, instance: &Instance) -> bool {
@@ -442,11 +469,14 @@ impl<'a> Planner<'a> {
             return false;
         };
         let current = self.current(goal, &instance.service);
+        // A sick copy may get well again after another took its place: one of them goes.
+        let sick = matches!(instance.health, Health::Unhealthy { .. });
         let better = current.iter().any(|(other, i)| {
             i.index == instance.index
-                && *other > id
+                && *other != id
                 && i.phase.ready()
-                && matches!(instance.health, Health::Unhealthy { .. })
+                && !matches!(i.health, Health::Unhealthy { .. })
+                && (sick || routes::newer(other, id))
         });
         instance.index <= released.service.replicas
             && self
@@ -455,32 +485,49 @@ impl<'a> Planner<'a> {
             && !better
     }
 
-    /// When services go for good, those that depend on others go first.
+    /// When services go for good, those that depend on others go first: as the release that
+    /// is left says. Instances may be of older ones, whose orders contradict each other.
     fn still_needed_by(&self, service: &ServiceName, retiring: &BTreeSet<ServiceName>) -> bool {
         let stays = self
             .goal()
             .is_some_and(|(_, g)| g.release.services.contains_key(service));
+        let left = self.world.rollout.as_ref().and_then(|r| r.from);
+        let left = left
+            .or(self.world.proven)
+            .and_then(|n| self.releases.get(n));
+        let depends = |other: &ServiceName| {
+            let released = left.and_then(|l| l.release.services.get(other));
+            released.is_some_and(|r| r.service.depends_on.contains_key(service))
+        };
         !stays
             && self.world.instances.values().any(|other| {
                 other.phase.alive()
                     && (retiring.contains(&other.service) || !other.phase.rising())
-                    && self
-                        .releases
-                        .service_of(other)
-                        .is_some_and(|r| r.service.depends_on.contains_key(service))
+                    && depends(&other.service)
             })
+    }
+
+    /// The instance that failed a rollout stays until its log has been shown.
+    fn kept_for_its_log(&self) -> Option<InstanceId> {
+        if let Some(Conclusion::Failed { instance, .. }) = &self.world.concluding {
+            return instance.clone();
+        }
+        match &self.world.rollout.as_ref()?.state {
+            RolloutState::Returning { instance, .. } => instance.clone(),
+            RolloutState::Proving => None,
+        }
     }
 
     /// What each instance's phase asks for.
     fn act_on_phases(&mut self) {
-        let kept = self.world.rollout.as_ref().and_then(|r| match &r.state {
-            RolloutState::Returning { instance, .. } => instance.clone(),
-            RolloutState::Proving => None,
-        });
+        let kept = self.kept_for_its_log();
         for (id, instance) in self.world.instances.clone() {
             let released = self.releases.service_of(&instance);
             // A start that is under way ends first, or it would outlive the removal.
-            let starting = self.world.under_way.contains(&EffectKey::Start(id.clone()));
+            let starting = self
+                .world
+                .under_way
+                .contains_key(&EffectKey::Start(id.clone()));
             if starting {
                 continue;
             }
@@ -538,25 +585,33 @@ impl<'a> Planner<'a> {
             None => self.world.goal == Goal::Nothing && self.only_left(&rollout.state),
             Some((_, goal)) => self.arrived(goal, &rollout.state),
         };
-        if !arrived {
+        if !arrived || self.world.concluding.is_some() {
             return;
         }
         let conclusion = match (rollout.state, rollout.to) {
             (RolloutState::Proving, Goal::Nothing) => Conclusion::Down,
             (RolloutState::Proving, Goal::Release(release)) => Conclusion::Proven { release },
-            (RolloutState::Returning { .. }, Goal::Nothing) => Conclusion::Down,
+            (RolloutState::Returning { cause, .. }, Goal::Nothing) => match rollout.from {
+                Some(release) => Conclusion::Stayed { release, cause },
+                None => Conclusion::Down,
+            },
             (RolloutState::Returning { cause, instance }, Goal::Release(release)) => {
                 Conclusion::Failed {
                     release,
                     cause,
                     instance,
+                    back: self.world.goal.release(),
                 }
             }
         };
-        conclude(self.world, &conclusion);
-        self.plan.effects.push(Effect::Conclude(conclusion));
-        // What was kept for its log can go on the next step.
-        self.wake_at(self.now);
+        conclude(self.world, conclusion);
+    }
+
+    /// Told until it is recorded.
+    fn record_conclusion(&mut self) {
+        if let Some(conclusion) = self.world.concluding.clone() {
+            self.emit(Effect::Conclude(conclusion));
+        }
     }
 
     /// Nothing is left but the instance kept for its log.
@@ -573,12 +628,13 @@ impl<'a> Planner<'a> {
 
     /// Every service serves with as many copies as wanted, and the proxy knows.
     fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
-        let table = routes::wanted(self.world, self.releases);
-        let routed = self
-            .world
-            .routes
-            .as_ref()
-            .is_some_and(|current| routes::same_but_for_generation(current, &table));
+        let table = routes::wanted(self.world, self.releases, self.now);
+        let routed = self.proxy_known()
+            && self
+                .world
+                .routes
+                .as_ref()
+                .is_some_and(|current| routes::same_but_for_generation(current, &table));
         let returning = matches!(state, RolloutState::Returning { .. });
         routed
             && goal.release.services.iter().all(|(name, released)| {
@@ -605,10 +661,28 @@ impl<'a> Planner<'a> {
         })
     }
 
+    /// An effect whose outcome never comes is planned again.
+    fn wake_for_lost_outcomes(&mut self) {
+        let due = self.world.under_way.values().min().copied();
+        if let Some(due) = due.filter(|due| *due != Millis(u64::MAX)) {
+            self.wake_at(due);
+        }
+    }
+
     /// Adds an effect unless it is under way already; tells whether it was added.
     fn emit(&mut self, effect: Effect) -> bool {
-        let fresh = self.world.under_way.insert(effect.key());
+        let proven = |id| {
+            let instance = self.world.instances.get(id);
+            instance.is_some_and(|i| i.phase.ready())
+        };
+        let due = match &effect {
+            Effect::Observe { id, .. } if proven(id) => Millis(u64::MAX),
+            _ => self.now.saturating_add(effect.patience()),
+        };
+        let key = effect.key();
+        let fresh = !self.world.under_way.contains_key(&key);
         if fresh {
+            self.world.under_way.insert(key, due);
             self.plan.effects.push(effect);
         }
         fresh
@@ -644,7 +718,8 @@ pub(crate) fn waits_for(
     released: &ReleasedService,
 ) -> Option<String> {
     // Until the proxy has a table, no name resolves.
-    let Some(routes) = world.routes.as_ref().filter(|_| world.networks_ready) else {
+    let told = world.networks_ready && !world.routes_doubtful;
+    let Some(routes) = world.routes.as_ref().filter(|_| told) else {
         return Some("for its networks".into());
     };
     released
@@ -672,7 +747,9 @@ pub(crate) fn waits_for(
                         .services
                         .get(dependency)
                         .is_some_and(|r| !r.backends.is_empty());
-                    (ready as u32 >= batch(other) && reached, "to be healthy")
+                    // A job's health is that it has completed.
+                    let well = ready as u32 >= batch(other) && reached;
+                    (well || completed, "to be healthy")
                 }
                 Condition::CompletedSuccessfully => (completed, "to complete"),
             };

@@ -21,11 +21,15 @@ pub enum Event {
     Abandoned {
         why: String,
     },
-    /// The caller has started: what the runtime really holds for this environment.
+    /// What the runtime really holds for this environment. Newer than every outcome
+    /// told before it: the caller looks while it takes nothing else in.
     Found {
         instances: Vec<Observed>,
     },
-    NetworksReady,
+    /// The networks of this [`Effect::EnsureNetworks`] stand.
+    NetworksReady {
+        wish: u64,
+    },
     Started {
         id: InstanceId,
     },
@@ -69,6 +73,10 @@ pub enum Event {
     Tainted {
         id: InstanceId,
     },
+    /// A rollout's end has been recorded.
+    Concluded {
+        conclusion: Conclusion,
+    },
     /// The proxy is another process than before: it must be told everything again.
     ProxyRestarted,
     /// Time has passed.
@@ -78,7 +86,11 @@ pub enum Event {
 /// One thing to do. Carrying one out twice does no harm.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    EnsureNetworks(Vec<BridgeNetwork>),
+    EnsureNetworks {
+        networks: Vec<BridgeNetwork>,
+        /// An answer to an earlier one says nothing: they may have gone since.
+        wish: u64,
+    },
     /// Start it and run its `post_start` hooks.
     Start {
         id: InstanceId,
@@ -103,14 +115,14 @@ pub enum Effect {
     Remove {
         id: InstanceId,
     },
-    /// A rollout has come to its end.
+    /// A rollout has come to its end: to be recorded and told.
     Conclude(Conclusion),
 }
 
 impl Effect {
     pub fn key(&self) -> EffectKey {
         match self {
-            Effect::EnsureNetworks(_) => EffectKey::Networks,
+            Effect::EnsureNetworks { .. } => EffectKey::Networks,
             Effect::Start { id } => EffectKey::Start(id.clone()),
             Effect::Observe { id, .. } => EffectKey::Observe(id.clone()),
             Effect::Route(_) => EffectKey::Route,
@@ -145,11 +157,28 @@ pub enum Conclusion {
     },
     /// The environment is empty, as wanted.
     Down,
+    /// Taking everything down was given up: this release goes on.
+    Stayed {
+        release: ReleaseNumber,
+        cause: String,
+    },
     Failed {
         release: ReleaseNumber,
         cause: String,
         instance: Option<InstanceId>,
+        /// What serves again; `None`: nothing did before.
+        back: Option<ReleaseNumber>,
     },
+}
+
+impl Conclusion {
+    /// Nothing is left that needs the environment's networks: they are to go.
+    pub fn empties(&self) -> bool {
+        matches!(
+            self,
+            Conclusion::Down | Conclusion::Failed { back: None, .. }
+        )
+    }
 }
 
 /// What to do now, and why.
@@ -166,4 +195,20 @@ pub struct Plan {
 pub struct ReportLine {
     pub service: Option<ServiceName>,
     pub text: String,
+}
+
+impl Effect {
+    /// How long it may take at most; then its outcome is taken for lost and it is
+    /// planned again. Watching goes on for as long as the instance does, but something
+    /// must be heard of one that is not ready yet.
+    pub fn patience(&self) -> Millis {
+        const CALL: Millis = Millis(120_000);
+        match self {
+            Effect::EnsureNetworks { .. } | Effect::Start { .. } | Effect::Remove { .. } => CALL,
+            Effect::Route(_) | Effect::Conclude(_) => Millis(30_000),
+            Effect::Drain { limit, .. } => limit.saturating_add(Millis(30_000)),
+            Effect::Stop { grace, .. } => grace.saturating_add(CALL),
+            Effect::Observe { probe, .. } => probe.deadline.saturating_add(Millis(30_000)),
+        }
+    }
 }

@@ -72,7 +72,7 @@ pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
 }
 
 /// The table that should be in force now.
-pub(crate) fn wanted(world: &World, releases: &Releases) -> RoutingTable {
+pub(crate) fn wanted(world: &World, releases: &Releases, now: Millis) -> RoutingTable {
     let open = gate_open(world, releases);
     let goal = world.goal.release().and_then(|n| releases.get(n));
     let from = world
@@ -94,7 +94,7 @@ pub(crate) fn wanted(world: &World, releases: &Releases) -> RoutingTable {
         .map(|(name, (released, _))| {
             (
                 (*name).clone(),
-                service_route(world, goal, name, released, open),
+                service_route((world, now), goal, name, released, open),
             )
         })
         .collect();
@@ -118,7 +118,7 @@ pub(crate) fn same_but_for_generation(a: &RoutingTable, b: &RoutingTable) -> boo
 }
 
 fn service_route(
-    world: &World,
+    (world, now): (&World, Millis),
     goal: Option<&Prepared>,
     name: &ServiceName,
     released: &ReleasedService,
@@ -132,9 +132,7 @@ fn service_route(
     let (new, old): (Vec<_>, Vec<_>) = ready
         .into_iter()
         .partition(|(_, i)| world.is_current(i, revision));
-    let handing_over = new.is_empty()
-        && is_exclusive(released)
-        && goal.is_some_and(|g| can_hand_over(world, g, name));
+    let handing_over = goal.is_some_and(|g| can_hand_over(world, g, name, now));
     let serving = match () {
         () if handing_over => Vec::new(),
         () if !open && !old.is_empty() => old,
@@ -167,24 +165,52 @@ fn chosen<'w>(
     let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
     let (surplus, new): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.index > replicas);
     let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));
-    let mut serving = well;
+    // Of two well copies with one number, the older is on its way out.
+    let mut serving = well.clone();
+    serving.retain(|(id, i)| {
+        let mut others = well.iter().filter(|(_, other)| other.index == i.index);
+        !others.any(|(other, _)| newer(other, id))
+    });
     let lacking = (replicas as usize).saturating_sub(serving.len());
-    let others = surplus.into_iter().chain(old);
-    serving.extend(others.filter(|(_, i)| !sick(i)).take(lacking));
-    if serving.is_empty() { ill } else { serving }
+    let (worse, others): (Vec<_>, Vec<_>) =
+        surplus.into_iter().chain(old).partition(|(_, i)| sick(i));
+    serving.extend(others.into_iter().take(lacking));
+    match () {
+        () if !serving.is_empty() => serving,
+        () if !ill.is_empty() => ill,
+        () => worse,
+    }
 }
 
-/// A handoff begins when the new copy could start but for the old one.
-fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName) -> bool {
-    let wants_new = world
-        .of_service(name)
-        .any(|(_, i)| !world.is_current(i, goal.revisions.get(name)) && i.phase.alive() && !i.job);
-    wants_new
-        && goal
-            .release
-            .services
-            .get(name)
-            .is_some_and(|released| waits_for(world, goal, released).is_none())
+/// Was made later: numbers in ids of one service only grow.
+pub(crate) fn newer(one: &InstanceId, other: &InstanceId) -> bool {
+    let age = |id: &InstanceId| (id.as_str().len(), id.to_string());
+    age(one) > age(other)
+}
+
+/// A handoff begins when the new copy could start but for the one there is, which is of
+/// another revision, surplus or sick. The new release says whether copies may overlap; the
+/// old one may have had several.
+fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName, now: Millis) -> bool {
+    let Some(released) = goal.release.services.get(name) else {
+        return false;
+    };
+    let keeps = |i: &Instance| {
+        i.phase.ready()
+            && i.index <= released.service.replicas
+            && world.is_current(i, goal.revisions.get(name))
+            && !matches!(i.health, Health::Unhealthy { .. })
+    };
+    let copies: Vec<_> = world.of_service(name).filter(|(_, i)| !i.job).collect();
+    let due = (1..=released.service.replicas).any(|index| {
+        let attempt = world.attempts.get(&(name.clone(), index));
+        attempt.is_none_or(|a| a.next() <= now) && !rests(world, goal, name, index)
+    });
+    is_exclusive(released)
+        && due
+        && copies.iter().any(|(_, i)| i.phase.alive() && !keeps(i))
+        && !copies.iter().any(|(_, i)| keeps(i))
+        && waits_for(world, goal, released).is_none()
 }
 
 /// Callers wait when the service served before and a copy is coming.
@@ -375,7 +401,10 @@ pub(crate) fn partners(
             let (id, _) = current(world, goal, other)
                 .into_iter()
                 .filter(|(_, i)| i.phase != Phase::Starting)
-                .min_by_key(|(_, i)| (i.index != index, i.index))?;
+                .min_by_key(|(_, i)| {
+                    let sick = matches!(i.health, Health::Unhealthy { .. });
+                    (sick, i.index != index, i.index)
+                })?;
             Some((other.clone(), id.clone()))
         })
         .collect()

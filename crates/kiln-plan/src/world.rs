@@ -14,8 +14,9 @@ use kiln_model::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::effect::EffectKey;
+use crate::effect::{Conclusion, EffectKey};
 use crate::revision;
+use crate::service::backoff;
 
 /// A release with what planning needs of it computed once.
 #[derive(Clone, Debug)]
@@ -83,8 +84,12 @@ pub struct World {
     #[serde(with = "attempts_as_list")]
     pub attempts: BTreeMap<(ServiceName, u32), Attempt>,
     pub layout: Layout,
-    /// The table the proxy confirmed.
+    /// The table the proxy last confirmed.
     pub routes: Option<RoutingTable>,
+    /// It may follow another one, or none: it must be told anew before anything is done
+    /// that relies on it.
+    #[serde(default)]
+    pub routes_doubtful: bool,
     /// Published ports that could not be opened, in words; cleared by the next table.
     #[serde(default)]
     pub ports_failed: Option<String>,
@@ -92,9 +97,16 @@ pub struct World {
     pub counter: u64,
     /// Networks stand as the layout says.
     pub networks_ready: bool,
-    /// Effects handed out whose outcome is not known yet. Not kept over a restart.
+    /// Counts what was wanted of them: only the answer to the latest is believed.
+    #[serde(default)]
+    pub networks_wish: u64,
+    /// How the last rollout ended, until that is recorded.
+    #[serde(default)]
+    pub concluding: Option<Conclusion>,
+    /// Effects handed out whose outcome is not known yet, and when it is taken for lost.
+    /// Not kept over a restart.
     #[serde(skip)]
-    pub under_way: BTreeSet<EffectKey>,
+    pub under_way: BTreeMap<EffectKey, Millis>,
 }
 
 /// What should run.
@@ -227,6 +239,13 @@ pub struct Attempt {
     pub revision: Option<Digest>,
 }
 
+impl Attempt {
+    /// The next copy may be started then.
+    pub(crate) fn next(&self) -> Millis {
+        self.last.saturating_add(backoff(self.failures))
+    }
+}
+
 /// Addresses handed out in this environment; they outlive instances.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
@@ -261,10 +280,13 @@ impl World {
             attempts: BTreeMap::new(),
             layout: Layout::default(),
             routes: None,
+            routes_doubtful: false,
             ports_failed: None,
             counter: 0,
             networks_ready: false,
-            under_way: BTreeSet::new(),
+            networks_wish: 0,
+            concluding: None,
+            under_way: BTreeMap::new(),
         }
     }
 
@@ -273,8 +295,66 @@ impl World {
     pub fn recovered(mut self) -> Self {
         self.under_way.clear();
         self.networks_ready = false;
-        self.routes = None;
+        self.routes_doubtful = true;
         self
+    }
+
+    /// Equal but for what is not stored.
+    pub(crate) fn stored_alike(&self, other: &World) -> bool {
+        let Self {
+            environment,
+            generation,
+            goal,
+            proven,
+            rollout,
+            instances,
+            jobs_done,
+            attempts,
+            layout,
+            routes,
+            routes_doubtful,
+            ports_failed,
+            counter,
+            networks_ready,
+            networks_wish,
+            concluding,
+            under_way: _,
+        } = self;
+        *instances == other.instances
+            && *generation == other.generation
+            && *counter == other.counter
+            && *goal == other.goal
+            && *proven == other.proven
+            && *rollout == other.rollout
+            && *concluding == other.concluding
+            && *attempts == other.attempts
+            && *jobs_done == other.jobs_done
+            && *routes == other.routes
+            && *routes_doubtful == other.routes_doubtful
+            && *layout == other.layout
+            && *ports_failed == other.ports_failed
+            && *networks_ready == other.networks_ready
+            && *networks_wish == other.networks_wish
+            && *environment == other.environment
+    }
+
+    /// The clock was set back: a wait that began in the future would last for ever.
+    pub(crate) fn forget_the_future(&mut self, now: Millis) {
+        let clamp = |at: &mut Millis| *at = (*at).min(now);
+        for instance in self.instances.values_mut() {
+            clamp(&mut instance.created);
+            match &mut instance.phase {
+                Phase::Warming { since } | Phase::Ready { since } => clamp(since),
+                Phase::Ended { at, .. } => clamp(at),
+                _ => {}
+            }
+        }
+        for attempt in self.attempts.values_mut() {
+            clamp(&mut attempt.last);
+        }
+        if let Some(rollout) = &mut self.rollout {
+            clamp(&mut rollout.started);
+        }
     }
 
     /// The releases this world needs to be planned.
@@ -292,9 +372,10 @@ impl World {
     /// Nothing is left to do and nothing is failing.
     pub fn settled(&self) -> bool {
         self.rollout.is_none()
+            && self.concluding.is_none()
             && self
                 .under_way
-                .iter()
+                .keys()
                 .all(|key| matches!(key, EffectKey::Observe(_)))
             && self.instances.values().all(|i| i.phase.ready())
     }

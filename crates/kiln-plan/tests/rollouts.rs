@@ -10,8 +10,7 @@ use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::*;
 use kiln_model::*;
 use kiln_plan::{
-    Conclusion, Effect, EffectKey, Event, Goal, Layout, Releases, World, assign_service_addresses,
-    check, step,
+    Conclusion, Effect, Event, Goal, Layout, Releases, World, assign_service_addresses, check, step,
 };
 
 fn service() -> Service {
@@ -165,8 +164,8 @@ impl Outside {
         for effect in plan.effects {
             match effect {
                 Effect::Conclude(c) => {
-                    self.world.under_way.remove(&EffectKey::Conclude);
-                    self.concluded.push(c);
+                    self.concluded.push(c.clone());
+                    self.happened(Event::Concluded { conclusion: c });
                 }
                 other => self.pending.push(other),
             }
@@ -175,7 +174,7 @@ impl Outside {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::EnsureNetworks(_) => self.happened(Event::NetworksReady),
+            Effect::EnsureNetworks { wish, .. } => self.happened(Event::NetworksReady { wish }),
             Effect::Start { id } => {
                 self.running.insert(id.clone());
                 self.started.push(id.clone());
@@ -604,4 +603,128 @@ fn no_two_services_have_one_address() {
     assert!(assign_service_addresses(&mut layout, &release).is_empty());
     release.services.insert(name("c"), at("10.9.0.5"));
     assert_eq!(assign_service_addresses(&mut layout, &release).len(), 1);
+}
+
+fn only(outside: &Outside, service: &str) -> InstanceId {
+    let service = name(service);
+    let mut ids = outside.world.of_service(&service).map(|(id, _)| id.clone());
+    let id = ids.next().unwrap();
+    assert!(ids.next().is_none());
+    id
+}
+
+#[test]
+fn a_sick_single_writer_is_replaced_as_well() {
+    let mut outside = Outside::new(5);
+    outside.up(1, shop("1"));
+    outside.settle();
+    let sick = only(&outside, "db");
+    outside.happened(Event::Unhealthy {
+        id: sick.clone(),
+        reason: "hangs".into(),
+    });
+    outside.settle();
+    assert_ne!(only(&outside, "db"), sick);
+    assert_eq!(outside.serving("db").len(), 1);
+    assert!(outside.gaps.is_empty(), "{:?}", outside.gaps);
+}
+
+#[test]
+fn a_service_that_becomes_a_single_writer_keeps_no_surplus_copy() {
+    let with = |replicas: u32| {
+        let mut release = shop("1");
+        let db = release.services.get_mut(&name("db")).unwrap();
+        db.service.replicas = replicas;
+        db.service.restart = RestartPolicy::Always;
+        release
+    };
+    let mut outside = Outside::new(7);
+    outside.up(1, with(2));
+    outside.settle();
+    // Only the copy with the higher number is left when one is wanted.
+    let db = name("db");
+    let first = outside.world.of_service(&db).find(|(_, i)| i.index == 1);
+    let first = first.map(|(id, _)| id.clone()).unwrap();
+    outside.up(2, with(1));
+    outside.running.remove(&first);
+    let status = ExitStatus::Code(1);
+    outside.happened(Event::Exited { id: first, status });
+    outside.settle();
+    let left = only(&outside, "db");
+    assert_eq!(outside.world.instances[&left].index, 1);
+}
+
+#[test]
+fn orders_of_different_releases_do_not_keep_each_other_from_going_down() {
+    let pair = |version: &str, needed: Option<(&str, &str)>| {
+        let mut release = shop(version);
+        release.services = ["one", "two"]
+            .map(|n| (name(n), released(n, |_| {})))
+            .into();
+        if let Some((who, other)) = needed {
+            let who = release.services.get_mut(&name(who)).unwrap();
+            needs(&mut who.service, other, Condition::Started);
+        }
+        release
+    };
+    let mut outside = Outside::new(9);
+    outside.up(1, pair("1", Some(("one", "two"))));
+    outside.settle();
+    // Two is made anew by a release in which the order is the other way round.
+    let mut second = pair("1", Some(("two", "one")));
+    second.services.get_mut(&name("two")).unwrap().image.digest = Digest::of("two anew");
+    outside.up(2, second);
+    outside.settle();
+    let layout = outside.world.layout.clone();
+    outside.happened(Event::Desired {
+        goal: Goal::Nothing,
+        layout,
+    });
+    outside.settle();
+    assert!(outside.world.instances.is_empty());
+}
+
+#[test]
+fn a_start_that_failed_is_ended_before_another_writer_begins() {
+    let mut outside = Outside::new(3);
+    outside.up(1, shop("1"));
+    while !outside
+        .pending
+        .iter()
+        .any(|e| matches!(e, Effect::Start { .. }))
+    {
+        let effect = outside.pending.remove(0);
+        outside.carry_out(effect);
+    }
+    let id = only(&outside, "db");
+    // It runs, although its start came to no good end.
+    outside.pending.clear();
+    outside.running.insert(id.clone());
+    outside.happened(Event::StartFailed {
+        id: id.clone(),
+        cause: "no space left on device".into(),
+    });
+    outside.now += 100_000;
+    outside.happened(Event::Tick);
+    let stops = |e: &Effect| matches!(e, Effect::Stop { id: stopped, .. } if *stopped == id);
+    assert!(outside.pending.iter().any(stops), "{:?}", outside.pending);
+    assert_eq!(only(&outside, "db"), id);
+}
+
+#[test]
+fn an_answer_about_networks_that_have_gone_since_is_not_believed() {
+    let mut outside = Outside::new(3);
+    outside.up(1, shop("1"));
+    let Some(Effect::EnsureNetworks { wish, .. }) = outside.pending.first().cloned() else {
+        panic!("{:?}", outside.pending);
+    };
+    outside.settle();
+    let layout = outside.world.layout.clone();
+    outside.happened(Event::Desired {
+        goal: Goal::Nothing,
+        layout,
+    });
+    outside.settle();
+    outside.happened(Event::NetworksReady { wish });
+    assert!(!outside.world.networks_ready);
 }

@@ -2,7 +2,7 @@
 //! instances drained, all of it told.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -11,8 +11,11 @@ use kiln_model::route::{Backend, DrainReport, ServiceRoute};
 use kiln_model::{EnvironmentName, Generation, InstanceId, RoutingTable, ServiceName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use crate::Client;
 use crate::dns::forward::Forwarder;
+use crate::handover::{Predecessors, Sockets};
 use crate::instance::Instance;
+use crate::limits::LEFT_CHECK;
 use crate::listeners::{Listeners, Wanted, Wishes, taken_by};
 use crate::routes::{Destination, Entry, Owners, Routes};
 use crate::service::{Route, Service};
@@ -52,6 +55,8 @@ pub(crate) struct Core {
     place_count: usize,
     open: AtomicU64,
     ending: watch::Sender<bool>,
+    retired: watch::Sender<bool>,
+    predecessors: Predecessors,
     started: Instant,
     state_file: PathBuf,
     dns_port: u16,
@@ -98,6 +103,8 @@ impl Core {
             place_count: connections,
             open: AtomicU64::new(0),
             ending: watch::Sender::new(false),
+            retired: watch::Sender::new(false),
+            predecessors: Predecessors::default(),
             started: Instant::now(),
             state_file,
             dns_port,
@@ -130,10 +137,50 @@ impl Core {
 
     /// Resolves when the proxy ends.
     pub(crate) fn ending(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut ending = self.ending.subscribe();
-        async move {
-            // An error means that it has ended.
-            let _ = ending.wait_for(|ending| *ending).await;
+        set(&self.ending)
+    }
+
+    /// Resolves when another proxy has taken the place of this one.
+    pub(crate) fn retired(&self) -> impl Future<Output = ()> + Send + use<> {
+        set(&self.retired)
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        *self.retired.borrow()
+    }
+
+    /// Copies of all listening sockets, for another proxy.
+    pub(crate) async fn sockets(&self) -> std::io::Result<Sockets> {
+        self.inner.lock().await.listeners.copies()
+    }
+
+    pub(crate) async fn inherit(&self, sockets: Sockets) {
+        self.inner.lock().await.listeners.inherit(sockets);
+    }
+
+    /// From here on this proxy is the only one that takes anything new: what it inherited
+    /// and does not want is closed, and retired ones beside `socket` are led.
+    pub(crate) async fn succeed(&self, socket: &Path) {
+        self.inner.lock().await.listeners.disinherit();
+        self.predecessors.find(socket).await;
+    }
+
+    /// Takes nothing new from here on. Tables and drains are still followed, for the
+    /// connections that are open.
+    pub(crate) async fn retire(self: &Arc<Self>) {
+        let mut inner = self.inner.lock().await;
+        self.retired.send_replace(true);
+        inner.listeners.retire(self).await;
+        self.predecessors.forget();
+    }
+
+    /// Resolves when it is retired and its last connection has ended.
+    pub(crate) async fn left(&self) {
+        self.retired().await;
+        // Not before `retire` has counted what it leaves open.
+        drop(self.inner.lock().await);
+        while self.open.load(Ordering::Relaxed) > 0 {
+            tokio::time::sleep(LEFT_CHECK).await;
         }
     }
 
@@ -165,7 +212,8 @@ impl Core {
         let mut inner = self.inner.lock().await;
         inner.check(&table)?;
         let current = inner.environments.get(&table.environment);
-        if current.is_none_or(|current| current.table != table) {
+        let changed = current.is_none_or(|current| current.table != table);
+        if changed && !self.is_retired() {
             let others = inner.environments.values().map(|e| &e.table);
             let tables = others
                 .filter(|other| other.environment != table.environment)
@@ -174,7 +222,12 @@ impl Core {
                 .collect();
             save(&self.state_file, &State::new(inner.catch_all, tables))?;
         }
-        Ok(self.activate(&mut inner, table).await)
+        let applied = self.activate(&mut inner, table.clone()).await;
+        drop(inner);
+        let table = &table;
+        let told = |p: Client| async move { p.apply(table).await };
+        self.predecessors.each(told).await;
+        Ok(applied)
     }
 
     /// Tables from the state file, at start.
@@ -200,15 +253,20 @@ impl Core {
         if !inner.environments.contains_key(name) {
             return Ok(());
         }
-        let others = inner.environments.values().map(|e| &e.table);
-        let tables = others.filter(|t| t.environment != *name).cloned().collect();
-        save(&self.state_file, &State::new(inner.catch_all, tables))?;
+        if !self.is_retired() {
+            let others = inner.environments.values().map(|e| &e.table);
+            let tables = others.filter(|t| t.environment != *name).cloned().collect();
+            save(&self.state_file, &State::new(inner.catch_all, tables))?;
+        }
         if let Some(gone) = inner.environments.remove(name) {
             for service in gone.services.values() {
                 service.remove();
             }
         }
         self.settle(&mut inner).await;
+        drop(inner);
+        let forget = |p: Client| async move { p.remove_environment(name).await };
+        self.predecessors.each(forget).await;
         Ok(())
     }
 
@@ -260,6 +318,9 @@ impl Core {
         *self.routes.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(routes);
         inner.retire_unnamed();
 
+        if self.is_retired() {
+            return;
+        }
         let wishes = inner.wishes(self.dns_port);
         let failed = inner.listeners.reconcile(self, &wishes).await;
         for environment in inner.environments.values_mut() {
@@ -273,6 +334,8 @@ impl Core {
         id: &InstanceId,
         limit: Duration,
     ) -> Result<DrainReport, RefusedError> {
+        let elsewhere = |p: Client| async move { p.drain(id, limit.into()).await };
+        let elsewhere = self.predecessors.each(elsewhere);
         let instance = {
             let inner = self.inner.lock().await;
             let serving = |e: &Environment| e.services.values().any(|s| s.has(id));
@@ -281,14 +344,20 @@ impl Core {
             }
             inner.instances.get(id).cloned()
         };
-        let Some(instance) = instance else {
-            return Ok(DrainReport { cut: 0 });
+        let here = async {
+            match instance {
+                Some(instance) => instance.drain(limit).await,
+                None => 0,
+            }
         };
-        let cut = instance.drain(limit).await;
+        let (here, elsewhere) = tokio::join!(here, elsewhere);
         self.inner.lock().await.retire_unnamed();
-        Ok(DrainReport {
-            cut: u32::try_from(cut).unwrap_or(u32::MAX),
-        })
+        let here = u32::try_from(here).unwrap_or(u32::MAX);
+        let cut = elsewhere
+            .iter()
+            .map(|r| r.cut)
+            .fold(here, u32::saturating_add);
+        Ok(DrainReport { cut })
     }
 
     pub(crate) async fn ports(&self) -> Ports {
@@ -336,6 +405,14 @@ impl Core {
         self.ending.send_replace(true);
         let all = u32::try_from(self.place_count).unwrap_or(u32::MAX);
         let _ = tokio::time::timeout(limit, self.places.acquire_many(all)).await;
+    }
+}
+
+/// Resolves when the flag is set, or can't be any more.
+fn set(flag: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + use<> {
+    let mut flag = flag.subscribe();
+    async move {
+        let _ = flag.wait_for(|set| *set).await;
     }
 }
 

@@ -126,6 +126,12 @@ pub(crate) const SHUTDOWN: Duration = Duration::from_secs(10);
 /// One line on the control socket, in bytes: 1,000 services of 10 instances take about 2 MiB.
 pub(crate) const CONTROL_LINE: u64 = 32 * 1024 * 1024;
 
+/// How often a retired proxy looks if its last connection has ended.
+pub(crate) const LEFT_CHECK: Duration = Duration::from_millis(200);
+
+/// How long a proxy whose place is taken may be silent within its answer.
+pub(crate) const HANDOVER: Duration = Duration::from_secs(5);
+
 /// Control connections at once: the daemon's, a few of people, and one for each drain.
 pub(crate) const CONTROL_CONNECTIONS: usize = 512;
 

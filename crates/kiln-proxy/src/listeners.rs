@@ -1,26 +1,29 @@
 //! The only owner of listening sockets. A socket that both the old and the new tables want
 //! is never touched; so a table can be applied at any rate without a lost connection,
-//! and the sockets could be handed to another process from here.
+//! and from here the sockets are handed to another process.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_model::ServiceName;
 use kiln_model::spec::Protocol;
-use tokio::net::{TcpListener, TcpStream};
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::core::Core;
+use crate::handover::Sockets;
 use crate::routes::Entry;
 use crate::status::{ListenFailure, Purpose};
 use crate::{connection, dns, holder, sockets, udp};
 
-/// Something to listen on.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Wanted {
+/// Something to listen on. A part of what proxies say to each other.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Wanted {
     CatchAll(SocketAddr),
     Published(SocketAddr, Protocol),
     Dns(Ipv4Addr, u16),
@@ -32,17 +35,22 @@ pub(crate) type Wishes = BTreeMap<Wanted, Purpose>;
 #[derive(Default)]
 pub(crate) struct Listeners {
     held: BTreeMap<Wanted, Held>,
+    /// Of the proxy before this one, until they are wanted or forgotten.
+    inherited: BTreeMap<Wanted, VecDeque<OwnedFd>>,
 }
 
 /// The sockets, and the tasks which take from them.
 struct Held {
     tasks: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
+    /// For another proxy to take over.
+    sockets: Vec<OwnedFd>,
     local: SocketAddr,
 }
 
 impl Held {
     /// Returns when the sockets are closed.
     async fn end(self) {
+        drop(self.sockets);
         for (stop, task) in self.tasks {
             drop(stop);
             if task.await.is_err() {
@@ -80,25 +88,73 @@ impl Listeners {
 
     /// Returns the address that is listened on.
     pub(crate) fn open(&mut self, core: &Arc<Core>, wanted: Wanted) -> std::io::Result<SocketAddr> {
+        let mut ready = self.inherited.remove(&wanted).unwrap_or_default();
         let held = match wanted {
-            Wanted::CatchAll(address) => open_tcp(core, address, None)?,
+            Wanted::CatchAll(address) => open_tcp(core, &mut ready, address, None)?,
             Wanted::Published(address, Protocol::Tcp) => {
-                open_tcp(core, address, Some(Entry::Published(address)))?
+                open_tcp(core, &mut ready, address, Some(Entry::Published(address)))?
             }
             Wanted::Published(address, Protocol::Udp) => {
-                let socket = Arc::new(sockets::bind_udp(address)?);
+                let socket = Arc::new(udp(&mut ready, address)?);
                 let local = socket.local_addr()?;
+                let sockets = vec![socket.as_fd().try_clone_to_owned()?];
                 let relay = udp::relay(Arc::clone(core), socket, address);
                 Held {
                     tasks: vec![until_stopped(relay)],
+                    sockets,
                     local,
                 }
             }
-            Wanted::Dns(gateway, port) => open_dns(core, gateway, port)?,
+            Wanted::Dns(gateway, port) => open_dns(core, &mut ready, gateway, port)?,
         };
         let local = held.local;
         self.held.insert(wanted, held);
         Ok(local)
+    }
+
+    /// Copies of all sockets. The catch-all's goes by the address it really has.
+    pub(crate) fn copies(&self) -> std::io::Result<Sockets> {
+        let mut copies = Sockets::new();
+        for (wanted, held) in &self.held {
+            let wanted = match wanted {
+                Wanted::CatchAll(_) => Wanted::CatchAll(held.local),
+                other => other.clone(),
+            };
+            for socket in &held.sockets {
+                copies.push((wanted.clone(), socket.try_clone()?));
+            }
+        }
+        Ok(copies)
+    }
+
+    /// Has these ready for when they are wanted.
+    pub(crate) fn inherit(&mut self, sockets: Sockets) {
+        for (wanted, socket) in sockets {
+            self.inherited.entry(wanted).or_default().push_back(socket);
+        }
+    }
+
+    /// Closes what was inherited and is not wanted.
+    pub(crate) fn disinherit(&mut self) {
+        self.inherited.clear();
+    }
+
+    /// Takes nothing new; answers to UDP clients still come, until they are silent.
+    pub(crate) async fn retire(&mut self, core: &Arc<Core>) {
+        for (wanted, held) in std::mem::take(&mut self.held) {
+            if !matches!(wanted, Wanted::Published(_, Protocol::Udp)) {
+                held.end().await;
+                continue;
+            }
+            let open = core.opened();
+            tokio::spawn(async move {
+                for (stop, task) in held.tasks {
+                    let _ = task.await;
+                    drop(stop);
+                }
+                drop(open);
+            });
+        }
     }
 
     async fn close(&mut self, wanted: &Wanted) {
@@ -114,22 +170,52 @@ impl Listeners {
     }
 }
 
-fn open_tcp(core: &Arc<Core>, address: SocketAddr, entry: Option<Entry>) -> std::io::Result<Held> {
-    let listener = sockets::listen(address)?;
+/// The socket that is there already, else a new one.
+fn tcp(ready: &mut VecDeque<OwnedFd>, address: SocketAddr) -> std::io::Result<TcpListener> {
+    match ready.pop_front() {
+        Some(fd) => TcpListener::from_std(fd.into()),
+        None => sockets::listen(address),
+    }
+}
+
+fn udp(ready: &mut VecDeque<OwnedFd>, address: SocketAddr) -> std::io::Result<UdpSocket> {
+    match ready.pop_front() {
+        Some(fd) => UdpSocket::from_std(fd.into()),
+        None => sockets::bind_udp(address),
+    }
+}
+
+fn open_tcp(
+    core: &Arc<Core>,
+    ready: &mut VecDeque<OwnedFd>,
+    address: SocketAddr,
+    entry: Option<Entry>,
+) -> std::io::Result<Held> {
+    let listener = tcp(ready, address)?;
     let local = listener.local_addr()?;
+    let copy = listener.as_fd().try_clone_to_owned()?;
     let (stop, stopped) = oneshot::channel();
     let task = tokio::spawn(accept_all(Arc::clone(core), listener, entry, stopped));
     Ok(Held {
         tasks: vec![(stop, task)],
+        sockets: vec![copy],
         local,
     })
 }
 
-fn open_dns(core: &Arc<Core>, gateway: Ipv4Addr, port: u16) -> std::io::Result<Held> {
+fn open_dns(
+    core: &Arc<Core>,
+    ready: &mut VecDeque<OwnedFd>,
+    gateway: Ipv4Addr,
+    port: u16,
+) -> std::io::Result<Held> {
     let local = dns::address(gateway, port);
-    let datagrams = Arc::new(sockets::bind_udp(local)?);
-    let streams = Arc::new(sockets::listen(local)?);
+    let datagrams = Arc::new(udp(ready, local)?);
+    let streams = Arc::new(tcp(ready, local)?);
+    let copies = [datagrams.as_fd(), streams.as_fd()].map(|fd| fd.try_clone_to_owned());
+    let [first, second] = copies;
     Ok(Held {
+        sockets: vec![first?, second?],
         tasks: vec![
             until_stopped(dns::serve_udp(Arc::clone(core), datagrams, gateway)),
             until_stopped(dns::serve_tcp(Arc::clone(core), streams, gateway)),

@@ -8,8 +8,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::Client;
 use crate::control::server::{Socket, SocketError};
 use crate::core::Core;
+use crate::handover::{self, TakeOverError};
 use crate::limits::{CONNECTIONS, POOL_SWEEP, RESERVED_FILES, SHUTDOWN};
 use crate::state::{self, StateError};
 
@@ -29,6 +31,9 @@ pub struct ProxyConfig {
     pub resolv_conf: PathBuf,
     /// The port of DNS on the gateways. 53, but for tests.
     pub dns_port: u16,
+    /// Takes the place of a proxy that has the control socket, without a closed listener
+    /// or connection. Else a second proxy is refused.
+    pub take_over: bool,
 }
 
 impl ProxyConfig {
@@ -40,6 +45,7 @@ impl ProxyConfig {
             catch_all: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             dns_port: 53,
+            take_over: false,
         }
     }
 }
@@ -50,6 +56,8 @@ pub enum ProxyError {
     Socket(#[from] SocketError),
     #[error(transparent)]
     State(#[from] StateError),
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     #[error("can't listen on {address} for service addresses")]
     CatchAll {
         address: SocketAddr,
@@ -77,28 +85,63 @@ pub fn run_blocking(config: ProxyConfig) -> Result<(), ProxyError> {
 pub async fn run(config: ProxyConfig) -> Result<(), ProxyError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ProxyError::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ProxyError::Start)?;
-    let socket = Socket::bind(&config.socket)?;
-    let state = state::load(&config.state)?;
+    let first = match Socket::bind(&config.socket) {
+        Err(SocketError::Running(_)) if config.take_over => None,
+        bound => Some(bound?),
+    };
     let core = Core::new(
-        config.state,
-        config.resolv_conf,
+        config.state.clone(),
+        config.resolv_conf.clone(),
         config.dns_port,
         connections(raise_open_files()),
     );
-    open_catch_all(&core, config.catch_all, state.catch_all).await?;
-    core.restore(state.tables).await;
+    let socket = match first {
+        Some(socket) => {
+            begin(&core, &config).await?;
+            socket
+        }
+        None => succeed(&core, &config).await?,
+    };
+    core.succeed(&config.socket).await;
     core.save().await?;
+    let socket = Arc::new(socket);
 
     let (shutdown, mut asked) = watch::channel(false);
     tokio::select! {
         () = socket.serve(Arc::clone(&core), shutdown) => {}
         () = sweep(&core) => {}
+        () = core.left() => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
         _ = asked.wait_for(|asked| *asked) => {}
     }
     core.end(SHUTDOWN).await;
     Ok(())
+}
+
+/// Opens the catch-all, and whatever the last tables say.
+async fn begin(core: &Arc<Core>, config: &ProxyConfig) -> Result<(), ProxyError> {
+    let state = state::load(&config.state)?;
+    open_catch_all(core, config.catch_all, state.catch_all).await?;
+    core.restore(state.tables).await;
+    Ok(())
+}
+
+/// Serves beside the running proxy, then instead of it. What it was told while both did is
+/// in the state file, which is why that is read again.
+async fn succeed(core: &Arc<Core>, config: &ProxyConfig) -> Result<Socket, ProxyError> {
+    let running = Client::connect(&config.socket)
+        .await
+        .map_err(TakeOverError::from)?;
+    let path = config.socket.clone();
+    let taken = tokio::task::spawn_blocking(move || handover::take(&path)).await;
+    core.inherit(taken.map_err(|e| ProxyError::Start(e.into()))??)
+        .await;
+    begin(core, config).await?;
+    running.retire().await.map_err(TakeOverError::from)?;
+    let socket = Socket::bind(&config.socket)?;
+    core.restore(state::load(&config.state)?.tables).await;
+    Ok(socket)
 }
 
 /// Takes the port of the last start again if it is free: the firewall knows it.

@@ -37,13 +37,17 @@ impl Drop for Session {
     }
 }
 
-/// Passes datagrams on until it is dropped.
+/// Passes datagrams on until it is dropped. When the proxy retires, only answers are passed
+/// on, and it ends with the last client.
 pub(crate) async fn relay(core: Arc<Core>, socket: Arc<UdpSocket>, listen: SocketAddr) {
     let mut sessions: HashMap<SocketAddr, Session> = HashMap::new();
     let mut buffer = vec![0u8; DATAGRAM];
     let mut sweep = tokio::time::interval(UDP_IDLE / 2);
+    let retired = core.retired();
+    tokio::pin!(retired);
     loop {
         let (n, peer) = tokio::select! {
+            () = &mut retired => break,
             received = socket.recv_from(&mut buffer) => match received {
                 Ok(received) => received,
                 Err(_) => continue,
@@ -74,6 +78,10 @@ pub(crate) async fn relay(core: Arc<Core>, socket: Arc<UdpSocket>, listen: Socke
             // A refused datagram is a lost one.
             let _ = session.socket.send(datagram).await;
         }
+    }
+    while !sessions.is_empty() {
+        sweep.tick().await;
+        sessions.retain(|_, session| lock(&session.used).elapsed() < UDP_IDLE);
     }
 }
 

@@ -48,8 +48,11 @@ const ROOMS: &[(&str, &[&str])] = &[
             "kiln-daemon",
         ],
     ),
-    ("kiln-testkit", &[]),
-    ("xtask", &["kiln-model", "kiln-runtime", "kiln-testkit"]),
+    ("kiln-testkit", &["kiln-model", "kiln-plan"]),
+    (
+        "xtask",
+        &["kiln-compose", "kiln-model", "kiln-runtime", "kiln-testkit"],
+    ),
 ];
 
 /// All that the pure rooms may use from outside.

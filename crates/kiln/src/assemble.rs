@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kiln_build::build::{BuildRequest, Builder, Prepared, prepare};
+use kiln_build::build::{BuildRequest, Builder, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
 use kiln_build::resolve::Resolver;
@@ -49,11 +49,32 @@ pub struct Assembler<'a> {
     had: BTreeSet<Digest>,
 }
 
+/// What `kiln watch` has beside the project, by service; nothing for everyone else.
+#[derive(Default)]
+pub struct Over<'w> {
+    /// Images that are not found or built again.
+    pub bases: BTreeMap<ServiceName, Digest>,
+    /// Files that are put over the image.
+    pub synced: BTreeMap<ServiceName, Vec<Synced<'w>>>,
+}
+
+/// A release, and each service's image before anything was put over it.
+pub struct Assembled {
+    pub release: Release,
+    pub bases: BTreeMap<ServiceName, Digest>,
+}
+
 /// Everything of a service but its place in a release.
 struct Found {
     image: Image,
     verdict: Verdict,
 }
+
+/// The services of a release, and their images before anything was put over them.
+type Services = (
+    BTreeMap<ServiceName, ReleasedService>,
+    BTreeMap<ServiceName, Digest>,
+);
 
 /// A service whose image is there, to be tested.
 struct Candidate<'a> {
@@ -142,20 +163,31 @@ impl<'a> Assembler<'a> {
     }
 
     /// The whole release. `kiln.lock` is written when it has learned something.
-    pub async fn release(&self, environment: &EnvironmentName) -> Result<Release, Failure> {
+    pub async fn release(
+        &self,
+        environment: &EnvironmentName,
+        over: &Over<'_>,
+    ) -> Result<Assembled, Failure> {
         let lock_path = self.spec().folder.join("kiln.lock");
         let mut lock = Lock::load(&lock_path).map_err(input)?;
-        let result = self.services(&mut lock).await;
+        let result = self.services(&mut lock, over).await;
         // What was learned is kept even if something later failed.
         lock.save(&lock_path).map_err(input)?;
-        Ok(Release {
+        let (services, bases) = result?;
+        let release = Release {
             format: Release::FORMAT,
             environment: environment.clone(),
             project: self.spec().project.clone(),
-            services: result?,
+            services,
             networks: self.spec().networks.clone(),
             volumes: self.spec().volumes.clone(),
-        })
+        };
+        Ok(Assembled { release, bases })
+    }
+
+    /// A digest of what is at these paths, whenever it was written.
+    pub fn digest_of(&self, parts: &[Synced<'_>]) -> Result<Digest, Failure> {
+        self.builder.digest_of(parts).map_err(input)
     }
 
     /// Writes the lock alone.
@@ -189,13 +221,16 @@ impl<'a> Assembler<'a> {
         lock.save(&lock_path).map_err(input)
     }
 
-    async fn services(
-        &self,
-        lock: &mut Lock,
-    ) -> Result<BTreeMap<ServiceName, ReleasedService>, Failure> {
+    async fn services(&self, lock: &mut Lock, over: &Over<'_>) -> Result<Services, Failure> {
         let mut images: BTreeMap<ServiceName, Image> = BTreeMap::new();
+        let mut bases = BTreeMap::new();
         for (name, service) in &self.spec().services {
-            let digest = self.image_of(name, service, lock).await?;
+            let base = match over.bases.get(name) {
+                Some(base) => *base,
+                None => self.image_of(name, service, lock).await?,
+            };
+            bases.insert(name.clone(), base);
+            let digest = self.synced(name, base, over)?;
             let image = self
                 .store
                 .image(&digest)
@@ -227,7 +262,22 @@ impl<'a> Assembler<'a> {
             let one = self.released(&c.name, c.service, found, c.files, c.mounted_images);
             (c.name, one)
         });
-        Ok(released.collect())
+        Ok((released.collect(), bases))
+    }
+
+    /// The image with what is put over it.
+    fn synced(&self, name: &ServiceName, base: Digest, over: &Over<'_>) -> Result<Digest, Failure> {
+        let Some(parts) = over.synced.get(name).filter(|parts| !parts.is_empty()) else {
+            return Ok(base);
+        };
+        let synced = self.builder.sync(name.as_str(), &base, parts, epoch()?);
+        let digest = synced.map_err(build_error)?;
+        if digest != base {
+            let subject = format!("{}/{name}", self.spec().project);
+            let details = [("base", base.to_string()), ("digest", digest.to_string())];
+            self.context.record("sync", &subject, &details)?;
+        }
+        Ok(digest)
     }
 
     async fn image_of(

@@ -33,9 +33,9 @@ pub fn check(context: &Context, args: &CheckArgs) -> Result<(), Failure> {
         CheckFormat::Sarif => output::json(&report::sarif(&problems))?,
         CheckFormat::Github => problems
             .iter()
-            .for_each(|p| println!("{}", report::github(p))),
+            .for_each(|p| outln!("{}", report::github(p))),
         CheckFormat::Text if context.json => output::json(&problems)?,
-        CheckFormat::Text => print!("{}", checked.text()),
+        CheckFormat::Text => out!("{}", checked.text()),
     }
     verdict(&problems, args.fail_on)
 }
@@ -103,7 +103,7 @@ fn verdict(problems: &[Problem], fail_on: FailOn) -> Result<(), Failure> {
     if problems.iter().any(|p| p.severity >= least) {
         return Err(Failure::new(Kind::Input, said));
     }
-    eprintln!("{said}");
+    errln!("{said}");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and nothing of how it is answered.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +8,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Immutable infrastructure: every change is a new release, put in place by replacement.
 #[derive(Parser, Debug)]
 #[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    after_help = "What says which project it is (-f, -p, -e, --profile, --env-file, \
+    --project-directory) may stand before the command, too."
+)]
 pub struct Cli {
     /// Where kiln keeps everything
     #[arg(
@@ -23,10 +28,62 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// Options with a value that `docker compose` has before its command, and kiln behind it.
+const OF_PROJECTS: [(&str, Option<char>); 7] = [
+    ("--file", Some('f')),
+    ("--project-name", Some('p')),
+    ("--environment", Some('e')),
+    ("--profile", None),
+    ("--env-file", None),
+    ("--project-directory", None),
+    ("--allow-ignored", None),
+];
+
+/// The command line with the project's options behind the command, wherever they stood.
+pub fn in_order(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut words = words.into_iter().peekable();
+    let mut before: Vec<OsString> = words.next().into_iter().collect();
+    let mut moved = Vec::new();
+    while let Some(word) = words.next_if(|word| word.to_string_lossy().starts_with('-')) {
+        let text = word.to_string_lossy().into_owned();
+        let short = |c: &char| text.starts_with(&format!("-{c}"));
+        let of_project = OF_PROJECTS.iter().find(|(long, letter)| {
+            text.split('=').next() == Some(long) || letter.as_ref().is_some_and(short)
+        });
+        let to = match of_project {
+            Some(_) => &mut moved,
+            None => &mut before,
+        };
+        to.push(word);
+        // `--root DIR` is the only other one with a value.
+        let alone = match of_project {
+            Some((long, _)) => text == *long || text.len() == 2,
+            None => text == "--root",
+        };
+        if alone {
+            to.extend(words.next());
+        }
+    }
+    before.extend(words.next());
+    before.extend(moved);
+    before.extend(words);
+    before
+}
+
 #[derive(Subcommand, Debug)]
 pub enum Command {
     /// Build, test and roll out a project, replacing what runs without dropping a request
     Up(UpArgs),
+    /// Roll out anew whenever files change, in a throw-away environment
+    ///
+    /// The rules are those of `develop.watch`. Everything happens in the environment
+    /// PROJECT-watch, which has networks and volumes of its own and is taken down at the
+    /// end (Ctrl-C). rebuild: the service is built and rolled out as by `up`. sync: the
+    /// changed files are put over the image as one more layer, without building it.
+    /// sync+exec: the command runs in each new instance after its start. restart: the
+    /// instances are replaced. Every change is a release, tested like any other; what
+    /// fails is told, the release before goes on, and so does the watching.
+    Watch(WatchArgs),
     /// Show what `up` would do, and why
     Plan(ProjectArgs),
     /// Build and test the images, and roll nothing out
@@ -113,7 +170,7 @@ pub struct ReadArgs {
     /// The project's folder, or its compose file
     #[arg(default_value = ".")]
     pub project: PathBuf,
-    /// Compose files, merged in this order
+    /// Compose files, merged in this order; `-` is standard input
     #[arg(short, long = "file", value_name = "FILE")]
     pub files: Vec<PathBuf>,
     /// The project's name
@@ -125,6 +182,9 @@ pub struct ReadArgs {
     /// Read variables from this file instead of .env
     #[arg(long, value_name = "FILE")]
     pub env_file: Vec<PathBuf>,
+    /// Count relative paths from this folder instead of the first compose file's
+    #[arg(long, value_name = "FOLDER")]
+    pub project_directory: Option<PathBuf>,
     /// Go on although this key can't be honoured; the warning is recorded
     #[arg(long, value_name = "KEY")]
     pub allow_ignored: Vec<String>,
@@ -140,6 +200,12 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct WatchArgs {
+    #[command(flatten)]
+    pub project: ReadArgs,
 }
 
 /// Which environment: by name, or that of the project here.
@@ -461,4 +527,41 @@ pub enum DaemonCommand {
         #[arg(long)]
         print: bool,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_projects_options_may_stand_before_the_command() {
+        for (said, meant) in [
+            ("up", "up"),
+            ("-f a.yaml up", "up -f a.yaml"),
+            (
+                "-fa.yaml --file=b.yaml -p x up --detach",
+                "up -fa.yaml --file=b.yaml -p x --detach",
+            ),
+            (
+                "--root /r --json -f - config web",
+                "--root /r --json config -f - web",
+            ),
+            (
+                "--profile a --profile=b --env-file e status",
+                "status --profile a --profile=b --env-file e",
+            ),
+            ("exec -f x", "exec -f x"),
+            ("--help", "--help"),
+            ("-f", "-f"),
+            ("", ""),
+        ] {
+            let words = ["kiln"].into_iter().chain(said.split_whitespace());
+            let ordered = in_order(words.map(OsString::from));
+            let ordered: Vec<String> = ordered[1..]
+                .iter()
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect();
+            assert_eq!(ordered.join(" "), meant, "{said}");
+        }
+    }
 }

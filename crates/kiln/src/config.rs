@@ -20,6 +20,14 @@ const COLUMN: usize = 20;
 const GAP: usize = 3;
 
 pub async fn config(context: &Context, args: &ConfigArgs) -> Result<(), Failure> {
+    let folder = args.project.project.display();
+    if !args.project.project.exists() {
+        return Err(
+            Failure::new(Kind::Input, format!("there is no {folder}")).hint(format!(
+                "services stand behind the project's folder: kiln config . {folder}"
+            )),
+        );
+    }
     let resolved = resolve_from_disk(&options(args)).map_err(|e| project::failure(&e))?;
     project::print_notes(&resolved.notes, &resolved.sources);
     let mut project = resolved.project;
@@ -45,7 +53,7 @@ pub async fn config(context: &Context, args: &ConfigArgs) -> Result<(), Failure>
             .map_err(|e| Failure::new(Kind::Input, format!("{}: {e}", path.display())));
     }
     if !text.is_empty() {
-        println!("{text}");
+        outln!("{text}");
     }
     match whole && format == Format::Yaml && !project.raw {
         true => print_write_sets(context, &project.name).await,
@@ -259,10 +267,10 @@ async fn print_write_sets(context: &Context, project: &str) -> Result<(), Failur
         return Ok(());
     };
     let release = context.client.release(&environment, number).await?;
-    println!("# scratch (learned in the isolated test, release {number}):");
+    outln!("# scratch (learned in the isolated test, release {number}):");
     for (name, service) in &release.services {
         let paths: Vec<&str> = service.scratch.iter().map(|s| s.path.as_str()).collect();
-        println!("#   {name}: {}", paths.join(" "));
+        outln!("#   {name}: {}", paths.join(" "));
     }
     Ok(())
 }

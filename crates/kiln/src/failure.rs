@@ -68,6 +68,22 @@ impl Failure {
         self
     }
 
+    /// On standard error.
+    pub fn tell(&self, json: bool) {
+        if json {
+            let value = serde_json::json!({
+                "error": self.message, "kind": format!("{:?}", self.kind).to_lowercase(),
+                "hint": self.hint,
+            });
+            errln!("{value}");
+            return;
+        }
+        errln!("error: {}", self.message);
+        if let Some(hint) = &self.hint {
+            errln!("hint: {hint}");
+        }
+    }
+
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self.kind {
             Kind::Rollout => 1,

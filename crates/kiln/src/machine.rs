@@ -26,7 +26,7 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
         DaemonCommand::Stop => {
             context.client.stop().await?;
             ended(&context.root).await?;
-            println!("the daemon has stopped; services go on serving");
+            outln!("the daemon has stopped; services go on serving");
             Ok(())
         }
         DaemonCommand::Status => {
@@ -34,7 +34,7 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
             if context.json {
                 return output::json(&status);
             }
-            println!(
+            outln!(
                 "kiln {} (pid {}, since {}) on {}",
                 status.version,
                 status.pid,
@@ -42,11 +42,11 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
                 status.root
             );
             match status.proxy_pid {
-                Some(pid) => println!("proxy: pid {pid}"),
-                None => println!("proxy: not running"),
+                Some(pid) => outln!("proxy: pid {pid}"),
+                None => outln!("proxy: not running"),
             }
             for environment in status.environments {
-                println!("environment {environment}");
+                outln!("environment {environment}");
             }
             Ok(())
         }
@@ -123,7 +123,7 @@ fn unit(context: &Context) -> Result<String, Failure> {
 fn install(context: &Context, print: bool) -> Result<(), Failure> {
     let text = unit(context)?;
     if print {
-        print!("{text}");
+        out!("{text}");
         return Ok(());
     }
     context.need_root()?;
@@ -131,7 +131,7 @@ fn install(context: &Context, print: bool) -> Result<(), Failure> {
         Failure::new(Kind::Machine, format!("{UNIT_PATH}: {e}"))
             .hint("kiln daemon install --print shows the unit")
     })?;
-    println!("{UNIT_PATH} written; now: systemctl daemon-reload && systemctl enable --now kiln");
+    outln!("{UNIT_PATH} written; now: systemctl daemon-reload && systemctl enable --now kiln");
     Ok(())
 }
 
@@ -166,12 +166,12 @@ pub fn doctor(context: &Context) -> Result<(), Failure> {
         return output::json(&all);
     }
     for finding in &findings {
-        println!("{:<8} {}", state(&finding.state), finding.what);
+        outln!("{:<8} {}", state(&finding.state), finding.what);
         if !finding.cost.is_empty() {
-            println!("         {}", finding.cost);
+            outln!("         {}", finding.cost);
         }
         if !finding.hint.is_empty() {
-            println!("         → {}", finding.hint);
+            outln!("         → {}", finding.hint);
         }
     }
     match findings.iter().any(|f| matches!(f.state, State::Missing)) {

@@ -1,6 +1,10 @@
 //! The command line: parse, call, print, exit code. Whatever decides or does something
 //! is in the other crates.
 
+// Its macros are for all that follow.
+#[macro_use]
+mod output;
+
 mod assemble;
 mod check;
 mod cli;
@@ -11,13 +15,13 @@ mod init;
 mod machine;
 mod named;
 mod ops;
-mod output;
 mod progress;
 mod project;
 mod report;
 mod rollout;
 mod see;
 mod up;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -28,7 +32,7 @@ use crate::context::Context;
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(cli::in_order(std::env::args_os()));
     // The shim is single-threaded: nothing else may be set up before it.
     if let Command::Shim { args } = cli.command {
         return kiln_runtime::shim::main(args);
@@ -43,7 +47,7 @@ fn main() -> ExitCode {
     match start(&cli) {
         Ok(code) => code,
         Err(failure) => {
-            print(&cli, &failure);
+            failure.tell(cli.json);
             failure.exit_code()
         }
     }
@@ -54,8 +58,15 @@ fn start(cli: &Cli) -> Result<ExitCode, Failure> {
     if let Command::Proxy = cli.command {
         return machine::proxy(&context).map(|()| ExitCode::SUCCESS);
     }
+    let mut runtime = match cli.command {
+        // They only read and print.
+        Command::Config(_) | Command::Check(_) | Command::Init(_) => {
+            tokio::runtime::Builder::new_current_thread()
+        }
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
     // Two threads: the daemon must stay small, and the work itself is on others.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let runtime = runtime
         .worker_threads(2)
         .enable_all()
         .build()
@@ -72,6 +83,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
     }
     match command {
         Command::Up(args) => up::up(context, args).await?,
+        Command::Watch(args) => watch::watch(context, args).await?,
         Command::Plan(args) => up::plan(context, args).await?,
         Command::Build(args) => up::build(context, args).await?,
         Command::Down(args) => up::down(context, args).await?,
@@ -120,19 +132,4 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Down(_)
             | Command::Networks(_)
     )
-}
-
-fn print(cli: &Cli, failure: &Failure) {
-    if cli.json {
-        let value = serde_json::json!({
-            "error": failure.message, "kind": format!("{:?}", failure.kind).to_lowercase(),
-            "hint": failure.hint,
-        });
-        eprintln!("{value}");
-        return;
-    }
-    eprintln!("error: {}", failure.message);
-    if let Some(hint) = &failure.hint {
-        eprintln!("hint: {hint}");
-    }
 }

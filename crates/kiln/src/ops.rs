@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use kiln_daemon::api::types::{EnvironmentStatus, ExecNotice, NetworkRequest};
+use kiln_daemon::api::types::{
+    EnvironmentStatus, ExecNotice, InstanceStatus, NetworkRequest, ServiceStatus,
+};
 use kiln_model::instance::ExitStatus;
 use kiln_model::release::Outcome;
 use kiln_model::{Digest, EnvironmentName, InstanceId};
@@ -94,12 +96,12 @@ fn print(context: &Context, id: &InstanceId, record: &Record) {
         let line = serde_json::json!({
             "instance": id, "time": record.time, "stream": record.stream, "text": record.text,
         });
-        println!("{line}");
+        outln!("{line}");
         return;
     }
     match record.stream {
-        Stream::System => println!("{id} ! {}", record.text),
-        Stream::Stdout | Stream::Stderr => println!("{id} | {}", record.text),
+        Stream::System => outln!("{id} ! {}", record.text),
+        Stream::Stdout | Stream::Stderr => outln!("{id} | {}", record.text),
     }
 }
 
@@ -146,16 +148,30 @@ async fn instance_of(
     target: &str,
 ) -> Result<InstanceId, Failure> {
     let status = context.client.status(environment).await?;
-    chosen(&status, &[target.to_owned()])
-        .into_iter()
-        .next()
-        .ok_or_else(|| {
-            Failure::new(
-                Kind::Conflict,
-                format!("no instance or service `{target}` runs"),
-            )
-            .hint("kiln status lists them")
-        })
+    meant(&status.services, target).ok_or_else(|| {
+        Failure::new(
+            Kind::Conflict,
+            format!("no instance or service `{target}` runs"),
+        )
+        .hint("kiln status lists them")
+    })
+}
+
+/// The instance of this name, else the one that best stands for the service: while it is
+/// replaced, not the one that is about to go.
+fn meant(services: &[ServiceStatus], target: &str) -> Option<InstanceId> {
+    let all = || services.iter().flat_map(|s| &s.instances);
+    if let Some(named) = all().find(|i| i.id.as_str() == target) {
+        return Some(named.id.clone());
+    }
+    let service = services.iter().find(|s| s.service.as_str() == target)?;
+    let worth = |i: &InstanceStatus| {
+        let up = matches!(i.phase.as_str(), "starting" | "warming" | "ready");
+        (up, i.serving, i.current)
+    };
+    // The first of equals: copy 1 before copy 2.
+    let best = service.instances.iter().rev().max_by_key(|i| worth(i))?;
+    Some(best.id.clone())
 }
 
 pub fn images(context: &Context) -> Result<(), Failure> {
@@ -184,7 +200,7 @@ pub fn images(context: &Context) -> Result<(), Failure> {
         .collect();
     output::table(&["IMAGE", "PLATFORM", "LAYERS", "SIZE", "KEPT BY"], &rows);
     let usage = store.usage().map_err(machine)?;
-    eprintln!(
+    errln!(
         "{} images; the store takes {}",
         images.len(),
         human_bytes(usage.bytes())
@@ -261,7 +277,7 @@ pub async fn gc(context: &Context, args: &GcArgs) -> Result<(), Failure> {
     } else {
         "removed"
     };
-    println!(
+    outln!(
         "{verb} {} images, {} trees, {} blobs, {} files: {}",
         report.images,
         report.trees,
@@ -324,7 +340,7 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
         output::json(&report)?;
     } else {
         for bad in &report.bad {
-            println!(
+            outln!(
                 "{}: should be {}, is {:?}",
                 bad.path.display(),
                 bad.expected,
@@ -332,9 +348,9 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
             );
         }
         for lost in &report.lost {
-            println!("image {} is damaged: {}", lost.manifest, lost.reason);
+            outln!("image {} is damaged: {}", lost.manifest, lost.reason);
         }
-        println!(
+        outln!(
             "{} files checked, {} damaged",
             report.checked,
             report.bad.len()
@@ -348,4 +364,54 @@ pub fn fsck(context: &Context, args: &FsckArgs) -> Result<(), Failure> {
         true => failure.hint("what was damaged is moved aside; kiln up fetches or builds it anew"),
         false => failure.hint("kiln fsck --repair moves it aside"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    fn instance(id: &str, phase: &str, serving: bool, current: bool) -> InstanceStatus {
+        let text = serde_json::json!({
+            "id": id, "release": 1, "current": current, "phase": phase, "health": "",
+            "serving": serving, "since": 0, "pid": null, "sealed": true, "tainted": false,
+            "drift": [], "warnings": [],
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    #[test]
+    fn a_service_means_who_stays_and_an_instance_itself() {
+        let service = |instances| ServiceStatus {
+            service: "web".parse().unwrap(),
+            state: String::new(),
+            image: String::new(),
+            ports: Vec::new(),
+            instances,
+        };
+        let of = |instances: &[InstanceStatus], target: &str| {
+            meant(&[service(instances.to_vec())], target).map(|id| id.as_str().to_owned())
+        };
+        let old = instance("p-web-1", "ready", true, false);
+        let going = instance("p-web-1", "removing", false, false);
+        let coming = instance("p-web-2", "warming", false, true);
+        let new = instance("p-web-2", "ready", true, true);
+        let twin = instance("p-web-3", "ready", true, true);
+        assert_eq!(
+            of(&[going.clone(), new.clone()], "web").as_deref(),
+            Some("p-web-2")
+        );
+        assert_eq!(
+            of(&[old.clone(), coming], "web").as_deref(),
+            Some("p-web-1")
+        );
+        assert_eq!(
+            of(&[old.clone(), new.clone()], "web").as_deref(),
+            Some("p-web-2")
+        );
+        assert_eq!(of(&[new, twin], "web").as_deref(), Some("p-web-2"));
+        assert_eq!(of(&[going], "p-web-1").as_deref(), Some("p-web-1"));
+        assert_eq!(of(&[old], "other"), None);
+    }
 }

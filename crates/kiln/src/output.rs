@@ -1,13 +1,53 @@
 //! Printing results: data on standard output, as a table for people or as JSON.
 
+use std::fmt::Arguments;
+use std::io::Write;
+
 use serde::Serialize;
 
 use crate::failure::{Failure, machine};
 
+/// `print!`, for a reader that may have gone away (`kiln logs | head`).
+macro_rules! out {
+    ($($text:tt)*) => { $crate::output::write(format_args!($($text)*)) };
+}
+
+/// `println!`, likewise.
+macro_rules! outln {
+    ($($text:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+/// `eprintln!`, likewise: what can't be told is no reason to stop.
+macro_rules! errln {
+    ($($text:tt)*) => { $crate::output::tell(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+/// As a shell reports a program that wrote to a pipe which nobody reads.
+const NOBODY_READS: i32 = 141;
+/// [`crate::failure::Kind::Machine`].
+const NOT_WRITTEN: i32 = 6;
+
+/// On standard output. Who can't write its result has nothing left to do.
+pub fn write(text: Arguments) {
+    let Err(error) = std::io::stdout().lock().write_fmt(text) else {
+        return;
+    };
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
+        std::process::exit(NOBODY_READS);
+    }
+    errln!("error: standard output: {error}");
+    std::process::exit(NOT_WRITTEN);
+}
+
+/// On standard error.
+pub fn tell(text: Arguments) {
+    let _ = std::io::stderr().lock().write_fmt(text);
+}
+
 /// One value, pretty, on standard output.
 pub fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value).map_err(machine)?;
-    println!("{text}");
+    outln!("{text}");
     Ok(())
 }
 
@@ -30,7 +70,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
                 false => format!("{cell:<width$}"),
             })
             .collect();
-        println!("{}", padded.join("  ").trim_end());
+        outln!("{}", padded.join("  ").trim_end());
     };
     line(&head.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
     for row in rows {

@@ -26,7 +26,7 @@ struct JsonLines;
 impl Progress for JsonLines {
     fn event(&self, event: ProgressEvent) {
         if let Ok(line) = serde_json::to_string(&event) {
-            eprintln!("{line}");
+            errln!("{line}");
         }
     }
 }
@@ -36,7 +36,7 @@ struct Plain;
 impl Progress for Plain {
     fn event(&self, event: ProgressEvent) {
         if let Some(line) = plain_line(&event) {
-            eprintln!("{line}");
+            errln!("{line}");
         }
     }
 }

@@ -8,7 +8,11 @@ use crate::failure::{Failure, Kind};
 
 /// Notes and warnings are printed; errors stop, all of them shown.
 pub fn load(args: &ProjectArgs) -> Result<Loaded, Failure> {
-    let loaded = load_from_disk(&options(&args.read)).map_err(|e| failure(&e))?;
+    load_with(&options(&args.read))
+}
+
+pub fn load_with(options: &DiskOptions) -> Result<Loaded, Failure> {
+    let loaded = load_from_disk(options).map_err(|e| failure(&e))?;
     print_notes(&loaded.notes, &loaded.sources);
     Ok(loaded)
 }
@@ -17,6 +21,7 @@ pub fn options(args: &ReadArgs) -> DiskOptions {
     DiskOptions {
         files: args.files.clone(),
         project_name: args.project_name.clone(),
+        project_directory: args.project_directory.clone(),
         env_files: args.env_file.clone(),
         profiles: args.profile.clone(),
         allow_ignored: args.allow_ignored.clone(),
@@ -35,6 +40,6 @@ pub fn failure(error: &LoadError) -> Failure {
 
 pub fn print_notes(notes: &[Diagnostic], sources: &Sources) {
     for note in notes {
-        eprintln!("{}", kiln_compose::one_line(note, sources));
+        errln!("{}", kiln_compose::one_line(note, sources));
     }
 }

@@ -43,7 +43,7 @@ pub async fn follow(
                 if interrupted.swap(true, Ordering::SeqCst) {
                     return Err(left_alone(environment));
                 }
-                eprintln!("giving up; Ctrl-C again leaves the rollout to the daemon");
+                errln!("giving up; Ctrl-C again leaves the rollout to the daemon");
                 context.client.abandon(environment, &who()).await?;
             }
         }
@@ -52,7 +52,7 @@ pub async fn follow(
     match end {
         Some(End::Succeeded(text)) => {
             if !context.json {
-                eprintln!("{text}");
+                errln!("{text}");
             }
             Ok(())
         }
@@ -100,23 +100,23 @@ fn ended(event: EventRecord) -> Option<End> {
 fn show(context: &Context, event: &EventRecord) {
     if context.json {
         if let Ok(line) = serde_json::to_string(event) {
-            eprintln!("{line}");
+            errln!("{line}");
         }
         return;
     }
     match &event.kind {
         EventKind::Succeeded | EventKind::Failed { .. } => {}
-        EventKind::Warning => eprintln!("warning: {}", event.text),
+        EventKind::Warning => errln!("warning: {}", event.text),
         EventKind::Instance { phase } => {
             // What every instance passes through says nothing; its milestones do.
             if matches!(
                 phase.as_str(),
                 "starting" | "ready" | "draining" | "ended" | "gone"
             ) {
-                eprintln!("  {}", event.text);
+                errln!("  {}", event.text);
             }
         }
-        EventKind::Note | EventKind::Rollout => eprintln!("{}", event.text),
+        EventKind::Note | EventKind::Rollout => errln!("{}", event.text),
     }
 }
 
@@ -126,13 +126,13 @@ pub fn print_outline(context: &Context, answer: &ReleaseAnswer) -> Result<(), Fa
         return crate::output::json(answer);
     }
     if answer.unchanged {
-        println!(
+        outln!(
             "nothing would change: release {} is what runs",
             answer.number
         );
         return Ok(());
     }
-    println!(
+    outln!(
         "release {} ({}) would:",
         answer.number,
         answer.digest.short()
@@ -143,7 +143,7 @@ pub fn print_outline(context: &Context, answer: &ReleaseAnswer) -> Result<(), Fa
         } else {
             format!(" ({})", line.why)
         };
-        println!("  {} {}{why}", line.action, line.service);
+        outln!("  {} {}{why}", line.action, line.service);
     }
     Ok(())
 }

@@ -38,18 +38,18 @@ pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure>
 
 fn print_status(status: &EnvironmentStatus) {
     let release = |n: Option<ReleaseNumber>| n.map_or("nothing".into(), |n| format!("release {n}"));
-    println!("{}: {} serves", status.environment, release(status.proven));
+    outln!("{}: {} serves", status.environment, release(status.proven));
     if let Some(rollout) = &status.rollout {
         match &rollout.failed {
-            Some(cause) => println!("  {} failed ({cause}); returning", release(rollout.to)),
-            None => println!("  rolling out {}", release(rollout.to)),
+            Some(cause) => outln!("  {} failed ({cause}); returning", release(rollout.to)),
+            None => outln!("  rolling out {}", release(rollout.to)),
         }
         for line in &rollout.report {
-            println!("  · {line}");
+            outln!("  · {line}");
         }
     }
     if let Some(problem) = &status.problem {
-        println!("  problem: {problem}");
+        outln!("  problem: {problem}");
     }
     let rows: Vec<Vec<String>> = status
         .services
@@ -193,22 +193,22 @@ fn missing_from(a: &Release, b: &Release) -> Vec<String> {
 }
 
 fn print_difference(environment: &EnvironmentName, args: &DiffArgs, difference: &Difference) {
-    println!("{environment}: release {} → {}", args.a, args.b);
+    outln!("{environment}: release {} → {}", args.a, args.b);
     for name in &difference.added {
-        println!("+ {name}");
+        outln!("+ {name}");
     }
     for name in &difference.removed {
-        println!("- {name}");
+        outln!("- {name}");
     }
     for (name, lines) in &difference.changed {
-        println!("~ {name}");
+        outln!("~ {name}");
         for line in lines {
-            println!("    {line}");
+            outln!("    {line}");
         }
     }
     if difference.added.is_empty() && difference.removed.is_empty() && difference.changed.is_empty()
     {
-        println!("no difference");
+        outln!("no difference");
     }
 }
 
@@ -308,10 +308,10 @@ pub async fn events(context: &Context, args: &EventsArgs) -> Result<(), Failure>
     let print = |event: kiln_daemon::api::types::EventRecord| {
         if context.json {
             if let Ok(line) = serde_json::to_string(&event) {
-                println!("{line}");
+                outln!("{line}");
             }
         } else {
-            println!("{}  {}", output::time(event.time.0), event.text);
+            outln!("{}  {}", output::time(event.time.0), event.text);
         }
         true
     };
@@ -331,11 +331,11 @@ pub async fn explain(context: &Context, args: &ExplainArgs) -> Result<(), Failur
     if context.json {
         return output::json(&explanation);
     }
-    println!("{}", explanation.id);
+    outln!("{}", explanation.id);
     for (key, lines) in &explanation.facts {
-        println!("  {key}:");
+        outln!("  {key}:");
         for line in lines {
-            println!("    {line}");
+            outln!("    {line}");
         }
     }
     Ok(())
@@ -350,7 +350,7 @@ pub fn audit(context: &Context, args: &AuditArgs) -> Result<(), Failure> {
         if context.json {
             return output::json(&serde_json::json!({"entries": verified.entries, "head": head}));
         }
-        println!("{} entries, unbroken; head {head}", verified.entries);
+        outln!("{} entries, unbroken; head {head}", verified.entries);
         return Ok(());
     }
     let entries = log.entries().map_err(damage)?;

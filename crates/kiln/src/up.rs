@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kiln_compose::Loaded;
 use kiln_daemon::api::types::{ReleaseAnswer, ReleaseRequest, RollbackRequest};
 use kiln_model::{EnvironmentName, Progress, ReleaseNumber};
 
-use crate::assemble::Assembler;
+use crate::assemble::{Assembled, Assembler, Over};
 use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
@@ -32,7 +33,7 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
         return unchanged(context, &environment, &answer).await;
     }
     if args.detach {
-        eprintln!(
+        errln!(
             "release {} is being rolled out; kiln status shows how far it is",
             answer.number
         );
@@ -60,12 +61,11 @@ pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure>
         return output::json(&release);
     }
     for (name, service) in &release.services {
-        println!("{name}  {}@{}", service.image.name, service.image.digest);
+        outln!("{name}  {}@{}", service.image.name, service.image.digest);
     }
     Ok(())
 }
 
-/// Builds and tests; Ctrl-C ends it with nothing touched that runs.
 async fn assembled(
     context: &Context,
     args: &ProjectArgs,
@@ -76,9 +76,29 @@ async fn assembled(
         None => loaded.spec.project.as_str().parse(),
     }
     .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = Assembler::new(context, &loaded, progress, cancel.clone())?;
+    let assembler = assembler(context, &loaded, &cancel)?;
+    let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
+    Ok((environment, assembled.release))
+}
+
+/// Shows its progress on standard error.
+pub fn assembler<'a>(
+    context: &'a Context,
+    loaded: &'a Loaded,
+    cancel: &Arc<AtomicBool>,
+) -> Result<Assembler<'a>, Failure> {
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    Assembler::new(context, loaded, progress, cancel.clone())
+}
+
+/// Builds and tests; Ctrl-C ends it with nothing touched that runs.
+pub async fn assemble(
+    assembler: &Assembler<'_>,
+    cancel: &Arc<AtomicBool>,
+    environment: &EnvironmentName,
+    over: &Over<'_>,
+) -> Result<Assembled, Failure> {
     let stopped = || {
         Failure::new(
             Kind::Interrupted,
@@ -86,8 +106,8 @@ async fn assembled(
         )
     };
     tokio::select! {
-        release = assembler.release(&environment) => match release {
-            Ok(release) => Ok((environment, release)),
+        assembled = assembler.release(environment, over) => match assembled {
+            Ok(assembled) => Ok(assembled),
             // What was cut off fails, too, but that is not why.
             Err(_) if cancel.load(Ordering::SeqCst) => Err(stopped()),
             Err(failure) => Err(failure),
@@ -102,7 +122,7 @@ async fn interrupted(cancel: Arc<AtomicBool>) {
         std::future::pending::<()>().await;
     }
     cancel.store(true, Ordering::SeqCst);
-    eprintln!("interrupted; ending what is being built");
+    errln!("interrupted; ending what is being built");
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
 }
 
@@ -121,14 +141,14 @@ async fn unchanged(
         .filter(|s| !matches!(s.state.as_str(), "serving" | "running" | "completed"))
         .map(|s| format!("{} ({})", s.service, s.state))
         .collect();
-    println!("nothing changed: release {} is what runs", answer.number);
+    outln!("nothing changed: release {} is what runs", answer.number);
     if !ill.is_empty() {
-        eprintln!("warning: not serving: {}; see kiln status", ill.join(", "));
+        errln!("warning: not serving: {}; see kiln status", ill.join(", "));
     }
     Ok(())
 }
 
-async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
+pub async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
     let status = context.client.status(environment).await?;
     if context.json {
         return output::json(&status);
@@ -142,7 +162,7 @@ async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<
                 let host = listen
                     .replace("0.0.0.0", "localhost")
                     .replace("[::]", "localhost");
-                println!("{}: http://{host}", service.service);
+                outln!("{}: http://{host}", service.service);
             }
         }
     }
@@ -153,11 +173,9 @@ pub async fn lock(context: &Context, args: &LockArgs) -> Result<(), Failure> {
     context.need_root()?;
     context.make_root()?;
     let loaded = project::load(&args.project)?;
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
-    let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = Assembler::new(context, &loaded, progress, cancel)?;
+    let assembler = assembler(context, &loaded, &Arc::default())?;
     let changed = assembler.lock(args.update).await?;
-    println!(
+    outln!(
         "kiln.lock {}",
         if changed { "written" } else { "is up to date" }
     );
@@ -173,7 +191,7 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> Result<(), Fail
     };
     let answer = context.client.rollback(&environment, &request).await?;
     if answer.unchanged {
-        println!("nothing to do: that is what runs");
+        outln!("nothing to do: that is what runs");
         return Ok(());
     }
     if args.detach {

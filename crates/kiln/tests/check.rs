@@ -48,7 +48,7 @@ services:
     privileged: true
     volumes:
       - ./src:/app
-    pre_stop: [{command: "true"}]
+    credential_spec: {file: cred.json}
 "#;
 const GOOD: &str = "services: {web: {image: \"registry.example/web:1\"}}\n";
 

@@ -3,8 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 const FILE: &str = r#"
 name: t
@@ -37,18 +38,20 @@ impl Project {
 
     /// Exit code, standard output, standard error.
     fn config(&self, words: &[&str]) -> (i32, String, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_kiln"))
-            .args(["config", "."])
-            .args(words)
-            .current_dir(self.0.path())
-            .env_clear()
-            .envs([("A", "1"), ("PORT", "8080"), ("HOME", "/nonexistent")])
-            .env("KILN_ROOT", self.0.path().join("root"))
-            .output()
-            .unwrap();
+        let output = self.command(&[&["config", "."], words].concat()).output();
+        let output = output.unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         let code = output.status.code().unwrap();
         (code, text(output.stdout), text(output.stderr))
+    }
+
+    /// The program with these words, in the project's folder.
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
+        command.args(words).current_dir(self.0.path()).env_clear();
+        command.envs([("A", "1"), ("PORT", "8080"), ("HOME", "/nonexistent")]);
+        command.env("KILN_ROOT", self.0.path().join("root"));
+        command
     }
 
     fn says(&self, words: &[&str]) -> String {
@@ -182,4 +185,66 @@ fn digests_come_from_the_lock() {
     let said = project.says(&["--lock-image-digests"]);
     assert_eq!(said, format!("services:\n  db:\n    image: {pinned}\n"));
     assert!(project.says(&["--resolve-image-digests"]).contains(&pinned));
+}
+
+#[test]
+fn options_may_stand_before_the_command_as_with_docker_compose() {
+    let project = Project::new(FILE);
+    let file = "services: {other: {image: 'x:1'}}";
+    std::fs::write(project.path().join("other.yaml"), file).unwrap();
+    let said = |words: &[&str]| {
+        let output = project.command(words).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let before = said(&["-f", "other.yaml", "-p", "named", "config"]);
+    assert!(
+        before.contains("name: named") && before.contains("other:"),
+        "{before}"
+    );
+    assert_eq!(said(&["config", "-f", "other.yaml", "-p", "named"]), before);
+    let folder = said(&["--project-directory=/srv/app", "config"]);
+    assert!(folder.contains("context: /srv/app/job"), "{folder}");
+}
+
+#[test]
+fn standard_input_is_a_file_like_others() {
+    let project = Project::new(FILE);
+    let mut child = project
+        .command(&["config", "-f", "-", "-f", "compose.yaml", "--services"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"services: {piped: {image: x}}").unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        "db\njob\npiped\nweb\n"
+    );
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_crash() {
+    let project = Project::new(FILE);
+    let mut child = project
+        .command(&["config"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert_eq!(output.status.code(), Some(141));
+}
+
+#[test]
+fn a_service_in_the_place_of_the_folder_is_told_where_it_belongs() {
+    let project = Project::new(FILE);
+    let output = project.command(&["config", "web"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("kiln config . web"), "{told}");
 }

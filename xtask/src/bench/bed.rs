@@ -32,12 +32,7 @@ pub struct Bed {
 
 impl Bed {
     pub fn new() -> Result<Self, Failure> {
-        let target = std::env::var_os("CARGO_TARGET_DIR")
-            .map_or_else(|| repository().join("target"), PathBuf::from);
-        let kiln = repository().join(target).join("release/kiln");
-        if !kiln.is_file() {
-            return Err(format!("{} is not built", kiln.display()).into());
-        }
+        let kiln = kiln()?;
         let folder = tempfile::Builder::new().prefix("kiln-bench-").tempdir()?;
         fs::create_dir(folder.path().join("project"))?;
         fs::write(folder.path().join("project/Containerfile"), CONTAINERFILE)?;
@@ -138,6 +133,17 @@ impl Drop for Bed {
             let _ = program("kill").arg(proxy.to_string()).output();
             wait_for_end(proxy);
         }
+    }
+}
+
+/// The release build.
+pub fn kiln() -> Result<PathBuf, Failure> {
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| repository().join("target"), PathBuf::from);
+    let kiln = repository().join(target).join("release/kiln");
+    match kiln.is_file() {
+        true => Ok(kiln),
+        false => Err(format!("{} is not built", kiln.display()).into()),
     }
 }
 

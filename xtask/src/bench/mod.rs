@@ -5,6 +5,7 @@
 //! the machine decides those. A request that failed is an error, whatever the machine.
 
 mod bed;
+mod compose;
 mod memory;
 mod peers;
 mod replace;
@@ -30,7 +31,9 @@ struct Options {
     only: Option<String>,
 }
 
-const NAMES: [&str; 5] = ["up", "start", "replace", "memory", "peers"];
+const NAMES: [&str; 6] = ["compose", "up", "start", "replace", "memory", "peers"];
+/// Passes over the corpus of compose files: each is a process for every file.
+const PASSES: usize = 3;
 
 impl Options {
     fn read(words: &[String]) -> Result<Self, String> {
@@ -84,6 +87,19 @@ pub fn run(words: &[String]) -> ExitCode {
 }
 
 fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
+    if options.wants("compose") {
+        eprintln!("compose: {} runs, {PASSES} passes", options.runs);
+        rows.push(compose::large(options.runs)?);
+        rows.extend(compose::corpus(&bed::kiln()?, PASSES)?);
+    }
+    match options.only.as_deref() {
+        Some("compose") => Ok(()),
+        _ => measure_running(options, rows),
+    }
+}
+
+/// What needs a project that runs.
+fn measure_running(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
     let bed = Bed::new()?;
     let first = Instant::now();
     bed.up(0)?;

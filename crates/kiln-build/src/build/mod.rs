@@ -3,6 +3,7 @@
 
 mod image;
 mod stages;
+mod sync;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,6 +27,7 @@ use crate::exec::{ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
 use crate::remote::Pins;
 use stages::Run;
+pub use sync::Synced;
 
 /// What carries builds out.
 #[derive(Clone)]
@@ -104,6 +106,12 @@ pub enum BuildError {
     Network(String),
     #[error("build.extra_hosts: `{0}` is not an address")]
     Host(String),
+    #[error("can't put the watched files over the image of {name}")]
+    Sync {
+        name: String,
+        #[source]
+        cause: ExecError,
+    },
     #[error("can't keep the image {name}")]
     Keep {
         name: String,

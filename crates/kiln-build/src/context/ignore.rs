@@ -61,6 +61,16 @@ impl Patterns {
         self.0.iter().any(|p| p.again)
     }
 
+    /// Whether the entry at this path is left out, itself or with a folder it is in.
+    pub fn leaves_out(&self, path: &str) -> bool {
+        let mut seen = Seen::default();
+        let mut out = false;
+        for (at, _) in path.match_indices('/').chain([(path.len(), "")]) {
+            (out, seen) = self.leave_out(&path[..at], &seen);
+        }
+        out
+    }
+
     /// Whether the entry is left out. `path` is relative, with `/` between names;
     /// `parent` is what the same question about its folder gave.
     pub fn leave_out(&self, path: &str, parent: &Seen) -> (bool, Seen) {
@@ -108,13 +118,7 @@ mod tests {
     use super::*;
 
     fn left_out(file: &str, path: &str) -> bool {
-        let patterns = Patterns::parse_file(file).unwrap();
-        let mut seen = Seen::default();
-        let mut out = false;
-        for (at, _) in path.match_indices('/').chain([(path.len(), "")]) {
-            (out, seen) = patterns.leave_out(&path[..at], &seen);
-        }
-        out
+        Patterns::parse_file(file).unwrap().leaves_out(path)
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!
 //! What must not enter: knowledge of instructions.
 
+pub mod changes;
 pub mod glob;
 pub mod ignore;
 pub mod source;
@@ -56,14 +57,14 @@ pub enum ContextError {
 }
 
 /// One entry of a context folder.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Permission bits with setuid, setgid and sticky.
     pub mode: u32,
     pub kind: EntryKind,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     Folder(BTreeMap<Vec<u8>, Entry>),
     File {
@@ -94,9 +95,11 @@ impl Context {
         if !meta.is_dir() {
             return Err(ContextError::NotAFolder(folder.to_owned()));
         }
+        let leave_out = |path: &str, parent: &Seen| patterns.leave_out(path, parent);
         let mut scan = Scan {
             folder,
-            patterns,
+            leave_out: &leave_out,
+            deep: patterns.takes_back(),
             entries: 0,
         };
         let entries = scan.folder(folder, "", &Seen::default(), 0)?;
@@ -134,9 +137,15 @@ impl Context {
     }
 }
 
+/// Says whether an entry is left out, from its relative path and what the same question
+/// about its folder gave.
+type LeaveOut<'a> = dyn Fn(&str, &Seen) -> (bool, Seen) + 'a;
+
 struct Scan<'a> {
     folder: &'a Path,
-    patterns: &'a Patterns,
+    leave_out: &'a LeaveOut<'a>,
+    /// Folders that are left out are looked into all the same.
+    deep: bool,
     entries: usize,
 }
 
@@ -165,8 +174,8 @@ impl Scan<'_> {
             } else {
                 format!("{path}/{shown}")
             };
-            let (out, seen) = self.patterns.leave_out(&path, seen);
-            if out && !self.patterns.takes_back() {
+            let (out, seen) = (self.leave_out)(&path, seen);
+            if out && !self.deep {
                 continue;
             }
             let host = item.path();

@@ -18,7 +18,7 @@ use mode::ModeChange;
 use owner::Owner;
 
 /// The mode of folders that are made on the way.
-const FOLDER_MODE: u32 = 0o755;
+pub(crate) const FOLDER_MODE: u32 = 0o755;
 
 /// Why files can't be copied.
 #[derive(Debug, thiserror::Error)]

@@ -293,11 +293,15 @@ impl Site<'_> {
 
     /// A folder for temporary files, on the store's disk.
     pub(crate) fn scratch(&self) -> Result<PathBuf, ExecError> {
-        let path = self.cache.join("run");
-        match std::fs::create_dir_all(&path) {
-            Ok(()) => Ok(path),
-            Err(cause) => Err(ExecError::Scratch { path, cause }),
-        }
+        scratch(&self.cache)
+    }
+}
+
+pub(crate) fn scratch(cache: &std::path::Path) -> Result<PathBuf, ExecError> {
+    let path = cache.join("run");
+    match std::fs::create_dir_all(&path) {
+        Ok(()) => Ok(path),
+        Err(cause) => Err(ExecError::Scratch { path, cause }),
     }
 }
 

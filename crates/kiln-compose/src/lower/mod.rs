@@ -9,6 +9,7 @@ mod security;
 mod service;
 mod storage;
 mod volume;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -64,11 +65,16 @@ pub fn lower(
         secrets: lowering.file_sources("secrets"),
         bases: extension.bases,
         debian_mirror: extension.mirror,
+        watch: Default::default(),
     };
     for (name, node) in project.services() {
         let Some(name) = lowering.id::<ServiceName>(name, node.key) else {
             continue;
         };
+        let rules = lowering.watch(node);
+        if !rules.is_empty() {
+            spec.watch.insert(name.clone(), rules);
+        }
         if let Some(service) = lowering.service(&name, node) {
             spec.services.insert(name, service);
         }

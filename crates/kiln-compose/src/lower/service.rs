@@ -384,19 +384,20 @@ impl Lowering<'_> {
     }
 
     fn hooks(&mut self, node: &Node, key: &str) -> Vec<Hook> {
-        items(node, key)
-            .iter()
-            .map(|hook| Hook {
-                command: hook
-                    .get("command")
-                    .and_then(|node| values::command(node).ok())
-                    .unwrap_or_default(),
-                user: text(hook, "user"),
-                privileged: flag(hook, "privileged"),
-                working_dir: text(hook, "working_dir"),
-                environment: variables(hook),
-            })
-            .collect()
+        items(node, key).iter().map(hook).collect()
+    }
+}
+
+pub(super) fn hook(node: &Node) -> Hook {
+    Hook {
+        command: node
+            .get("command")
+            .and_then(|node| values::command(node).ok())
+            .unwrap_or_default(),
+        user: text(node, "user"),
+        privileged: flag(node, "privileged"),
+        working_dir: text(node, "working_dir"),
+        environment: variables(node),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Errors as the API tells them: a kind that fixes the status and the CLI's exit code,
 //! a message, and a way out.
 
-use axum::Json;
+use super::json::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 

@@ -3,13 +3,14 @@
 
 pub mod client;
 pub mod error;
+mod json;
 mod networks;
 pub mod types;
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use axum::Json;
+use self::json::Json;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, Query, State};

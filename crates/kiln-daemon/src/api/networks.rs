@@ -1,6 +1,6 @@
 //! Networks that belong to no environment, for compose's `external`.
 
-use axum::Json;
+use super::json::Json;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::routing::{delete, get};

@@ -14,7 +14,7 @@ use crate::status::{Applied, Ports, Status};
 
 /// Talks to a running proxy. Each call makes its own connection, so calls may run at the
 /// same time, and a restart of the proxy in between is not noticed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
     socket: PathBuf,
 }
@@ -94,6 +94,11 @@ impl Client {
             Answer::Ports(ports) => Ok(ports),
             answer => Err(self.unexpected(&answer)),
         }
+    }
+
+    /// Tells a proxy whose sockets have been taken over to serve only what it has.
+    pub(crate) async fn retire(&self) -> Result<(), ClientError> {
+        self.done(&Request::Retire).await
     }
 
     /// Asks the proxy to end: it takes nothing new and finishes what is open. Returns

@@ -7,6 +7,7 @@ use kiln_model::route::DrainReport;
 use kiln_model::{EnvironmentName, InstanceId, Millis, RoutingTable};
 use serde::{Deserialize, Serialize};
 
+use crate::listeners::Wanted;
 use crate::status::{Applied, Ports, Status};
 
 /// The version of this protocol. A client refuses a proxy of another one.
@@ -26,6 +27,11 @@ pub enum Request {
     RemoveEnvironment(EnvironmentName),
     Status,
     Ports,
+    /// Copies of all listening sockets, sent beside the answer. Changes nothing.
+    TakeOver,
+    /// Another proxy serves on the sockets now: take nothing new, let go of the control
+    /// socket's place, and end with the last connection.
+    Retire,
     Shutdown,
 }
 
@@ -42,6 +48,8 @@ pub enum Answer {
     Done,
     Status(Box<Status>),
     Ports(Ports),
+    /// What the descriptors before this line are for, in their order.
+    Sockets(Vec<Wanted>),
     /// Nothing has changed; the text is for people.
     Refused {
         kind: Refusal,

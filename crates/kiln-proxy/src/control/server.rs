@@ -4,7 +4,7 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -13,7 +13,9 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{Answer, PROTOCOL, Refusal, Request};
 use crate::core::{Core, RefusedError};
+use crate::handover;
 use crate::limits::{CONTROL_CONNECTIONS, CONTROL_LINE};
+use crate::lock;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -26,8 +28,16 @@ pub enum SocketError {
 /// The listening socket and the lock which says that this process has it.
 pub(crate) struct Socket {
     listener: UnixListener,
-    path: PathBuf,
-    _lock: File,
+    /// Where it is now: a retired proxy's is moved aside.
+    path: Mutex<PathBuf>,
+    lock: File,
+}
+
+/// What a conversation is about.
+struct Host {
+    core: Arc<Core>,
+    socket: Arc<Socket>,
+    shutdown: watch::Sender<bool>,
 }
 
 impl Socket {
@@ -56,13 +66,27 @@ impl Socket {
         .map_err(fail)?;
         Ok(Self {
             listener,
-            path: path.to_owned(),
-            _lock: lock,
+            path: Mutex::new(path.to_owned()),
+            lock,
         })
     }
 
+    /// Lets another process have its place, and goes on under another name.
+    fn move_aside(&self) -> io::Result<()> {
+        let mut path = lock(&self.path);
+        let aside = handover::aside(&path);
+        std::fs::rename(&*path, &aside)?;
+        *path = aside;
+        self.lock.unlock()
+    }
+
     /// Answers until it is dropped. `shutdown` is set when somebody asks for it.
-    pub(crate) async fn serve(&self, core: Arc<Core>, shutdown: watch::Sender<bool>) {
+    pub(crate) async fn serve(self: &Arc<Self>, core: Arc<Core>, shutdown: watch::Sender<bool>) {
+        let host = Arc::new(Host {
+            core,
+            socket: Arc::clone(self),
+            shutdown,
+        });
         let places = Arc::new(Semaphore::new(CONTROL_CONNECTIONS));
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else {
@@ -70,9 +94,9 @@ impl Socket {
             };
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let (core, shutdown) = (Arc::clone(&core), shutdown.clone());
+                    let host = Arc::clone(&host);
                     tokio::spawn(async move {
-                        if let Err(error) = converse(&core, stream, &shutdown).await {
+                        if let Err(error) = converse(&host, stream).await {
                             tracing::debug!(%error, "control connection");
                         }
                         drop(place);
@@ -89,21 +113,17 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&*lock(&self.path));
     }
 }
 
-async fn converse(
-    core: &Arc<Core>,
-    stream: UnixStream,
-    shutdown: &watch::Sender<bool>,
-) -> io::Result<()> {
+async fn converse(host: &Host, stream: UnixStream) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
     while let Some(line) = read_line(&mut read).await? {
         let answer = match serde_json::from_slice::<Request>(&line) {
             Ok(request) => {
-                let answered = answer(core, request, shutdown);
+                let answered = answer(host, request, write.as_ref());
                 tokio::pin!(answered);
                 tokio::select! {
                     answer = &mut answered => answer,
@@ -148,7 +168,36 @@ async fn write_line(write: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<(
     write.write_all(&line).await
 }
 
-async fn answer(core: &Arc<Core>, request: Request, shutdown: &watch::Sender<bool>) -> Answer {
+/// Sends copies of the listening sockets; the answer says what they are for.
+async fn sockets(core: &Core, stream: &UnixStream) -> Answer {
+    let sent = async {
+        let (wanted, fds): (Vec<_>, Vec<_>) = core.sockets().await?.into_iter().unzip();
+        handover::send(stream, &fds).await?;
+        Ok::<_, io::Error>(wanted)
+    };
+    match sent.await {
+        Ok(wanted) => Answer::Sockets(wanted),
+        Err(error) => Answer::Refused {
+            kind: Refusal::Invalid,
+            message: format!("the sockets can't be passed on: {error}"),
+        },
+    }
+}
+
+async fn retire(host: &Host) -> Answer {
+    // The place first: should that fail, this proxy goes on as if nothing had been asked.
+    if let Err(error) = host.socket.move_aside() {
+        return Answer::Refused {
+            kind: Refusal::State,
+            message: format!("the control socket can't be moved aside: {error}"),
+        };
+    }
+    host.core.retire().await;
+    Answer::Done
+}
+
+async fn answer(host: &Host, request: Request, stream: &UnixStream) -> Answer {
+    let core = &host.core;
     let outcome = match request {
         Request::Hello => Ok(Answer::Hello {
             protocol: PROTOCOL,
@@ -175,8 +224,10 @@ async fn answer(core: &Arc<Core>, request: Request, shutdown: &watch::Sender<boo
             .map(Answer::Drained),
         Request::Status => Ok(Answer::Status(Box::new(core.status().await))),
         Request::Ports => Ok(Answer::Ports(core.ports().await)),
+        Request::TakeOver => Ok(sockets(core, stream).await),
+        Request::Retire => Ok(retire(host).await),
         Request::Shutdown => {
-            shutdown.send_replace(true);
+            host.shutdown.send_replace(true);
             Ok(Answer::Done)
         }
     };

@@ -40,7 +40,8 @@ pub(super) async fn handle(client: &Client, request: Request<Incoming>) -> Respo
         },
         Err(refusal) => *refusal,
     };
-    if !listed && h1_client && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+    let last = !listed || client.core.is_retired();
+    if last && h1_client && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(CONNECTION, close);
     }

@@ -61,7 +61,15 @@ impl Client {
 
 /// Serves a connection to its end.
 pub(crate) async fn serve(client: Arc<Client>, stream: Prefixed<TcpStream>, h2: bool) {
-    let ending = client.core.ending();
+    let (ended, retired) = (client.core.ending(), client.core.retired());
+    // A retired proxy's HTTP/1 clients are told with the next answer (`forward::handle`):
+    // closing a quiet connection could meet a request that is on its way.
+    let ending = async {
+        tokio::select! {
+            () = ended => {}
+            () = retired, if h2 => {}
+        }
+    };
     tokio::pin!(ending);
     let service = {
         let client = Arc::clone(&client);

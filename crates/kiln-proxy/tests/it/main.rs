@@ -3,6 +3,7 @@
 
 mod control;
 mod dns;
+mod handover;
 mod http;
 mod support;
 mod swap;

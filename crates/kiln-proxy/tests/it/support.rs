@@ -25,15 +25,27 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 /// A /24 of loopback for each test, so that they may run at the same time, also in
-/// several processes.
-pub struct Net(Ipv4Addr, AtomicU8);
+/// several processes: whoever listens on its last address has it.
+pub struct Net(
+    Ipv4Addr,
+    AtomicU8,
+    #[allow(dead_code)] std::net::TcpListener,
+);
 
 impl Net {
     pub fn new() -> Self {
         static NEXT: AtomicU8 = AtomicU8::new(1);
         let low = NEXT.fetch_add(1, Ordering::Relaxed);
-        let high = 1 + (std::process::id() % 250) as u8;
-        Self(Ipv4Addr::new(127, high, low, 0), AtomicU8::new(1))
+        let first = (std::process::id() % 250) as u8;
+        let highs = (first..250).chain(0..first).map(|n| n + 1);
+        let claim = |high| {
+            Some((
+                high,
+                std::net::TcpListener::bind((Ipv4Addr::new(127, high, low, 255), 1)).ok()?,
+            ))
+        };
+        let (high, claim) = highs.into_iter().find_map(claim).unwrap();
+        Self(Ipv4Addr::new(127, high, low, 0), AtomicU8::new(1), claim)
     }
 
     pub fn address(&self) -> Ipv4Addr {
@@ -111,6 +123,31 @@ impl Proxy {
             .unwrap();
     }
 
+    /// Another proxy takes its place. Returns the old one's thread, which ends with its
+    /// last connection.
+    pub async fn hand_over(&mut self) -> std::thread::JoinHandle<()> {
+        let retired = self.retired();
+        let mut config = self.config.clone();
+        config.take_over = true;
+        let new = std::thread::spawn(move || kiln_proxy::run_blocking(config).unwrap());
+        let old = self.thread.replace(new).unwrap();
+        for _ in 0..500 {
+            let gone = old.is_finished() || self.retired() > retired;
+            if gone && Client::connect(&self.config.socket).await.is_ok() {
+                return old;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("nobody took over");
+    }
+
+    /// Retired proxies that have not ended.
+    pub fn retired(&self) -> usize {
+        let files = self.config.socket.parent().unwrap().read_dir().unwrap();
+        let names = files.map(|f| f.unwrap().file_name().into_string().unwrap());
+        names.filter(|n| n.starts_with("proxy.before-")).count()
+    }
+
     pub fn web(&mut self) -> &mut ServiceRoute {
         self.table.services.get_mut("web").unwrap()
     }
@@ -149,6 +186,17 @@ impl Proxy {
         let report = self.client.drain(&instance.id, limit.into()).await;
         report.unwrap().cut
     }
+}
+
+/// The thread ends, soon.
+pub async fn ends(thread: std::thread::JoinHandle<()>) {
+    for _ in 0..500 {
+        if thread.is_finished() {
+            return thread.join().unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("it goes on");
 }
 
 async fn spawn(config: &ProxyConfig) -> (Client, std::thread::JoinHandle<()>) {

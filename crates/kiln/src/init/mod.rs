@@ -57,19 +57,19 @@ fn improve(folder: &Path, write: bool) -> Result<(), Failure> {
     // Findings are for people here; the diff is what may go on into `git apply`.
     eprint!("{}", checked.text());
     for change in &changes {
-        print!("{}", diff(folder, change));
+        out!("{}", diff(folder, change));
     }
     if changes.is_empty() {
-        eprintln!("there is nothing that kiln could change by itself");
+        errln!("there is nothing that kiln could change by itself");
         return Ok(());
     }
     if !write {
-        eprintln!("`kiln init --write` makes these changes");
+        errln!("`kiln init --write` makes these changes");
         return Ok(());
     }
     for change in &changes {
         replace(change)?;
-        eprintln!("changed {}", change.path.display());
+        errln!("changed {}", change.path.display());
     }
     Ok(())
 }
@@ -208,18 +208,18 @@ fn create(folder: &Path) -> Result<(), Failure> {
     for (name, text) in &made.files {
         let path = folder.join(name);
         match write_new(&path, text) {
-            Ok(()) => println!("{}", path.display()),
+            Ok(()) => outln!("{}", path.display()),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                eprintln!("{} is there and stays as it is", path.display());
+                errln!("{} is there and stays as it is", path.display());
             }
             Err(e) => return Err(wrong(&path, e)),
         }
     }
-    eprintln!("this is {}", made.what);
+    errln!("this is {}", made.what);
     for line in &made.to_do {
-        eprintln!("look at: {line}");
+        errln!("look at: {line}");
     }
-    eprintln!("then: kiln check && kiln up");
+    errln!("then: kiln check && kiln up");
     Ok(())
 }
 

@@ -17,3 +17,4 @@ mod load;
 mod looking;
 mod network;
 mod serving;
+mod watch;

@@ -13,6 +13,6 @@ mod project;
 pub use fixture::{BUSYBOX, Page};
 pub use http::{Answer, get, request};
 pub use leftovers::leftovers;
-pub use machine::{Kiln, lend_packages};
+pub use machine::{Kiln, free_port, lend_packages};
 pub use process::{Running, alive, kill, wait_until};
 pub use project::{Instance, Project};

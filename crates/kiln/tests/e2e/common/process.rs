@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -76,8 +77,8 @@ impl fmt::Display for Ran {
 /// A command under way. Killed when dropped.
 pub struct Running {
     child: Child,
-    stdout: Option<JoinHandle<String>>,
-    stderr: Option<JoinHandle<String>>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
     what: String,
     begun: Instant,
 }
@@ -113,6 +114,11 @@ impl Running {
         kill(self.pid(), signal);
     }
 
+    /// What it has written to standard error so far.
+    pub fn said(&self) -> String {
+        self.stderr.as_ref().map(Output::so_far).unwrap_or_default()
+    }
+
     pub fn is_over(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }
@@ -142,9 +148,7 @@ impl Running {
     }
 
     fn output(&mut self) -> (String, String) {
-        let text = |handle: Option<JoinHandle<String>>| {
-            handle.and_then(|h| h.join().ok()).unwrap_or_default()
-        };
+        let text = |output: Option<Output>| output.map(Output::whole).unwrap_or_default();
         (text(self.stdout.take()), text(self.stderr.take()))
     }
 }
@@ -156,12 +160,33 @@ impl Drop for Running {
     }
 }
 
-fn reader(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+/// What a command writes, as it comes.
+struct Output {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Output {
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+    }
+
+    fn whole(self) -> String {
+        let _ = self.reader.join();
+        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+    }
+}
+
+fn reader(mut from: impl Read + Send + 'static) -> Output {
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let into = bytes.clone();
+    let reader = std::thread::spawn(move || {
+        let mut some = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut some) {
+            into.lock().unwrap().extend_from_slice(&some[..count]);
+        }
+    });
+    Output { bytes, reader }
 }
 
 /// Sends a signal; a process that is gone is fine.

@@ -7,6 +7,7 @@ const HONOURED: &str = include_str!("../../../../kiln-compose/schema/honoured.tx
 const LANGUAGE: &str =
     "it ends with reading the file: kiln-compose compares it with docker compose";
 const BUILD: &str = "it ends with the image: kiln-build's tests look at what is built";
+const WATCHED: &str = "no instance shows the rules: `watch` looks at what follows from them";
 const RECORD: &str = "kept in the release; nothing in an instance shows it";
 const ONE_VALUE: &str = "only the value that changes nothing is accepted";
 const ROLLOUT: &str = "kiln-plan's rollouts and probes are tested against a simulated clock";
@@ -20,6 +21,8 @@ const NOT_LOOKED_AT: &[(&str, &str)] = &[
     ("services.*.extends", LANGUAGE),
     ("services.*.extends.**", LANGUAGE),
     ("services.*.profiles", LANGUAGE),
+    ("services.*.develop", WATCHED),
+    ("services.*.develop.**", WATCHED),
     ("services.*.label_file", LANGUAGE),
     ("services.*.build", BUILD),
     ("services.*.build.**", BUILD),

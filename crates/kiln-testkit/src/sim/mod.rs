@@ -1,0 +1,270 @@
+//! The simulator: kiln-plan's loop, planner and checker exactly as shipped, against a
+//! machine that is made up and everything that can go wrong with it. One seed gives one
+//! run, always the same.
+//!
+//! A run has a restless part (random commands and faults), after which the faults stop
+//! and kiln must come to rest: first by itself, then with a good release, then, in half
+//! of the runs, with nothing. The laws ([`Broken`]) are looked at in the world outside,
+//! never in what kiln believes.
+
+mod chance;
+mod hands;
+mod laws;
+mod memory;
+mod outside;
+mod project;
+mod rng;
+mod run;
+
+use kiln_model::release::Outcome;
+use kiln_plan::{Goal, is_job};
+
+pub use laws::{Broken, Plant};
+pub use run::Summary;
+
+use outside::Outside;
+use run::Sim;
+
+/// Things that happen until kiln must have come to rest after the last fault. A resting
+/// environment takes requests and looks around: those happen, too.
+const PATIENCE: u64 = 20_000;
+/// Virtual milliseconds for the same.
+const PATIENCE_MS: u64 = 3_600_000;
+
+/// Rest is what lasts this long: late events arrive, and kiln looks around once more.
+const REST: u64 = 70_000;
+
+/// A broken law, and how it came about.
+#[derive(Debug)]
+pub struct Failure {
+    pub seed: u64,
+    pub broken: Broken,
+    pub steps: u64,
+    /// The last things that happened.
+    pub trace: Vec<String>,
+}
+
+/// Runs one seed to its end.
+///
+/// # Errors
+/// When a law was broken.
+pub fn simulate(seed: u64, plant: Option<Plant>) -> Result<Summary, Box<Failure>> {
+    let mut sim = Sim::new(seed, plant).map_err(|broken| {
+        Box::new(Failure {
+            seed,
+            broken,
+            steps: 0,
+            trace: Vec::new(),
+        })
+    })?;
+    match whole(&mut sim) {
+        Ok(()) => {
+            sim.summary.requests = sim.outside.tally.sent;
+            sim.summary.answered = sim.outside.tally.answered;
+            Ok(sim.summary)
+        }
+        Err(broken) => Err(Box::new(Failure {
+            seed,
+            broken,
+            steps: sim.summary.steps,
+            trace: sim.trace.iter().cloned().chain(state(&sim)).collect(),
+        })),
+    }
+}
+
+/// What kiln believed at the end.
+fn state(sim: &Sim) -> Vec<String> {
+    let Some(world) = sim.keeper.as_ref().map(|k| &k.world) else {
+        return Vec::new();
+    };
+    let mut lines = vec![format!(
+        "goal {:?}, proven {:?}, rollout {:?}, concluding {:?}",
+        world.goal, world.proven, world.rollout, world.concluding
+    )];
+    lines.extend(world.instances.iter().map(|(id, i)| {
+        format!(
+            "{id}: {:?} {:?}, release {}, copy {}",
+            i.phase, i.health, i.release, i.index
+        )
+    }));
+    lines.extend(sim.outside.processes.iter().map(|(id, p)| {
+        let behaviour = sim.project.behaviour(&p.image);
+        format!(
+            "really: {id}: {:?}, {behaviour:?}, since {}",
+            p.run, p.since
+        )
+    }));
+    lines.extend(world.attempts.iter().map(|a| format!("{a:?}")));
+    lines.extend(sim.report.iter().cloned());
+    lines.push(format!("under way {:?}", world.under_way));
+    lines
+}
+
+fn whole(sim: &mut Sim) -> Result<(), Broken> {
+    while sim.now < Sim::restless_until() {
+        sim.advance()?;
+    }
+    sim.restless = false;
+    sim.disk.tear.set(None);
+    sim.note(|| "==== faults stop".into());
+    rest(sim, "what was begun", rollout_over)?;
+    let nothing = sim.keeper.as_ref().map(|k| k.world.goal) == Some(Goal::Nothing);
+    if nothing {
+        nothing_is_left(&sim.outside)?;
+    }
+    sim.up(true)?;
+    rest(sim, "a good release", settled)?;
+    all_is_well(sim)?;
+    nothing_is_dropped(sim)?;
+    if sim.rng.permille(500) {
+        sim.down()?;
+        rest(sim, "taking everything down", settled)?;
+        nothing_is_left(&sim.outside)?;
+    }
+    recorded(sim)
+}
+
+/// From one good release to the next, with nothing going wrong.
+fn nothing_is_dropped(sim: &mut Sim) -> Result<(), Broken> {
+    let before = sim.wanted();
+    sim.outside.lost.clear();
+    sim.up(true)?;
+    rest(sim, "the next good release", settled)?;
+    all_is_well(sim)?;
+    let lost = sim.wanted().into_iter().find(|name| {
+        let some = sim.outside.lost.contains_key(name);
+        some && before.contains(name) && !sim.project.ends_well(name)
+    });
+    match lost {
+        Some(service) => Err(Broken::RequestLost(service)),
+        None => Ok(()),
+    }
+}
+
+fn rest(sim: &mut Sim, what: &str, over: fn(&Sim) -> bool) -> Result<(), Broken> {
+    let until = sim.now + PATIENCE_MS;
+    let mut since = None;
+    for _ in 0..PATIENCE {
+        since = over(sim).then(|| since.unwrap_or(sim.now));
+        if since.is_some_and(|at| sim.now > at + REST) {
+            return Ok(());
+        }
+        if sim.now > until {
+            break;
+        }
+        sim.advance()?;
+    }
+    Err(Broken::NoRest(what.into()))
+}
+
+/// Also when the release that won crashes ever after.
+fn rollout_over(sim: &Sim) -> bool {
+    sim.outside.proxy_up
+        && !sim.disk.full.get()
+        && sim.keeper.as_ref().is_some_and(|k| {
+            let emptied = k.world.goal != Goal::Nothing || k.world.instances.is_empty();
+            k.world.rollout.is_none() && k.world.concluding.is_none() && emptied
+        })
+}
+
+fn settled(sim: &Sim) -> bool {
+    sim.keeper.as_ref().is_some_and(|k| k.world.settled())
+}
+
+/// The newest release is good: it serves, wholly, and nothing else is left.
+fn all_is_well(sim: &Sim) -> Result<(), Broken> {
+    let Some(keeper) = &sim.keeper else {
+        return Err(Broken::WrongEnd("no daemon".into()));
+    };
+    let newest = sim.disk.outcomes.keys().next_back().copied();
+    if keeper.world.goal.release() != newest || keeper.world.proven != newest {
+        let goal = keeper.world.goal;
+        return Err(Broken::WrongEnd(format!(
+            "{goal:?} is wanted instead of {newest:?}"
+        )));
+    }
+    let known = keeper.world.instances.len();
+    let real = sim.outside.processes.len();
+    if known != real || !sim.outside.processes.values().all(|p| p.running()) {
+        return Err(Broken::Leak(format!(
+            "{real} instances, of which {known} are known"
+        )));
+    }
+    let Some(release) = newest.and_then(|n| sim.disk.content(n)) else {
+        return Ok(());
+    };
+    for name in sim.wanted() {
+        let released = release.services.get(&name);
+        let replicas = released.map_or(0, |s| s.service.replicas as usize);
+        if sim.project.ends_well(&name) {
+            continue;
+        }
+        let table = sim.outside.table.as_ref();
+        let serving = table.and_then(|t| t.services.get(&name)).map_or(0, |r| {
+            r.backends
+                .iter()
+                .filter(|b| sim.outside.runs(&b.instance))
+                .count()
+        });
+        if serving != replicas {
+            return Err(Broken::WrongEnd(format!(
+                "{serving} of {replicas} instances of `{name}` serve"
+            )));
+        }
+    }
+    let mut outside_requests = sim.outside.requests.values();
+    match outside_requests.find(|r| matches!(r.held, outside::Held::Parked { .. })) {
+        Some(request) => Err(Broken::RequestLost(request.service.clone())),
+        None => Ok(()),
+    }
+}
+
+fn nothing_is_left(outside: &Outside) -> Result<(), Broken> {
+    let table = outside.table.as_ref();
+    let routed = table.is_some_and(|t| !t.services.is_empty());
+    if !outside.processes.is_empty() || outside.networks || routed {
+        return Err(Broken::Leak("after everything was taken down".into()));
+    }
+    Ok(())
+}
+
+fn recorded(sim: &Sim) -> Result<(), Broken> {
+    let open = sim
+        .disk
+        .outcomes
+        .iter()
+        .find(|(_, outcome)| **outcome == Outcome::RollingOut);
+    if let Some((number, _)) = open {
+        return Err(Broken::NotRecorded(number.0));
+    }
+    none_was_called_proven_wrongly(sim)?;
+    let proven = sim.keeper.as_ref().and_then(|k| k.world.proven);
+    let goal = sim.keeper.as_ref().map(|k| k.world.goal);
+    match goal {
+        Some(Goal::Release(number)) if Some(number) != proven => {
+            Err(Broken::WrongEnd(format!("release {number} is not proven")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn none_was_called_proven_wrongly(sim: &Sim) -> Result<(), Broken> {
+    let proven = sim
+        .disk
+        .outcomes
+        .iter()
+        .filter(|(_, o)| **o == Outcome::Proven);
+    for (number, _) in proven {
+        let Some(release) = sim.disk.content(*number) else {
+            continue;
+        };
+        let hopeless = release.services.iter().find(|(name, s)| {
+            let job = is_job(release, name);
+            sim.project.behaviour(&s.image.digest).hopeless(job)
+        });
+        if let Some((name, _)) = hopeless {
+            return Err(Broken::BadReleaseProven(number.0, name.clone()));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,382 @@
+//! Random projects and how their programs behave.
+
+use std::collections::BTreeMap;
+
+use kiln_model::release::{Release, ReleasedImage, ReleasedService};
+use kiln_model::spec::{
+    Condition, Dependency, HealthTest, Healthcheck, HealthcheckSetting, Mount, MountSource,
+    NetworkMode, RestartPolicy, Service, ServiceMode,
+};
+use kiln_model::{Digest, ImageConfig, Millis, ServiceName};
+
+use super::rng::Rng;
+
+/// What a program does, whatever it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behaviour {
+    /// Ready after this long, and then well.
+    Good {
+        boot: u64,
+    },
+    StartFails,
+    /// Its `post_start` hook fails.
+    HookFails,
+    /// Ends with a failure this long after its start.
+    Ends {
+        after: u64,
+        boot: u64,
+    },
+    NeverReady,
+    /// Ready, and then its health check fails again and again.
+    Sickens {
+        after: u64,
+        boot: u64,
+    },
+    /// A job's.
+    Done {
+        after: u64,
+        code: i32,
+    },
+}
+
+impl Behaviour {
+    /// It can never be proven.
+    pub fn hopeless(self, job: bool) -> bool {
+        match self {
+            Behaviour::StartFails | Behaviour::HookFails | Behaviour::NeverReady => true,
+            Behaviour::Ends { after, boot } => after < boot,
+            // A program without a port is taken for ready after a second.
+            Behaviour::Done { code, after } => code != 0 && (job || after < 900),
+            Behaviour::Good { .. } | Behaviour::Sickens { .. } => false,
+        }
+    }
+
+    pub fn good(self) -> bool {
+        matches!(
+            self,
+            Behaviour::Good { .. } | Behaviour::Done { code: 0, .. }
+        )
+    }
+}
+
+/// The file on the user's disk, as it is edited from release to release.
+pub struct Project {
+    services: BTreeMap<ServiceName, ReleasedService>,
+    behaviours: BTreeMap<Digest, Behaviour>,
+    /// As serde has it: a service with nothing stated.
+    blank: Service,
+    images: u64,
+}
+
+const NAMES: [&str; 5] = ["db", "cache", "api", "web", "worker"];
+
+impl Project {
+    pub fn random(rng: &mut Rng) -> Result<Self, serde_json::Error> {
+        let mut project = Self {
+            services: BTreeMap::new(),
+            behaviours: BTreeMap::new(),
+            blank: blank()?,
+            images: 0,
+        };
+        for _ in 0..rng.between(1, 3) {
+            project.add_service(rng);
+        }
+        if rng.permille(300) {
+            project.add_job(rng);
+        }
+        Ok(project)
+    }
+
+    pub fn behaviour(&self, image: &Digest) -> Behaviour {
+        let unknown = Behaviour::Good { boot: 10 };
+        self.behaviours.get(image).copied().unwrap_or(unknown)
+    }
+
+    /// It is no server: it does its work and may rest.
+    pub fn ends_well(&self, name: &ServiceName) -> bool {
+        let image = self.services.get(name).map(|s| s.image.digest);
+        image.is_some_and(|i| matches!(self.behaviour(&i), Behaviour::Done { code: 0, .. }))
+    }
+
+    pub fn release(&self) -> Result<Release, kiln_model::IdError> {
+        Ok(Release {
+            format: Release::FORMAT,
+            environment: "shop".parse()?,
+            project: "shop".parse()?,
+            services: self.services.clone(),
+            networks: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+        })
+    }
+
+    /// One edit. `good`: all images that behave badly are replaced as well.
+    pub fn edit(&mut self, rng: &mut Rng, good: bool) {
+        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        match rng.below(12) {
+            0 => self.add_service(rng),
+            1 if names.len() > 1 => {
+                if let Some(name) = rng.pick(&names) {
+                    self.remove(name);
+                }
+            }
+            2 | 3 => self.change(rng, &names, |service, rng| {
+                if service.service.mode != ServiceMode::Job {
+                    service.service.replicas = rng.between(1, 3) as u32;
+                }
+            }),
+            4 => self.change(rng, &names, |service, rng| {
+                let value = rng.next().to_string();
+                let environment = &mut service.service.process.environment;
+                environment.insert("SETTING".into(), value);
+            }),
+            5 => self.change(rng, &names, settings),
+            6 => {}
+            _ => {
+                for name in &names {
+                    if rng.permille(500) {
+                        self.new_image(rng, name, good);
+                    }
+                }
+            }
+        }
+        if good {
+            for name in names {
+                let bad = self
+                    .services
+                    .get(&name)
+                    .is_some_and(|s| !self.behaviour(&s.image.digest).good());
+                if bad {
+                    self.new_image(rng, &name, true);
+                }
+            }
+        }
+    }
+
+    fn change(
+        &mut self,
+        rng: &mut Rng,
+        names: &[ServiceName],
+        change: impl FnOnce(&mut ReleasedService, &mut Rng),
+    ) {
+        if let Some(service) = rng.pick(names).and_then(|n| self.services.get_mut(n)) {
+            change(service, rng);
+        }
+    }
+
+    fn remove(&mut self, name: &ServiceName) {
+        self.services.remove(name);
+        for other in self.services.values_mut() {
+            other.service.depends_on.remove(name);
+            if other.service.network == NetworkMode::Service(name.clone()) {
+                other.service.network = self.blank.network.clone();
+            }
+        }
+    }
+
+    fn add_service(&mut self, rng: &mut Rng) {
+        let free = NAMES
+            .iter()
+            .filter_map(|n| n.parse::<ServiceName>().ok())
+            .find(|n| !self.services.contains_key(n));
+        let Some(name) = free else { return };
+        let mut service = self.blank.clone();
+        service.replicas = rng.between(1, 3) as u32;
+        if rng.permille(350) {
+            service.replicas = 1;
+            service.mounts.push(Mount {
+                source: MountSource::Volume {
+                    volume: format!("{name}-data"),
+                    subpath: None,
+                    nocopy: false,
+                },
+                target: "/data".into(),
+                read_only: false,
+                exec: false,
+            });
+        }
+        let lasting = |s: &&ReleasedService| s.service.restart != RestartPolicy::No;
+        let others: Vec<ServiceName> = self
+            .services
+            .iter()
+            .filter(|(_, s)| lasting(s))
+            .map(|(n, _)| n.clone())
+            .collect();
+        if rng.permille(400)
+            && let Some(other) = rng.pick(&others)
+        {
+            let condition = match rng.permille(700) {
+                true => Condition::Healthy,
+                false => Condition::Started,
+            };
+            depend(&mut service, other, condition);
+            let how = service.depends_on.get_mut(other);
+            if let Some(how) = how.filter(|_| rng.permille(300)) {
+                how.restart = true;
+            }
+        }
+        if rng.permille(100)
+            && let Some(other) = rng.pick(&others)
+            && let Some(NetworkMode::Networks(_)) =
+                self.services.get(other).map(|s| &s.service.network)
+        {
+            service.network = NetworkMode::Service(other.clone());
+        }
+        let mut released = ReleasedService {
+            service,
+            image: ReleasedImage {
+                name: name.to_string(),
+                digest: Digest::of(""),
+                tree: Digest::of(""),
+                config: ImageConfig::default(),
+            },
+            scratch: Vec::new(),
+            listens: vec![80],
+            files: BTreeMap::new(),
+            mounted_images: BTreeMap::new(),
+        };
+        if rng.permille(80) {
+            // It does something and ends.
+            released.listens.clear();
+            released.service.mounts.clear();
+        } else {
+            released.service.restart = RestartPolicy::Always;
+            settings(&mut released, rng);
+        }
+        self.services.insert(name.clone(), released);
+        self.new_image(rng, &name, true);
+    }
+
+    /// A migration that every other service waits for.
+    fn add_job(&mut self, rng: &mut Rng) {
+        let Ok(name) = "migrate".parse::<ServiceName>() else {
+            return;
+        };
+        let Some(mut job) = self.services.values().next().cloned() else {
+            return;
+        };
+        job.service = self.blank.clone();
+        job.service.mode = ServiceMode::Job;
+        job.listens.clear();
+        for (other, service) in &mut self.services {
+            if !service.service.mounts.is_empty() {
+                depend(&mut job.service, other, Condition::Healthy);
+            } else {
+                depend(
+                    &mut service.service,
+                    &name,
+                    Condition::CompletedSuccessfully,
+                );
+            }
+        }
+        // What the job itself waits for must not wait for what waits for the job.
+        let first: Vec<ServiceName> = job.service.depends_on.keys().cloned().collect();
+        for other in first {
+            if let Some(service) = self.services.get_mut(&other) {
+                service.service.depends_on.clear();
+                service.service.network = self.blank.network.clone();
+            }
+        }
+        self.services.insert(name.clone(), job);
+        self.new_image(rng, &name, true);
+    }
+
+    fn new_image(&mut self, rng: &mut Rng, name: &ServiceName, good: bool) {
+        let Some(service) = self.services.get_mut(name) else {
+            return;
+        };
+        self.images += 1;
+        let digest = Digest::of(format!("{name} {}", self.images));
+        service.image.digest = digest;
+        service.image.tree = digest;
+        let job = service.service.mode == ServiceMode::Job;
+        let good = good || rng.permille(650);
+        // With no policy it is no server: it does something and ends.
+        let ends = job || service.service.restart == RestartPolicy::No;
+        self.behaviours.insert(digest, behaviour(rng, ends, good));
+    }
+}
+
+fn behaviour(rng: &mut Rng, job: bool, good: bool) -> Behaviour {
+    let boot = match rng.permille(800) {
+        true => rng.between(5, 300),
+        false => rng.between(300, 20_000),
+    };
+    match (job, good) {
+        (true, _) => Behaviour::Done {
+            after: boot,
+            code: i32::from(!good),
+        },
+        (false, true) => Behaviour::Good { boot },
+        (false, false) => match rng.below(6) {
+            0 => Behaviour::StartFails,
+            5 => Behaviour::HookFails,
+            1 => Behaviour::NeverReady,
+            2 => Behaviour::Ends {
+                after: rng.between(1, 400),
+                boot: 500,
+            },
+            3 => Behaviour::Ends {
+                after: boot + rng.between(300, 30_000),
+                boot,
+            },
+            _ => Behaviour::Sickens {
+                after: boot + rng.between(300, 30_000),
+                boot,
+            },
+        },
+    }
+}
+
+fn depend(service: &mut Service, other: &ServiceName, condition: Condition) {
+    let dependency = Dependency {
+        condition,
+        restart: false,
+        required: true,
+    };
+    service.depends_on.insert(other.clone(), dependency);
+}
+
+/// What a file may say about how a service is kept and replaced.
+fn settings(released: &mut ReleasedService, rng: &mut Rng) {
+    let service = &mut released.service;
+    if service.mode == ServiceMode::Job || service.restart == RestartPolicy::No {
+        return;
+    }
+    service.restart = match rng.below(4) {
+        0 => RestartPolicy::OnFailure {
+            max_retries: Some(rng.between(1, 5) as u32),
+        },
+        1 => RestartPolicy::UnlessStopped,
+        _ => RestartPolicy::Always,
+    };
+    service.kiln.drain = rng.permille(500).then(|| Millis(rng.below(5_000)));
+    service.process.stop_grace = rng.permille(500).then(|| Millis(rng.below(3_000)));
+    service.update.parallelism = rng.permille(300).then(|| rng.between(0, 3) as u32);
+    service.update.delay = rng.permille(200).then(|| Millis(rng.below(3_000)));
+    service.health = match rng.permille(600) {
+        true => HealthcheckSetting::Set(Healthcheck {
+            test: Some(HealthTest::Exec(vec!["check".into()])),
+            interval: Some(Millis(rng.between(500, 10_000))),
+            timeout: Some(Millis(1_000)),
+            retries: Some(rng.between(1, 3) as u32),
+            ..Healthcheck::default()
+        }),
+        false => HealthcheckSetting::Inherit,
+    };
+    let own = matches!(service.network, NetworkMode::Networks(_));
+    if own && service.mounts.is_empty() && rng.permille(50) {
+        service.network = NetworkMode::Host;
+    }
+}
+
+fn blank() -> Result<Service, serde_json::Error> {
+    serde_json::from_value(serde_json::json!({
+        "image": {"reference": "x"}, "pull_policy": "missing", "platform": null,
+        "process": {}, "mounts": [], "files": [], "ports": [], "expose": [],
+        "network": {"networks": {"default": {}}}, "names": {}, "depends_on": {},
+        "health": "inherit", "restart": "no", "security": {}, "limits": {}, "namespaces": {},
+        "logging": {"max_size": 1, "max_files": 1, "discard": false}, "replicas": 1,
+        "mode": "replicated", "update": {}, "rollback": null, "post_start": [], "pre_stop": [],
+        "labels": {}, "annotations": {}, "kiln": {}
+    }))
+}

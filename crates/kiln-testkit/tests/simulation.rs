@@ -1,0 +1,77 @@
+//! A bounded number of simulated runs in every test run (`cargo xtask simulate` makes any
+//! number), and proof that each law can be seen broken.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use kiln_testkit::sim::{Broken, Plant, Summary, simulate};
+
+/// Seeds of every test run.
+const SEEDS: u64 = 40;
+
+#[test]
+fn faults_break_no_law() {
+    let mut sum = Summary::default();
+    for seed in 1..=SEEDS {
+        match simulate(seed, None) {
+            Ok(summary) => sum.add(&summary),
+            Err(failure) => {
+                let trace = failure.trace.join("\n");
+                panic!(
+                    "{trace}\nseed {seed}, step {}: {}",
+                    failure.steps, failure.broken
+                );
+            }
+        }
+    }
+    // A simulator in which nothing happens finds nothing.
+    assert!(
+        sum.proven > SEEDS && sum.failed > SEEDS && sum.faults > SEEDS,
+        "{sum:?}"
+    );
+    assert!(sum.answered > sum.requests / 2, "{sum:?}");
+}
+
+#[test]
+fn equal_seeds_give_equal_runs() {
+    assert_eq!(simulate(3, None).unwrap(), simulate(3, None).unwrap());
+}
+
+/// The first law that a planted bug breaks, among a few seeds.
+fn caught(plant: Plant) -> Broken {
+    let mut seeds = 1..=30;
+    let failure = seeds.find_map(|seed| simulate(seed, Some(plant)).err());
+    failure
+        .unwrap_or_else(|| panic!("{plant:?} was not caught"))
+        .broken
+}
+
+macro_rules! is_caught {
+    ($($name:ident: $plant:ident as $law:pat,)*) => {$(
+        #[test]
+        fn $name() {
+            let broken = caught(Plant::$plant);
+            assert!(matches!(broken, $law), "{broken}");
+        }
+    )*};
+}
+
+is_caught! {
+    a_skipped_drain: SkipDrain as Broken::NotDrained(_),
+    a_stop_instead_of_a_drain: StopInsteadOfDrain as Broken::NotDrained(_),
+    a_second_writer: SecondWriter as Broken::TwoWriters(_),
+    an_end_that_is_none: SayExited as Broken::RemovedAlive(_),
+    lost_backends: LoseBackends as Broken::NobodyServes(_),
+    an_old_generation: OldGeneration as Broken::GenerationWentBack { .. },
+    a_forgotten_instance: ForgetToRemove as Broken::Leak(_),
+    callers_who_are_not_parked: NoParking as Broken::NobodyServes(_),
+    an_instance_that_is_never_ready: SwallowReady as Broken::NoRest(_),
+    a_forgotten_outcome: ForgetOutcome as Broken::NotRecorded(_),
+    a_disk_that_lies: LyingDisk as Broken::NoIntent(_),
+    traffic_to_the_unproven: EagerReady as Broken::UnprovenServes(_),
+    traffic_to_the_ended: SwallowEnd as Broken::EndedServes(_),
+    an_end_under_traffic: StaleBackends as Broken::EndedWhileRouted(_),
+    an_instance_without_traffic: OneFewer as Broken::WrongEnd(_),
+    forgotten_callers: LoseParked as Broken::RequestLost(_),
+    a_bad_release_called_proven: CallItProven as Broken::BadReleaseProven(..),
+    a_failed_release_that_stays: KeepFailed as Broken::NotTurnedBack(_),
+}
