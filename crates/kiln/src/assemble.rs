@@ -12,10 +12,11 @@ use std::time::Instant;
 use kiln_build::build::{BuildRequest, Builder, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
+use kiln_build::network::{Network, host_resolver};
 use kiln_build::resolve::Resolver;
 use kiln_build::test::{TestRequest, Tester, Verdict};
 use kiln_compose::Loaded;
-use kiln_model::instance::{InstanceNetwork, Scratch};
+use kiln_model::instance::Scratch;
 use kiln_model::progress::Finish;
 use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::{
@@ -132,6 +133,7 @@ impl<'a> Assembler<'a> {
             store: store.clone(),
             runtime: runtime.clone(),
             progress: progress.clone(),
+            network: Arc::new(Network::new(&context.root, &cache, host_resolver())),
             cache: cache.clone(),
         };
         let tester = Tester {
@@ -367,8 +369,6 @@ impl<'a> Assembler<'a> {
             name: name.to_string(),
             platform: kiln_oci::host_platform(),
             secrets,
-            network: InstanceNetwork::Host,
-            resolver: Some(host_resolver()),
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
@@ -581,29 +581,6 @@ fn credentials() -> registry::CredentialSources {
     registry::CredentialSources {
         files,
         helper_folder: None,
-    }
-}
-
-/// The host's own name servers, for RUN steps.
-fn host_resolver() -> kiln_model::instance::Resolver {
-    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let words = |key: &str| -> Vec<String> {
-        text.lines()
-            .filter_map(|line| line.trim().strip_prefix(key))
-            .flat_map(|rest| {
-                rest.split_whitespace()
-                    .map(str::to_owned)
-                    .collect::<Vec<_>>()
-            })
-            .collect()
-    };
-    kiln_model::instance::Resolver {
-        nameservers: words("nameserver")
-            .iter()
-            .filter_map(|w| w.parse().ok())
-            .collect(),
-        search: words("search"),
-        options: words("options"),
     }
 }
 

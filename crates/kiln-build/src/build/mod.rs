@@ -13,7 +13,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kiln_model::instance::{InstanceNetwork, Resolver};
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_runtime::Runtime;
@@ -25,6 +24,7 @@ use crate::context::{self, Context, ContextError};
 use crate::evaluate::EvaluateError;
 use crate::exec::{ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
+use crate::network::Network;
 use crate::remote::Pins;
 use stages::Run;
 pub use sync::Synced;
@@ -37,6 +37,8 @@ pub struct Builder {
     pub progress: Arc<dyn Progress>,
     /// `KILN_ROOT/cache`, on the store's disk.
     pub cache: PathBuf,
+    /// What RUN is connected to.
+    pub network: Arc<Network>,
 }
 
 /// One build, with all that comes from outside already found.
@@ -49,9 +51,6 @@ pub struct BuildRequest {
     pub platform: String,
     /// Secret contents by the id `RUN --mount=type=secret` uses.
     pub secrets: BTreeMap<String, Vec<u8>>,
-    /// What RUN is connected to, where neither file nor request says otherwise.
-    pub network: InstanceNetwork,
-    pub resolver: Option<Resolver>,
     /// SOURCE_DATE_EPOCH in seconds; 0 where none is set.
     pub epoch: i64,
     /// Sockets of ssh agents by the id `RUN --mount=type=ssh` uses.

@@ -6,13 +6,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use kiln_model::Digest;
-use kiln_model::instance::InstanceNetwork;
 use kiln_model::spec::Build;
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
 
 use super::image::Image;
 use super::{BuildError, Builder, Prepared, image_context};
-use crate::containerfile::Span;
+use crate::containerfile::{RunNetwork, Span};
 use crate::context;
 use crate::context::source::ContextSource;
 use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
@@ -77,12 +76,12 @@ impl<'a> Run<'a> {
             epoch: request.epoch,
             no_cache: request.build.no_cache,
             network: match request.build.network.as_str() {
-                "" | "default" => request.network.clone(),
-                "none" => InstanceNetwork::Isolated,
-                "host" => InstanceNetwork::Host,
+                "" | "default" => RunNetwork::Default,
+                "none" => RunNetwork::None,
+                "host" => RunNetwork::Host,
                 other => return Err(BuildError::Network(other.to_owned())),
             },
-            resolver: request.resolver.clone(),
+            networks: builder.network.clone(),
             hosts: hosts(&request.build)?,
             shm_size: request.build.shm_size,
             secrets: &request.secrets,

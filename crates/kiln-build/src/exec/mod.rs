@@ -11,6 +11,7 @@ mod mounts;
 mod run;
 pub mod state;
 mod steps;
+mod sweep;
 mod unfold;
 mod upper;
 mod work;
@@ -22,21 +23,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use kiln_model::instance::{ExitStatus, InstanceNetwork, Resolver};
+use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Finish;
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, StartError};
 use kiln_store::Store;
 
-use crate::containerfile::Span;
+use crate::containerfile::{RunNetwork, Span};
 use crate::context::source::ContextSource;
 use crate::copy::CopyError;
 use crate::copy::archive::ArchiveError;
 use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
+use crate::network::{Network, NetworkError};
 use layer::{LayerError, LayerRef};
 use state::{Files, Key, StepCache};
+pub use sweep::sweep;
 
 /// How many of a failed command's last lines are told.
 pub const TOLD_LINES: usize = 30;
@@ -74,6 +77,10 @@ pub enum ExecError {
         #[source]
         cause: Option<io::Error>,
     },
+    #[error("there is no network for the command")]
+    Network(#[source] Box<NetworkError>),
+    #[error("what a killed build left can't be taken away")]
+    Left(#[source] kiln_runtime::RuntimeError),
     #[error("the sandbox can't be started")]
     Sandbox(#[source] StartError),
     #[error("the secret `{0}` is required but was not given to the build")]
@@ -101,6 +108,10 @@ pub enum ExecError {
 }
 
 impl ExecError {
+    pub(crate) fn network(cause: NetworkError) -> Self {
+        Self::Network(Box::new(cause))
+    }
+
     pub(crate) fn store(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Store(Box::new(cause))
     }
@@ -138,8 +149,9 @@ pub struct Site<'a> {
     /// SOURCE_DATE_EPOCH: seconds.
     pub epoch: i64,
     pub no_cache: bool,
-    pub network: InstanceNetwork,
-    pub resolver: Option<Resolver>,
+    /// Where RUN doesn't say it.
+    pub network: RunNetwork,
+    pub networks: Arc<Network>,
     pub hosts: Vec<(std::net::IpAddr, String)>,
     pub shm_size: Option<u64>,
     /// By id.

@@ -9,7 +9,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use kiln_build::build::{BuildRequest, Builder, prepare};
-use kiln_model::instance::InstanceNetwork;
+use kiln_build::network::{Network, host_resolver};
+use kiln_model::instance::Resolver;
 use kiln_model::progress::Finish;
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
@@ -67,22 +68,29 @@ pub fn sandboxes() -> bool {
 
 pub fn world() -> World {
     let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let runtime = Runtime::open(RuntimeConfig {
-        root: root.path().to_owned(),
-        shim: vec![shim().into()],
-    });
     let seen = Arc::new(Seen::default());
-    let builder = Builder {
-        store: Arc::new(Store::open(root.path()).unwrap()),
-        runtime: Arc::new(runtime.unwrap()),
-        progress: seen.clone(),
-        cache: root.path().join("cache"),
-    };
+    let builder = builder(root.path(), seen.clone(), host_resolver());
     World {
         root,
         builder,
         seen,
         images: Mutex::default(),
+    }
+}
+
+/// As one process has it.
+pub fn builder(root: &Path, seen: Arc<Seen>, resolver: Resolver) -> Builder {
+    let runtime = Runtime::open(RuntimeConfig {
+        root: root.to_owned(),
+        shim: vec![shim().into()],
+    });
+    let cache = root.join("cache");
+    Builder {
+        store: Arc::new(Store::open(root).unwrap()),
+        runtime: Arc::new(runtime.unwrap()),
+        progress: seen,
+        network: Arc::new(Network::new(root, &cache, resolver)),
+        cache,
     }
 }
 
@@ -101,13 +109,12 @@ impl World {
             build: Build {
                 context: context.to_owned(),
                 inline: Some(file.to_owned()),
+                network: "none".into(),
                 ..Build::default()
             },
             name: "app".into(),
             platform: kiln_oci::platform::host_platform(),
             secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
-            network: InstanceNetwork::Isolated,
-            resolver: None,
             epoch: 0,
             ssh: BTreeMap::new(),
             pins: Arc::default(),
