@@ -27,8 +27,8 @@ impl Site<'_> {
         let Some(suite) = lacks_sources(before)? else {
             return Ok(Vec::new());
         };
-        let arch = kiln_oci::host_platform();
-        let arch = crate::debian::architecture(&arch).unwrap_or_default();
+        let platform = kiln_oci::host_platform();
+        let arch = crate::debian::architecture(&platform).unwrap_or_default();
         // A machine without Debian sources has none to give: apt will say what it misses.
         let found = sources::read(Path::new("/"))
             .and_then(|config| sources::archives(&config, &suite, arch));
@@ -46,6 +46,10 @@ impl Site<'_> {
             mounts.push(file(key.to_owned(), target.clone()));
             target
         });
+        if text.is_empty() {
+            tracing::debug!("the machine's sources for apt are all on its own disk");
+            return Ok(Vec::new());
+        }
         let path = work.file("apt-sources", text.as_bytes(), 0o644)?;
         mounts.push(file(path, TARGET.into()));
         Ok(mounts)
