@@ -87,7 +87,7 @@ pub enum Command {
     /// Show what `up` would do, and why
     Plan(ProjectArgs),
     /// Build and test the images, and roll nothing out
-    Build(ProjectArgs),
+    Build(BuildArgs),
     /// Stop and remove everything that runs of a project; volumes and releases stay
     Down(EnvironmentArgs),
     /// Show what serves, since when, from which release, and what has drifted
@@ -200,6 +200,22 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct BuildArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Only look: say what is likely wrong in the Containerfiles, or not reproducible
+    ///
+    /// The rules are BuildKit's, under its names, and kiln's own: PipeToShell, UncheckedAdd,
+    /// UnpinnedBase, UnrecordedDownload. A file leaves some out with a first line
+    /// `# check=skip=RULE,RULE`. Exit code 0: nothing at or above --fail-on; 3: something.
+    #[arg(long)]
+    pub check: bool,
+    /// The least severity that makes the exit code 3
+    #[arg(long, value_enum, default_value_t = FailOn::Warning, requires = "check")]
+    pub fail_on: FailOn,
 }
 
 #[derive(Args, Debug)]

@@ -52,21 +52,7 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
     up(context, &args).await
 }
 
-pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
-    context.need_root()?;
-    context.make_root()?;
-    let _lease = context.store()?.lease().map_err(machine)?;
-    let (_, release) = assembled(context, args).await?;
-    if context.json {
-        return output::json(&release);
-    }
-    for (name, service) in &release.services {
-        outln!("{name}  {}@{}", service.image.name, service.image.digest);
-    }
-    Ok(())
-}
-
-async fn assembled(
+pub async fn assembled(
     context: &Context,
     args: &ProjectArgs,
 ) -> Result<(EnvironmentName, kiln_model::Release), Failure> {

@@ -1,6 +1,7 @@
 //! A whole build: the Containerfile is read, what it needs from outside is found, its
 //! stages are carried out, and the target becomes an image in the store.
 
+mod check;
 mod image;
 mod stages;
 mod sync;
@@ -24,8 +25,10 @@ use crate::context::{self, Context, ContextError};
 use crate::evaluate::EvaluateError;
 use crate::exec::{ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
+use crate::lint::BadDirective;
 use crate::network::Network;
 use crate::remote::Pins;
+pub use check::{Checked, check};
 use stages::Run;
 pub use sync::Synced;
 
@@ -95,6 +98,10 @@ pub enum BuildError {
         text: String,
         errors: ParseErrors,
     },
+    #[error("{file}: {cause}")]
+    Directive { file: String, cause: BadDirective },
+    #[error("the file's `# check=error=true` stops the build:\n{}", check::shown(.0))]
+    Findings(Checked),
     #[error("the image {image} was not found before the build")]
     Unresolved { image: String },
     #[error("building for {0} is not supported yet, only for this machine's platform")]
@@ -199,12 +206,13 @@ fn image_context(value: &str) -> Option<String> {
 
 /// Reads a request's Containerfile and finds out what is built.
 pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
-    check(&request)?;
+    supported(&request)?;
     let (file_name, file_path, text) = read_file(&request.build)?;
     let file = containerfile::parse(&text).map_err(|errors| BuildError::Parse {
         file: file_name.clone(),
         errors,
     })?;
+    check::enforce(&request.build, &file_name, &file)?;
     let contexts: Vec<&str> = request
         .build
         .additional_contexts
@@ -231,7 +239,7 @@ pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
     })
 }
 
-fn check(request: &BuildRequest) -> Result<(), BuildError> {
+fn supported(request: &BuildRequest) -> Result<(), BuildError> {
     let build = &request.build;
     let other = build.platforms.iter().find(|p| **p != request.platform);
     if let Some(other) = other {
