@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::progress::Form;
+
 /// Immutable infrastructure: every change is a new release, put in place by replacement.
 #[derive(Parser, Debug)]
 #[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
@@ -216,6 +218,12 @@ pub struct BuildArgs {
     /// The least severity that makes the exit code 3
     #[arg(long, value_enum, default_value_t = FailOn::Warning, requires = "check")]
     pub fail_on: FailOn,
+    /// Say of each instruction that was not taken from the cache why it was not
+    #[arg(long)]
+    pub explain: bool,
+    /// How to show what is being done
+    #[arg(long, value_enum, default_value_t = Form::Auto)]
+    pub progress: Form,
 }
 
 #[derive(Args, Debug)]

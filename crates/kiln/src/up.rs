@@ -74,7 +74,7 @@ pub fn assembler<'a>(
     loaded: &'a Loaded,
     cancel: &Arc<AtomicBool>,
 ) -> Result<Assembler<'a>, Failure> {
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(&context.shown));
     Assembler::new(context, loaded, progress, cancel.clone())
 }
 

@@ -17,7 +17,7 @@ use crate::context::source::ContextSource;
 use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
-use crate::exec::{Building, ExecError, Site, Taken};
+use crate::exec::{Building, ExecError, Place, Site, Taken};
 use crate::graph::{self, Origin};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
@@ -73,6 +73,12 @@ impl<'a> Run<'a> {
             cache: builder.cache.clone(),
             task: format!("build {}", request.name),
             file: prepared.file_name.clone(),
+            build: Digest::of(format!(
+                "{}\n{}\n{}",
+                request.name,
+                prepared.file_name,
+                request.build.context.display()
+            )),
             epoch: request.epoch,
             no_cache: request.build.no_cache,
             network: match request.build.network.as_str() {
@@ -268,25 +274,29 @@ impl<'a> Run<'a> {
             history: stage.text.clone(),
         };
         let mut built = nothing();
-        self.step(&mut built, needed, &step, (0, 0))?;
+        self.step(&mut built, needed, &step, [0; 3])?;
         Ok(built)
     }
 
-    /// Carries out one step and adds it to the history.
+    /// Carries out one step and adds it to the history. The numbers are those of [`Place`].
     fn step(
         &self,
         built: &mut Built,
         needed: &graph::Needed,
         step: &Step,
-        place: (usize, usize),
+        [number, total, twin]: [usize; 3],
     ) -> Result<(), BuildError> {
         let mut layer = None;
         if step.action != Action::None {
             let find = |text: &str, span: Span| self.find(needed.index, text, span);
             let stage = self.stage_name(needed.index);
-            let done = self
-                .site
-                .step(&mut built.building, step, &stage, place, &find);
+            let place = Place {
+                stage: &stage,
+                number,
+                total,
+                twin,
+            };
+            let done = self.site.step(&mut built.building, step, &place, &find);
             layer = done.map_err(BuildError::Step)?.layer;
         }
         built.document.history.push(History {
@@ -339,9 +349,11 @@ impl<'a> Run<'a> {
         let works = |step: &&Step| step.action != Action::None;
         let total = evaluated.steps.iter().filter(works).count();
         let mut number = 0;
-        for step in &evaluated.steps {
+        for (index, step) in evaluated.steps.iter().enumerate() {
             number += usize::from(works(&step));
-            self.step(&mut built, needed, step, (number, total))?;
+            let earlier = &evaluated.steps[..index];
+            let twins = earlier.iter().filter(|other| other.text == step.text);
+            self.step(&mut built, needed, step, [number, total, twins.count()])?;
         }
         built.document.config = evaluated.config;
         built.document.author = evaluated.author;

@@ -117,7 +117,7 @@ impl Site<'_> {
     }
 
     /// The build's, where the instruction leaves it open.
-    fn network_of(&self, run: &RunAction) -> RunNetwork {
+    pub(super) fn network_of(&self, run: &RunAction) -> RunNetwork {
         match run.network {
             RunNetwork::Default => self.network,
             stated => stated,

@@ -38,6 +38,16 @@ impl Seen {
         };
         (count(Finish::Cached), count(Finish::Done))
     }
+
+    /// Why steps were carried out, in their order.
+    pub fn reasons(&self) -> Vec<String> {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let why = |event| match event {
+            ProgressEvent::Explained { why, .. } => Some(why),
+            _ => None,
+        };
+        events.into_iter().filter_map(why).collect()
+    }
 }
 
 pub struct World {

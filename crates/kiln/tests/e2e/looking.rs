@@ -277,6 +277,27 @@ fn folder_size(folder: &std::path::Path) -> u64 {
 }
 
 #[test]
+fn build_says_why_an_instruction_was_not_cached() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("explain", &Page::default());
+    let plain = ["--explain", "--progress", "plain"];
+    project.run("build", &plain).ok();
+    project.write("www/index.html", "changed");
+    let ran = project.run("build", &plain).ok();
+    let why = "not from the cache: changed: www/index.html";
+    assert_eq!(ran.stderr.matches(why).count(), 1, "{ran}");
+    let ran = project.run("build", &["--progress", "json"]).ok();
+    let events = ran.stderr.lines();
+    let events: Vec<serde_json::Value> = events
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let steps = events.iter().filter(|e| e["how"] == "cached");
+    assert!(steps.clone().count() > 0, "{ran}");
+    assert!(steps.clone().all(|e| e["took"].is_number()), "{ran}");
+    assert!(events.iter().all(|e| e["event"] != "explained"), "{ran}");
+}
+
+#[test]
 fn gc_while_it_builds_takes_nothing_away() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("gcbuild", &Page::default());
