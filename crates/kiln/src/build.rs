@@ -1,5 +1,8 @@
 //! `build`: images built and tested, nothing rolled out; or their files only looked at.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use kiln_build::build::{BuildError, Checked, check};
 use kiln_build::lock::Lock;
 use kiln_build::{containerfile, lint};
@@ -21,6 +24,9 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     context.need_root()?;
     context.make_root()?;
     let _lease = context.store()?.lease().map_err(machine)?;
+    if args.verify {
+        return verify(context, args).await;
+    }
     let (_, release) = up::assembled(context, &args.project).await?;
     if context.json {
         return output::json(&release);
@@ -29,6 +35,43 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
         outln!("{name}  {}@{}", service.image.name, service.image.digest);
     }
     Ok(())
+}
+
+/// `--verify`: whether a second build gives the same images.
+async fn verify(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
+    let loaded = project::load(&args.project)?;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let assembler = up::assembler(context, &loaded, &cancel)?;
+    let found = tokio::select! {
+        found = assembler.verify() => found?,
+        () = up::interrupted(cancel.clone()) => {
+            return Err(Failure::new(Kind::Interrupted, "interrupted while verifying"));
+        }
+    };
+    if context.json {
+        output::json(&found)?;
+    } else {
+        for (name, differences) in &found {
+            if differences.is_empty() {
+                outln!("{name}: the same again, bit for bit");
+            }
+            for difference in differences {
+                let (path, how) = (&difference.path, &difference.how);
+                outln!("{name}: {path}: {how}\n    {}", difference.instruction);
+            }
+        }
+    }
+    let differ = found.values().filter(|found| !found.is_empty()).count();
+    match differ {
+        0 => Ok(()),
+        n => Err(Failure::new(
+            Kind::Build,
+            format!(
+                "{n} of {} images differ when they are built again",
+                found.len()
+            ),
+        )),
+    }
 }
 
 /// `--check`: what the lint rules find in every Containerfile of the project.

@@ -218,6 +218,13 @@ pub struct BuildArgs {
     /// The least severity that makes the exit code 3
     #[arg(long, value_enum, default_value_t = FailOn::Warning, requires = "check")]
     pub fail_on: FailOn,
+    /// Build everything once more in other conditions, and say which file differs and how
+    ///
+    /// The second build works in another folder, takes nothing from the cache, has one
+    /// processor for each command and builds one stage after the other, the later first.
+    /// Exit code 4: something differs.
+    #[arg(long, conflicts_with = "check")]
+    pub verify: bool,
     /// Say of each instruction that was not taken from the cache why it was not
     #[arg(long)]
     pub explain: bool,

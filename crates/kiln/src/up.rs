@@ -103,7 +103,7 @@ pub async fn assemble(
 }
 
 /// Resolves a moment after Ctrl-C: steps in their sandboxes are ended first.
-async fn interrupted(cancel: Arc<AtomicBool>) {
+pub async fn interrupted(cancel: Arc<AtomicBool>) {
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending::<()>().await;
     }

@@ -5,6 +5,7 @@ mod check;
 mod image;
 mod stages;
 mod sync;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,7 +24,7 @@ use crate::containerfile::{self, Containerfile, Kind, ParseErrors, Span, mount};
 use crate::context::source::ContextSource;
 use crate::context::{self, Context, ContextError};
 use crate::evaluate::EvaluateError;
-use crate::exec::{ExecError, StepError};
+use crate::exec::{Conditions, ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
 use crate::lint::BadDirective;
 use crate::network::Network;
@@ -31,6 +32,7 @@ use crate::remote::Pins;
 pub use check::{Checked, check};
 use stages::Run;
 pub use sync::Synced;
+pub use verify::Difference;
 
 /// What carries builds out.
 #[derive(Clone)]
@@ -337,6 +339,15 @@ impl Builder {
         prepared: &Prepared,
         images: &BTreeMap<String, Digest>,
     ) -> Result<Digest, BuildError> {
+        self.carry_out_under(prepared, images, Conditions::Usual)
+    }
+
+    fn carry_out_under(
+        &self,
+        prepared: &Prepared,
+        images: &BTreeMap<String, Digest>,
+        conditions: Conditions,
+    ) -> Result<Digest, BuildError> {
         let keep = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
             name: prepared.request.name.clone(),
             cause,
@@ -349,7 +360,7 @@ impl Builder {
             });
         }
         let context = self.context(prepared)?;
-        let run = Run::new(self, prepared, images, context.as_ref())?;
+        let run = Run::new(self, prepared, images, context.as_ref(), conditions)?;
         let document = run.stages()?;
         if let Some(context) = &context
             && let Err(cause) = context.save()

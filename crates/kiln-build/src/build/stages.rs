@@ -17,7 +17,7 @@ use crate::context::source::ContextSource;
 use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
-use crate::exec::{Building, ExecError, Place, Site, Taken};
+use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
 use crate::graph::{self, Origin};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
@@ -55,6 +55,7 @@ impl<'a> Run<'a> {
         prepared: &'a Prepared,
         images: &'a BTreeMap<String, Digest>,
         context: Option<&'a ContextSource>,
+        conditions: Conditions,
     ) -> Result<Self, BuildError> {
         let request = &prepared.request;
         let mut folders = BTreeMap::new();
@@ -80,7 +81,8 @@ impl<'a> Run<'a> {
                 request.build.context.display()
             )),
             epoch: request.epoch,
-            no_cache: request.build.no_cache,
+            no_cache: request.build.no_cache || conditions == Conditions::Other,
+            conditions,
             network: match request.build.network.as_str() {
                 "" | "default" => RunNetwork::Default,
                 "none" => RunNetwork::None,
@@ -140,7 +142,10 @@ impl<'a> Run<'a> {
         });
         let changed = Condvar::new();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = stages.len().min(processors.clamp(2, MAX_AT_ONCE));
+        let workers = match self.site.conditions {
+            Conditions::Usual => stages.len().min(processors.clamp(2, MAX_AT_ONCE)),
+            Conditions::Other => 1,
+        };
         std::thread::scope(|scope| {
             for _ in 1..workers {
                 scope.spawn(|| self.work(&takes, &todo, &changed));
@@ -167,7 +172,11 @@ impl<'a> Run<'a> {
                 let mut takes = takes[*position].iter();
                 takes.all(|index| self.built[*index].get().is_some())
             };
-            let Some(at) = state.waiting.iter().position(ready) else {
+            let next = match self.site.conditions {
+                Conditions::Usual => state.waiting.iter().position(ready),
+                Conditions::Other => state.waiting.iter().rposition(ready),
+            };
+            let Some(at) = next else {
                 if state.running == 0 {
                     return;
                 }

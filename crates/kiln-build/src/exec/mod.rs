@@ -41,6 +41,7 @@ use crate::network::{Network, NetworkError};
 use layer::{LayerError, LayerRef};
 use reason::{Inputs, Reasons};
 use state::{Files, Key, StepCache};
+pub(crate) use sweep::VERIFY_PREFIX;
 pub use sweep::sweep;
 
 /// How many of a failed command's last lines are told.
@@ -153,6 +154,7 @@ pub struct Site<'a> {
     /// SOURCE_DATE_EPOCH: seconds.
     pub epoch: i64,
     pub no_cache: bool,
+    pub conditions: Conditions,
     /// Where RUN doesn't say it.
     pub network: RunNetwork,
     pub networks: Arc<Network>,
@@ -166,6 +168,15 @@ pub struct Site<'a> {
     pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
     pub context: Option<&'a ContextSource>,
+}
+
+/// What an image must not depend on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Conditions {
+    #[default]
+    Usual,
+    /// Another order and one processor.
+    Other,
 }
 
 /// Where an instruction's `--from` leads, found out beforehand.

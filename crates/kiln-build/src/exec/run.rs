@@ -17,7 +17,7 @@ use super::mounts::{Mounted, Shown};
 use super::state::{Files, Key};
 use super::upper::{self, Times};
 use super::work::Work;
-use super::{ExecError, Site, TOLD_LINES, sweep};
+use super::{Conditions, ExecError, Site, TOLD_LINES, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
 use crate::network::Connection;
@@ -26,6 +26,9 @@ use crate::rootfs::Rootfs;
 /// SOURCE_DATE_EPOCH within a RUN is never earlier than this (1980-01-01): zip files, and
 /// so Python's packages, know no earlier time.
 const EARLIEST_EPOCH: i64 = 315_532_800;
+
+/// The first one, which every machine has.
+const ONE_PROCESSOR: &str = "0";
 
 impl Site<'_> {
     pub(super) fn run_key(&self, before: &Digest, run: &RunAction, mounts: &[Mounted]) -> Digest {
@@ -198,6 +201,7 @@ impl Site<'_> {
             },
             limits: InstanceLimits {
                 shm_size: self.shm_size,
+                cpuset: (self.conditions == Conditions::Other).then(|| ONE_PROCESSOR.into()),
                 ..InstanceLimits::default()
             },
             stop_signal: "SIGKILL".into(),

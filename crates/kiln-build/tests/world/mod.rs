@@ -109,13 +109,8 @@ impl World {
         self.build_with(context, file, |_| {})
     }
 
-    pub fn build_with(
-        &self,
-        context: &Path,
-        file: &str,
-        change: impl FnOnce(&mut BuildRequest),
-    ) -> Result<Digest, String> {
-        let mut request = BuildRequest {
+    pub fn request(&self, context: &Path, file: &str) -> BuildRequest {
+        BuildRequest {
             build: Build {
                 context: context.to_owned(),
                 inline: Some(file.to_owned()),
@@ -129,7 +124,16 @@ impl World {
             ssh: BTreeMap::new(),
             pins: Arc::default(),
             cancel: Arc::new(AtomicBool::new(false)),
-        };
+        }
+    }
+
+    pub fn build_with(
+        &self,
+        context: &Path,
+        file: &str,
+        change: impl FnOnce(&mut BuildRequest),
+    ) -> Result<Digest, String> {
+        let mut request = self.request(context, file);
         change(&mut request);
         let mut prepared = prepare(request).map_err(|e| chain(&e))?;
         let mut images = BTreeMap::new();

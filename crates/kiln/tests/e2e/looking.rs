@@ -298,6 +298,31 @@ fn build_says_why_an_instruction_was_not_cached() {
 }
 
 #[test]
+fn verify_names_the_file_that_differs() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("verify", &Page::default());
+    let ran = project.run("build", &["--verify"]).ok();
+    assert_eq!(ran.stdout, "web: the same again, bit for bit\n", "{ran}");
+    let file = fs::read_to_string(project.folder.join("Containerfile")).unwrap();
+    project.write(
+        "Containerfile",
+        &format!("{file}RUN date +%s%N > /www/time\n"),
+    );
+    let ran = project.run("build", &["--verify"]).code(&[4]);
+    assert!(
+        ran.stdout.starts_with("web: /www/time: content from byte "),
+        "{ran}"
+    );
+    assert!(ran.stdout.contains("date +%s%N > /www/time"), "{ran}");
+    let found = project
+        .run("build", &["--verify", "--json"])
+        .code(&[4])
+        .json();
+    assert_eq!(found["web"].as_array().unwrap().len(), 1);
+    assert_eq!(found["web"][0]["path"], "/www/time");
+}
+
+#[test]
 fn gc_while_it_builds_takes_nothing_away() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("gcbuild", &Page::default());
