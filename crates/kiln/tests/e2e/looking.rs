@@ -327,6 +327,13 @@ fn gc_while_it_builds_takes_nothing_away() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("gcbuild", &Page::default());
     project.up().ok();
+    // As a build that was killed leaves it.
+    let left = kiln.root.join("cache/run/build-abcdef");
+    fs::create_dir(&left).unwrap();
+    kiln.run(&["gc", "--dry-run"]).ok();
+    assert!(left.exists());
+    kiln.run(&["gc"]).ok();
+    assert!(!left.exists());
     for round in 0..3 {
         project.write("www/index.html", &format!("round {round}"));
         let mut up = project.start("up", &[]);
