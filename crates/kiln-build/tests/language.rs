@@ -402,3 +402,18 @@ fn independent_stages_are_built_at_the_same_time() {
     let told = one.build(folder.path(), &failing).unwrap_err();
     assert!(told.contains("exited with code 7"), "{told}");
 }
+
+#[test]
+fn a_file_may_ask_that_its_check_stops_the_build() {
+    let (world, folder) = (world(), context(&[("a", "1")]));
+    let text = |check: &str| format!("# check={check}\nFROM scratch AS Upper\nCOPY a /a\nCMD a");
+    let told = world.build(folder.path(), &text("error=true")).unwrap_err();
+    for part in ["line 2: StageNameCasing: ", "line 4: JSONArgsRecommended: "] {
+        assert!(told.contains(part), "{told}");
+    }
+    let skipped = "error=true;skip=StageNameCasing,JSONArgsRecommended";
+    world.build(folder.path(), &text(skipped)).unwrap();
+    world.build(folder.path(), &text("error=false")).unwrap();
+    let told = world.build(folder.path(), &text("error=perhaps"));
+    assert!(told.unwrap_err().contains("takes true or false"));
+}

@@ -271,7 +271,7 @@ impl Networks {
         net::Firewall {
             table: format!("{}{}", net::TABLE_PREFIX, self.tag),
             networks: networks.into_values().cloned().collect(),
-            catch_all_port,
+            catch_all_port: Some(catch_all_port),
         }
         .apply()
         .map_err(|e| e.to_string())

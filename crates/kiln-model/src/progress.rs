@@ -41,6 +41,8 @@ pub enum ProgressEvent {
         how: Finish,
         took: Millis,
     },
+    /// Why it could not be taken from a cache.
+    Explained { task: String, why: String },
     /// Something a person should know that stops nothing.
     Warning { task: String, text: String },
 }

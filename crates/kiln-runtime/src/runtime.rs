@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
@@ -71,6 +71,11 @@ impl Runtime {
                 source,
             })?;
         Ok(Self { config })
+    }
+
+    /// KILN_ROOT.
+    pub fn root(&self) -> &Path {
+        &self.config.root
     }
 
     pub(crate) fn paths(&self, id: &InstanceId) -> InstancePaths {

@@ -9,13 +9,14 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kiln_build::build::{BuildRequest, Builder, Prepared, Synced, prepare};
+use kiln_build::build::{BuildRequest, Builder, Difference, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
+use kiln_build::network::{Network, host_resolver};
 use kiln_build::resolve::Resolver;
 use kiln_build::test::{TestRequest, Tester, Verdict};
 use kiln_compose::Loaded;
-use kiln_model::instance::{InstanceNetwork, Scratch};
+use kiln_model::instance::Scratch;
 use kiln_model::progress::Finish;
 use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::{
@@ -132,6 +133,7 @@ impl<'a> Assembler<'a> {
             store: store.clone(),
             runtime: runtime.clone(),
             progress: progress.clone(),
+            network: Arc::new(Network::new(&context.root, &cache, host_resolver())),
             cache: cache.clone(),
         };
         let tester = Tester {
@@ -185,6 +187,28 @@ impl<'a> Assembler<'a> {
         Ok(Assembled { release, bases })
     }
 
+    /// Builds every image that is built, and each once more in other conditions; gives what
+    /// differs. `kiln.lock` is written when it has learned something.
+    pub async fn verify(&self) -> Result<BTreeMap<ServiceName, Vec<Difference>>, Failure> {
+        let lock_path = self.spec().folder.join("kiln.lock");
+        let mut lock = Lock::load(&lock_path).map_err(input)?;
+        let mut found = BTreeMap::new();
+        for (name, service) in &self.spec().services {
+            let ImageSource::Build { build, .. } = &service.image else {
+                continue;
+            };
+            let first = self.image_of(name, service, &mut lock).await;
+            lock.save(&lock_path).map_err(input)?;
+            let first = first?;
+            let again = self.build_request(&format!("{name} again"), build, &lock)?;
+            let mut prepared = prepare(again).map_err(build_error)?;
+            let images = self.images_of(&mut prepared, &mut lock).await?;
+            let verified = self.builder.verify(prepared, images, first).await;
+            found.insert(name.clone(), verified.map_err(build_error)?);
+        }
+        Ok(found)
+    }
+
     /// A digest of what is at these paths, whenever it was written.
     pub fn digest_of(&self, parts: &[Synced<'_>]) -> Result<Digest, Failure> {
         self.builder.digest_of(parts).map_err(input)
@@ -212,7 +236,7 @@ impl<'a> Assembler<'a> {
                         .map_err(build_failure)?;
                 }
                 ImageSource::Build { build, .. } => {
-                    let request = self.build_request(name, build, &lock)?;
+                    let request = self.build_request(name.as_str(), build, &lock)?;
                     let mut prepared = prepare(request).map_err(build_error)?;
                     self.images_of(&mut prepared, &mut lock).await?;
                 }
@@ -297,7 +321,7 @@ impl<'a> Assembler<'a> {
             }
             ImageSource::Build { build, .. } => build,
         };
-        let request = self.build_request(name, build, lock)?;
+        let request = self.build_request(name.as_str(), build, lock)?;
         let pins = request.pins.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
@@ -354,7 +378,7 @@ impl<'a> Assembler<'a> {
 
     fn build_request(
         &self,
-        name: &ServiceName,
+        name: &str,
         build: &kiln_model::spec::Build,
         lock: &Lock,
     ) -> Result<BuildRequest, Failure> {
@@ -364,11 +388,9 @@ impl<'a> Assembler<'a> {
         }
         Ok(BuildRequest {
             build: build.clone(),
-            name: name.to_string(),
+            name: name.to_owned(),
             platform: kiln_oci::host_platform(),
             secrets,
-            network: InstanceNetwork::Host,
-            resolver: Some(host_resolver()),
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
@@ -581,29 +603,6 @@ fn credentials() -> registry::CredentialSources {
     registry::CredentialSources {
         files,
         helper_folder: None,
-    }
-}
-
-/// The host's own name servers, for RUN steps.
-fn host_resolver() -> kiln_model::instance::Resolver {
-    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let words = |key: &str| -> Vec<String> {
-        text.lines()
-            .filter_map(|line| line.trim().strip_prefix(key))
-            .flat_map(|rest| {
-                rest.split_whitespace()
-                    .map(str::to_owned)
-                    .collect::<Vec<_>>()
-            })
-            .collect()
-    };
-    kiln_model::instance::Resolver {
-        nameservers: words("nameserver")
-            .iter()
-            .filter_map(|w| w.parse().ok())
-            .collect(),
-        search: words("search"),
-        options: words("options"),
     }
 }
 

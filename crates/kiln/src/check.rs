@@ -87,7 +87,7 @@ impl Checked {
     }
 }
 
-fn verdict(problems: &[Problem], fail_on: FailOn) -> Result<(), Failure> {
+pub fn verdict(problems: &[Problem], fail_on: FailOn) -> Result<(), Failure> {
     let least = match fail_on {
         FailOn::Error => Severity::Error,
         FailOn::Warning => Severity::Warning,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::progress::Form;
+
 /// Immutable infrastructure: every change is a new release, put in place by replacement.
 #[derive(Parser, Debug)]
 #[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
@@ -87,7 +89,7 @@ pub enum Command {
     /// Show what `up` would do, and why
     Plan(ProjectArgs),
     /// Build and test the images, and roll nothing out
-    Build(ProjectArgs),
+    Build(BuildArgs),
     /// Stop and remove everything that runs of a project; volumes and releases stay
     Down(EnvironmentArgs),
     /// Show what serves, since when, from which release, and what has drifted
@@ -204,6 +206,35 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct BuildArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Only look: say what is likely wrong in the Containerfiles, or not reproducible
+    ///
+    /// The rules are BuildKit's, under its names, and kiln's own: PipeToShell, UncheckedAdd,
+    /// UnpinnedBase, UnrecordedDownload. A file leaves some out with a first line
+    /// `# check=skip=RULE,RULE`. Exit code 0: nothing at or above --fail-on; 3: something.
+    #[arg(long)]
+    pub check: bool,
+    /// The least severity that makes the exit code 3
+    #[arg(long, value_enum, default_value_t = FailOn::Warning, requires = "check")]
+    pub fail_on: FailOn,
+    /// Build everything once more in other conditions, and say which file differs and how
+    ///
+    /// The second build works in another folder, takes nothing from the cache, has one
+    /// processor for each command and builds one stage after the other, the later first.
+    /// Exit code 4: something differs.
+    #[arg(long, conflicts_with = "check")]
+    pub verify: bool,
+    /// Say of each instruction that was not taken from the cache why it was not
+    #[arg(long)]
+    pub explain: bool,
+    /// How to show what is being done
+    #[arg(long, value_enum, default_value_t = Form::Auto)]
+    pub progress: Form,
 }
 
 #[derive(Args, Debug)]

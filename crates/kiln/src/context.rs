@@ -15,8 +15,9 @@ use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
 use kiln_trust::{AuditLog, AuditSink, Fact};
 
-use crate::cli::{AtArgs, Cli, ProjectArgs, ReadArgs};
+use crate::cli::{self, AtArgs, Cli, ProjectArgs, ReadArgs};
 use crate::failure::{Failure, Kind, machine};
+use crate::progress::{Form, Shown};
 use crate::project;
 
 /// How long a new daemon may take to answer: longer than it gives a new proxy.
@@ -25,6 +26,7 @@ const DAEMON_START_LIMIT: Duration = Duration::from_secs(15);
 pub struct Context {
     pub root: PathBuf,
     pub json: bool,
+    pub shown: Shown,
     pub client: Client,
 }
 
@@ -35,6 +37,7 @@ impl Context {
             client: Client::new(&root),
             root,
             json: cli.json,
+            shown: shown(cli),
         })
     }
 
@@ -170,6 +173,24 @@ impl Context {
             .ok_or_else(|| {
                 Failure::new(Kind::Input, "which environment?").hint("name it with --environment")
             })
+    }
+}
+
+/// Events are for whoever reads results as JSON, unless progress is asked for otherwise.
+fn shown(asked_for: &Cli) -> Shown {
+    let asked = match &asked_for.command {
+        cli::Command::Build(args) => Shown {
+            form: args.progress,
+            explain: args.explain,
+        },
+        _ => Shown::default(),
+    };
+    match (asked_for.json, asked.form) {
+        (true, Form::Auto) => Shown {
+            form: Form::Json,
+            ..asked
+        },
+        _ => asked,
     }
 }
 

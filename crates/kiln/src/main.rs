@@ -6,6 +6,7 @@
 mod output;
 
 mod assemble;
+mod build;
 mod check;
 mod cli;
 mod config;
@@ -85,7 +86,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Up(args) => up::up(context, args).await?,
         Command::Watch(args) => watch::watch(context, args).await?,
         Command::Plan(args) => up::plan(context, args).await?,
-        Command::Build(args) => up::build(context, args).await?,
+        Command::Build(args) => build::build(context, args).await?,
         Command::Down(args) => up::down(context, args).await?,
         Command::Lock(args) => up::lock(context, args).await?,
         Command::Rollback(args) => up::rollback(context, args).await?,

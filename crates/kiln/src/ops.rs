@@ -262,6 +262,10 @@ pub async fn gc(context: &Context, args: &GcArgs) -> Result<(), Failure> {
             }
         }
     }
+    if !args.dry_run {
+        kiln_build::exec::sweep(&context.root.join("cache"), &*context.runtime()?)
+            .map_err(|e| Failure::with_causes(Kind::Machine, &e))?;
+    }
     let running = running_images(context)?;
     let report = store
         .gc(&running, args.dry_run)

@@ -6,18 +6,42 @@ use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use clap::ValueEnum;
 use kiln_model::progress::Finish;
 use kiln_model::{Millis, Progress, ProgressEvent};
 
 /// Rows of running tasks shown at once on a terminal.
 const ROWS: usize = 12;
 
-/// Chooses by what standard error is.
-pub fn renderer(json: bool) -> Box<dyn Progress> {
-    match () {
-        () if json => Box::new(JsonLines),
-        () if std::io::stderr().is_terminal() => Box::new(Terminal::default()),
-        () => Box::new(Plain),
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// By what standard error is
+    #[default]
+    Auto,
+    /// One line for each beginning and end, with times
+    Plain,
+    /// One event a line
+    Json,
+}
+
+/// What is shown of progress.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shown {
+    pub form: Form,
+    /// Also why something was not taken from a cache.
+    pub explain: bool,
+}
+
+pub fn renderer(shown: &Shown) -> Box<dyn Progress> {
+    let explain = shown.explain;
+    match shown.form {
+        Form::Json => Box::new(JsonLines),
+        Form::Auto if std::io::stderr().is_terminal() => Box::new(Terminal {
+            explain,
+            ..Terminal::default()
+        }),
+        Form::Auto | Form::Plain => Box::new(Plain { explain }),
     }
 }
 
@@ -31,23 +55,27 @@ impl Progress for JsonLines {
     }
 }
 
-struct Plain;
+struct Plain {
+    explain: bool,
+}
 
 impl Progress for Plain {
     fn event(&self, event: ProgressEvent) {
-        if let Some(line) = plain_line(&event) {
+        if let Some(line) = plain_line(&event, self.explain) {
             errln!("{line}");
         }
     }
 }
 
-fn plain_line(event: &ProgressEvent) -> Option<String> {
+fn plain_line(event: &ProgressEvent, explain: bool) -> Option<String> {
     Some(match event {
         ProgressEvent::Started { task, detail } if detail.is_empty() => task.clone(),
         ProgressEvent::Started { task, detail } => format!("{task}: {detail}"),
         ProgressEvent::Advanced { .. } => return None,
         ProgressEvent::Output { task, line } => format!("{task} | {line}"),
         ProgressEvent::Finished { task, how, took } => finished_line(task, how, *took),
+        ProgressEvent::Explained { .. } if !explain => return None,
+        ProgressEvent::Explained { task, why } => format!("{task}: not from the cache: {why}"),
         ProgressEvent::Warning { task, text } => format!("warning: {task}: {text}"),
     })
 }
@@ -63,6 +91,7 @@ fn finished_line(task: &str, how: &Finish, took: Millis) -> String {
 /// Finished tasks scroll away as lines; running ones are redrawn below them.
 #[derive(Default)]
 struct Terminal {
+    explain: bool,
     state: Mutex<Screen>,
 }
 
@@ -113,7 +142,9 @@ impl Progress for Terminal {
                 // Steps of one build are many; what was cached is not worth a line.
                 (*how != Finish::Cached).then(|| finished_line(task, how, *took))
             }
-            ProgressEvent::Warning { .. } => plain_line(&event),
+            ProgressEvent::Explained { .. } | ProgressEvent::Warning { .. } => {
+                plain_line(&event, self.explain)
+            }
         };
         screen.draw(line.as_deref());
     }
@@ -185,6 +216,18 @@ pub fn human_bytes(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_is_a_line_only_where_it_is_asked_for() {
+        let event = ProgressEvent::Explained {
+            task: "build web: 2/3".into(),
+            why: "changed: a".into(),
+        };
+        assert_eq!(plain_line(&event, false), None);
+        let told = plain_line(&event, true);
+        let expected = "build web: 2/3: not from the cache: changed: a";
+        assert_eq!(told.as_deref(), Some(expected));
+    }
 
     #[test]
     fn bytes_are_shown_in_the_largest_fitting_unit() {

@@ -31,6 +31,21 @@ pub struct Region {
     pub end_column: usize,
 }
 
+impl Region {
+    /// Whole lines of a file.
+    pub fn lines(file: &str, span: kiln_build::containerfile::Span) -> Self {
+        let here = std::env::current_dir().unwrap_or_default();
+        let path = Path::new(file).strip_prefix(&here);
+        Self {
+            file: path.unwrap_or(Path::new(file)).display().to_string(),
+            line: span.start as usize,
+            column: 1,
+            end_line: span.end as usize + 1,
+            end_column: 1,
+        }
+    }
+}
+
 impl Problem {
     pub fn new(rule: &str, diagnostic: &Diagnostic, sources: &Sources) -> Self {
         let start = sources.place(diagnostic.span);

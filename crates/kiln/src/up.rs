@@ -52,21 +52,7 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
     up(context, &args).await
 }
 
-pub async fn build(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
-    context.need_root()?;
-    context.make_root()?;
-    let _lease = context.store()?.lease().map_err(machine)?;
-    let (_, release) = assembled(context, args).await?;
-    if context.json {
-        return output::json(&release);
-    }
-    for (name, service) in &release.services {
-        outln!("{name}  {}@{}", service.image.name, service.image.digest);
-    }
-    Ok(())
-}
-
-async fn assembled(
+pub async fn assembled(
     context: &Context,
     args: &ProjectArgs,
 ) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
@@ -88,7 +74,7 @@ pub fn assembler<'a>(
     loaded: &'a Loaded,
     cancel: &Arc<AtomicBool>,
 ) -> Result<Assembler<'a>, Failure> {
-    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(context.json));
+    let progress: Arc<dyn Progress> = Arc::from(progress::renderer(&context.shown));
     Assembler::new(context, loaded, progress, cancel.clone())
 }
 
@@ -117,7 +103,7 @@ pub async fn assemble(
 }
 
 /// Resolves a moment after Ctrl-C: steps in their sandboxes are ended first.
-async fn interrupted(cancel: Arc<AtomicBool>) {
+pub async fn interrupted(cancel: Arc<AtomicBool>) {
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending::<()>().await;
     }

@@ -1,9 +1,11 @@
 //! A whole build: the Containerfile is read, what it needs from outside is found, its
 //! stages are carried out, and the target becomes an image in the store.
 
+mod check;
 mod image;
 mod stages;
 mod sync;
+mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,7 +15,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kiln_model::instance::{InstanceNetwork, Resolver};
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_runtime::Runtime;
@@ -23,11 +24,15 @@ use crate::containerfile::{self, Containerfile, Kind, ParseErrors, Span, mount};
 use crate::context::source::ContextSource;
 use crate::context::{self, Context, ContextError};
 use crate::evaluate::EvaluateError;
-use crate::exec::{ExecError, StepError};
+use crate::exec::{Conditions, ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
+use crate::lint::BadDirective;
+use crate::network::Network;
 use crate::remote::Pins;
+pub use check::{Checked, check};
 use stages::Run;
 pub use sync::Synced;
+pub use verify::Difference;
 
 /// What carries builds out.
 #[derive(Clone)]
@@ -37,6 +42,8 @@ pub struct Builder {
     pub progress: Arc<dyn Progress>,
     /// `KILN_ROOT/cache`, on the store's disk.
     pub cache: PathBuf,
+    /// What RUN is connected to.
+    pub network: Arc<Network>,
 }
 
 /// One build, with all that comes from outside already found.
@@ -49,9 +56,6 @@ pub struct BuildRequest {
     pub platform: String,
     /// Secret contents by the id `RUN --mount=type=secret` uses.
     pub secrets: BTreeMap<String, Vec<u8>>,
-    /// What RUN is connected to, where neither file nor request says otherwise.
-    pub network: InstanceNetwork,
-    pub resolver: Option<Resolver>,
     /// SOURCE_DATE_EPOCH in seconds; 0 where none is set.
     pub epoch: i64,
     /// Sockets of ssh agents by the id `RUN --mount=type=ssh` uses.
@@ -96,6 +100,10 @@ pub enum BuildError {
         text: String,
         errors: ParseErrors,
     },
+    #[error("{file}: {cause}")]
+    Directive { file: String, cause: BadDirective },
+    #[error("the file's `# check=error=true` stops the build:\n{}", check::shown(.0))]
+    Findings(Checked),
     #[error("the image {image} was not found before the build")]
     Unresolved { image: String },
     #[error("building for {0} is not supported yet, only for this machine's platform")]
@@ -200,12 +208,13 @@ fn image_context(value: &str) -> Option<String> {
 
 /// Reads a request's Containerfile and finds out what is built.
 pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
-    check(&request)?;
+    supported(&request)?;
     let (file_name, file_path, text) = read_file(&request.build)?;
     let file = containerfile::parse(&text).map_err(|errors| BuildError::Parse {
         file: file_name.clone(),
         errors,
     })?;
+    check::enforce(&request.build, &file_name, &file)?;
     let contexts: Vec<&str> = request
         .build
         .additional_contexts
@@ -232,7 +241,7 @@ pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
     })
 }
 
-fn check(request: &BuildRequest) -> Result<(), BuildError> {
+fn supported(request: &BuildRequest) -> Result<(), BuildError> {
     let build = &request.build;
     let other = build.platforms.iter().find(|p| **p != request.platform);
     if let Some(other) = other {
@@ -330,6 +339,15 @@ impl Builder {
         prepared: &Prepared,
         images: &BTreeMap<String, Digest>,
     ) -> Result<Digest, BuildError> {
+        self.carry_out_under(prepared, images, Conditions::Usual)
+    }
+
+    fn carry_out_under(
+        &self,
+        prepared: &Prepared,
+        images: &BTreeMap<String, Digest>,
+        conditions: Conditions,
+    ) -> Result<Digest, BuildError> {
         let keep = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
             name: prepared.request.name.clone(),
             cause,
@@ -342,7 +360,7 @@ impl Builder {
             });
         }
         let context = self.context(prepared)?;
-        let run = Run::new(self, prepared, images, context.as_ref())?;
+        let run = Run::new(self, prepared, images, context.as_ref(), conditions)?;
         let document = run.stages()?;
         if let Some(context) = &context
             && let Err(cause) = context.save()

@@ -6,19 +6,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use kiln_model::Digest;
-use kiln_model::instance::InstanceNetwork;
 use kiln_model::spec::Build;
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
 
 use super::image::Image;
 use super::{BuildError, Builder, Prepared, image_context};
-use crate::containerfile::Span;
+use crate::containerfile::{RunNetwork, Span};
 use crate::context;
 use crate::context::source::ContextSource;
 use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
-use crate::exec::{Building, ExecError, Site, Taken};
+use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
 use crate::graph::{self, Origin};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
@@ -56,6 +55,7 @@ impl<'a> Run<'a> {
         prepared: &'a Prepared,
         images: &'a BTreeMap<String, Digest>,
         context: Option<&'a ContextSource>,
+        conditions: Conditions,
     ) -> Result<Self, BuildError> {
         let request = &prepared.request;
         let mut folders = BTreeMap::new();
@@ -74,15 +74,22 @@ impl<'a> Run<'a> {
             cache: builder.cache.clone(),
             task: format!("build {}", request.name),
             file: prepared.file_name.clone(),
+            build: Digest::of(format!(
+                "{}\n{}\n{}",
+                request.name,
+                prepared.file_name,
+                request.build.context.display()
+            )),
             epoch: request.epoch,
-            no_cache: request.build.no_cache,
+            no_cache: request.build.no_cache || conditions == Conditions::Other,
+            conditions,
             network: match request.build.network.as_str() {
-                "" | "default" => request.network.clone(),
-                "none" => InstanceNetwork::Isolated,
-                "host" => InstanceNetwork::Host,
+                "" | "default" => RunNetwork::Default,
+                "none" => RunNetwork::None,
+                "host" => RunNetwork::Host,
                 other => return Err(BuildError::Network(other.to_owned())),
             },
-            resolver: request.resolver.clone(),
+            networks: builder.network.clone(),
             hosts: hosts(&request.build)?,
             shm_size: request.build.shm_size,
             secrets: &request.secrets,
@@ -135,7 +142,10 @@ impl<'a> Run<'a> {
         });
         let changed = Condvar::new();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = stages.len().min(processors.clamp(2, MAX_AT_ONCE));
+        let workers = match self.site.conditions {
+            Conditions::Usual => stages.len().min(processors.clamp(2, MAX_AT_ONCE)),
+            Conditions::Other => 1,
+        };
         std::thread::scope(|scope| {
             for _ in 1..workers {
                 scope.spawn(|| self.work(&takes, &todo, &changed));
@@ -162,7 +172,11 @@ impl<'a> Run<'a> {
                 let mut takes = takes[*position].iter();
                 takes.all(|index| self.built[*index].get().is_some())
             };
-            let Some(at) = state.waiting.iter().position(ready) else {
+            let next = match self.site.conditions {
+                Conditions::Usual => state.waiting.iter().position(ready),
+                Conditions::Other => state.waiting.iter().rposition(ready),
+            };
+            let Some(at) = next else {
                 if state.running == 0 {
                     return;
                 }
@@ -269,25 +283,29 @@ impl<'a> Run<'a> {
             history: stage.text.clone(),
         };
         let mut built = nothing();
-        self.step(&mut built, needed, &step, (0, 0))?;
+        self.step(&mut built, needed, &step, [0; 3])?;
         Ok(built)
     }
 
-    /// Carries out one step and adds it to the history.
+    /// Carries out one step and adds it to the history. The numbers are those of [`Place`].
     fn step(
         &self,
         built: &mut Built,
         needed: &graph::Needed,
         step: &Step,
-        place: (usize, usize),
+        [number, total, twin]: [usize; 3],
     ) -> Result<(), BuildError> {
         let mut layer = None;
         if step.action != Action::None {
             let find = |text: &str, span: Span| self.find(needed.index, text, span);
             let stage = self.stage_name(needed.index);
-            let done = self
-                .site
-                .step(&mut built.building, step, &stage, place, &find);
+            let place = Place {
+                stage: &stage,
+                number,
+                total,
+                twin,
+            };
+            let done = self.site.step(&mut built.building, step, &place, &find);
             layer = done.map_err(BuildError::Step)?.layer;
         }
         built.document.history.push(History {
@@ -340,9 +358,11 @@ impl<'a> Run<'a> {
         let works = |step: &&Step| step.action != Action::None;
         let total = evaluated.steps.iter().filter(works).count();
         let mut number = 0;
-        for step in &evaluated.steps {
+        for (index, step) in evaluated.steps.iter().enumerate() {
             number += usize::from(works(&step));
-            self.step(&mut built, needed, step, (number, total))?;
+            let earlier = &evaluated.steps[..index];
+            let twins = earlier.iter().filter(|other| other.text == step.text);
+            self.step(&mut built, needed, step, [number, total, twins.count()])?;
         }
         built.document.config = evaluated.config;
         built.document.author = evaluated.author;

@@ -17,6 +17,8 @@ const MAX_EXPANDED: usize = 16 << 20;
 /// Where variables' values come from.
 pub trait Variables {
     fn get(&self, name: &str) -> Option<String>;
+    /// Is told of a name without a value, for which the text says nothing else either.
+    fn missed(&self, _name: &str) {}
 }
 
 /// Knows no variable.
@@ -313,8 +315,13 @@ impl<'a> Run<'a> {
         match self.variables.get(&name) {
             Some(value) => Ok(value),
             None if self.lexer.keep_unset => Ok(format!("${name}")),
-            None => Ok(String::new()),
+            None => Ok(self.unset(&name)),
         }
+    }
+
+    fn unset(&self, name: &str) -> String {
+        self.variables.missed(name);
+        String::new()
     }
 
     /// Letters, digits and `_`; or digits only; or one special parameter.
@@ -353,7 +360,7 @@ impl<'a> Run<'a> {
             return Ok(match value {
                 Some(value) => value,
                 None if self.lexer.keep_unset => format!("${{{name}}}"),
-                None => String::new(),
+                None => self.unset(&name),
             });
         }
         let mut written = String::from(operator);
@@ -387,7 +394,7 @@ impl<'a> Run<'a> {
         let Some(value) = value else {
             return Ok(match self.lexer.keep_unset {
                 true => format!("${{{name}/{pattern}/{with}}}"),
-                false => String::new(),
+                false => self.unset(name),
             });
         };
         if value.chars().count() > MAX_REPLACE {

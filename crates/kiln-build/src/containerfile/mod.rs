@@ -209,7 +209,7 @@ fn nearest(text: &str, candidates: &[&'static str]) -> Option<&'static str> {
 }
 
 /// Levenshtein's edit distance over bytes; `a` is cut at 64 bytes.
-fn distance(a: &str, b: &str) -> usize {
+pub(crate) fn distance(a: &str, b: &str) -> usize {
     let a = &a.as_bytes()[..a.len().min(64)];
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {

@@ -5,11 +5,14 @@
 //! failed step stays.
 
 mod agent;
+mod apt;
 pub mod layer;
 mod mounts;
+mod reason;
 mod run;
 pub mod state;
 mod steps;
+mod sweep;
 mod unfold;
 mod upper;
 mod work;
@@ -21,21 +24,25 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use kiln_model::instance::{ExitStatus, InstanceNetwork, Resolver};
+use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Finish;
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, StartError};
 use kiln_store::Store;
 
-use crate::containerfile::Span;
+use crate::containerfile::{RunNetwork, Span};
 use crate::context::source::ContextSource;
 use crate::copy::CopyError;
 use crate::copy::archive::ArchiveError;
 use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
+use crate::network::{Network, NetworkError};
 use layer::{LayerError, LayerRef};
+use reason::{Inputs, Reasons};
 use state::{Files, Key, StepCache};
+pub(crate) use sweep::VERIFY_PREFIX;
+pub use sweep::sweep;
 
 /// How many of a failed command's last lines are told.
 pub const TOLD_LINES: usize = 30;
@@ -73,6 +80,10 @@ pub enum ExecError {
         #[source]
         cause: Option<io::Error>,
     },
+    #[error("there is no network for the command")]
+    Network(#[source] Box<NetworkError>),
+    #[error("what a killed build left can't be taken away")]
+    Left(#[source] kiln_runtime::RuntimeError),
     #[error("the sandbox can't be started")]
     Sandbox(#[source] StartError),
     #[error("the secret `{0}` is required but was not given to the build")]
@@ -100,6 +111,10 @@ pub enum ExecError {
 }
 
 impl ExecError {
+    pub(crate) fn network(cause: NetworkError) -> Self {
+        Self::Network(Box::new(cause))
+    }
+
     pub(crate) fn store(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Store(Box::new(cause))
     }
@@ -134,11 +149,15 @@ pub struct Site<'a> {
     pub task: String,
     /// The Containerfile's name, for people.
     pub file: String,
+    /// Tells builds apart whose instructions are the same.
+    pub build: Digest,
     /// SOURCE_DATE_EPOCH: seconds.
     pub epoch: i64,
     pub no_cache: bool,
-    pub network: InstanceNetwork,
-    pub resolver: Option<Resolver>,
+    pub conditions: Conditions,
+    /// Where RUN doesn't say it.
+    pub network: RunNetwork,
+    pub networks: Arc<Network>,
     pub hosts: Vec<(std::net::IpAddr, String)>,
     pub shm_size: Option<u64>,
     /// By id.
@@ -149,6 +168,15 @@ pub struct Site<'a> {
     pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
     pub context: Option<&'a ContextSource>,
+}
+
+/// What an image must not depend on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Conditions {
+    #[default]
+    Usual,
+    /// Another order and one processor.
+    Other,
 }
 
 /// Where an instruction's `--from` leads, found out beforehand.
@@ -168,30 +196,50 @@ pub struct Building {
     pub layers: Vec<LayerRef>,
 }
 
+/// Where a step stands.
+pub struct Place<'a> {
+    /// For people, with a blank after it; empty where there is one stage only.
+    pub stage: &'a str,
+    /// Among the stage's steps, and of how many.
+    pub number: usize,
+    pub total: usize,
+    /// How many of the stage's earlier instructions read the same.
+    pub twin: usize,
+}
+
 /// What one step came to.
 pub struct Done {
     pub layer: Option<LayerRef>,
     pub cached: bool,
 }
 
+/// What people are told of a step.
+struct Told<'a> {
+    task: &'a str,
+    reasons: Reasons,
+}
+
 impl Site<'_> {
-    /// Carries out one step, or finds that it was carried out before. `stage`: for people,
-    /// with a blank after it.
+    /// Carries out one step, or finds that it was carried out before.
     pub fn step(
         &self,
         building: &mut Building,
         step: &Step,
-        stage: &str,
-        place: (usize, usize),
+        place: &Place<'_>,
         find: &Find<'_>,
     ) -> Result<Done, Box<StepError>> {
-        let task = format!("{}: {stage}{}/{}", self.task, place.0, place.1);
+        let (stage, number, total) = (place.stage, place.number, place.total);
+        let task = format!("{}: {stage}{number}/{total}", self.task);
         self.progress.event(ProgressEvent::Started {
             task: task.clone(),
             detail: step.text.clone(),
         });
         let begun = Instant::now();
-        let result = self.carry_out(building, step, &task, find);
+        let told = Told {
+            task: &task,
+            reasons: Reasons::new(&self.cache, &self.build, step, place),
+        };
+        let result = self.carry_out(building, step, &told, find);
         let how = match &result {
             Ok(done) if done.cached => Finish::Cached,
             Ok(_) => Finish::Done,
@@ -218,9 +266,10 @@ impl Site<'_> {
         &self,
         building: &mut Building,
         step: &Step,
-        task: &str,
+        told: &Told<'_>,
         find: &Find<'_>,
     ) -> Result<Done, ExecError> {
+        let before = building.files.key;
         if self.cancel.load(std::sync::atomic::Ordering::Relaxed) {
             return Err(ExecError::Cancelled);
         }
@@ -230,25 +279,28 @@ impl Site<'_> {
                 cached: false,
             }),
             Action::Folder { path, user } => {
-                let mut key = Key::new("folder", &building.files.key);
+                let mut key = Key::new("folder", &before);
                 key.field(path.as_bytes()).field(user.as_bytes());
                 key.field(&self.epoch.to_le_bytes());
-                self.cached(building, key.finish(), |site, files| {
-                    site.folder(files, path, user)
+                let inputs = || self.folder_inputs(&before, path, user);
+                self.cached(building, key.finish(), told, inputs, |files| {
+                    self.folder(files, path, user)
                 })
             }
             Action::Copy(copy) => {
                 let picked = self.pick(copy, step.span, find)?;
-                let key = self.copy_key(&building.files.key, copy, &picked);
-                self.cached(building, key, |site, files| {
-                    site.place(files, copy, &picked)
+                let key = self.copy_key(&before, copy, &picked);
+                let inputs = || self.copy_inputs(&before, copy, &picked);
+                self.cached(building, key, told, inputs, |files| {
+                    self.place(files, copy, &picked)
                 })
             }
             Action::Run(run) => {
                 let mounts = self.mounts(run, step.span, find)?;
-                let key = self.run_key(&building.files.key, run, &mounts);
-                self.cached(building, key, |site, files| {
-                    site.run(files, run, &mounts, task)
+                let key = self.run_key(&before, run, &mounts);
+                let inputs = || self.run_inputs(&before, run, &mounts);
+                self.cached(building, key, told, inputs, |files| {
+                    self.run(files, run, &mounts, told.task)
                 })
             }
         }
@@ -259,7 +311,9 @@ impl Site<'_> {
         &self,
         building: &mut Building,
         key: Digest,
-        make: impl FnOnce(&Self, &Files) -> Result<kiln_store::tree::Tree, ExecError>,
+        told: &Told<'_>,
+        inputs: impl FnOnce() -> Inputs,
+        make: impl FnOnce(&Files) -> Result<kiln_store::tree::Tree, ExecError>,
     ) -> Result<Done, ExecError> {
         let steps = StepCache::new(&self.cache);
         let known = match self.no_cache {
@@ -273,8 +327,16 @@ impl Site<'_> {
                 cached: true,
             });
         }
+        let inputs = inputs();
+        self.progress.event(ProgressEvent::Explained {
+            task: told.task.to_owned(),
+            why: match self.no_cache {
+                true => "no_cache asks for it".into(),
+                false => told.reasons.why(&key, &inputs),
+            },
+        });
         let before = building.files.tree(&self.store)?;
-        let after = make(self, &building.files)?;
+        let after = make(&building.files)?;
         let scratch = self.scratch()?;
         let layer = layer::write(&before, &after, &self.store, &scratch)?;
         steps
@@ -283,6 +345,9 @@ impl Site<'_> {
                 path: self.cache.join("steps"),
                 cause,
             })?;
+        if let Err(cause) = told.reasons.remember(key, inputs) {
+            tracing::debug!(%cause, "an instruction's inputs were not remembered");
+        }
         building.advance(key, layer.clone(), Some(after));
         Ok(Done {
             layer,

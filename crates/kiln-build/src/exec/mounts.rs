@@ -35,7 +35,7 @@ pub(super) enum Shown {
 }
 
 impl Shown {
-    fn key(&self) -> Digest {
+    pub(super) fn key(&self) -> Digest {
         match self {
             Shown::Stage(files) => files.key,
             Shown::Made { key, .. } => *key,

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_model::instance::{
-    InstanceLimits, InstanceMount, InstanceMountSource, InstanceNetwork, InstanceSecurity, Purpose,
-    Root, SharedNamespaces, TreePaths,
+    InstanceLimits, InstanceMount, InstanceMountSource, InstanceSecurity, Purpose, Root,
+    SharedNamespaces, TreePaths,
 };
 use kiln_model::spec::Logging;
 use kiln_model::{Digest, InstanceSpec, Millis, ProgressEvent};
@@ -17,21 +17,25 @@ use super::mounts::{Mounted, Shown};
 use super::state::{Files, Key};
 use super::upper::{self, Times};
 use super::work::Work;
-use super::{ExecError, Site, TOLD_LINES};
+use super::{Conditions, ExecError, Site, TOLD_LINES, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
+use crate::network::Connection;
 use crate::rootfs::Rootfs;
 
 /// SOURCE_DATE_EPOCH within a RUN is never earlier than this (1980-01-01): zip files, and
 /// so Python's packages, know no earlier time.
 const EARLIEST_EPOCH: i64 = 315_532_800;
 
+/// The first one, which every machine has.
+const ONE_PROCESSOR: &str = "0";
+
 impl Site<'_> {
     pub(super) fn run_key(&self, before: &Digest, run: &RunAction, mounts: &[Mounted]) -> Digest {
         let mut key = Key::new("run", before);
         key.debug(&run.argv)
             .debug(&run.env)
-            .debug(&(&run.cwd, &run.user, run.network, &run.script))
+            .debug(&(&run.cwd, &run.user, self.network_of(run), &run.script))
             .debug(&(self.epoch, &self.hosts));
         for mounted in mounts {
             key.debug(&mounted.mount);
@@ -55,13 +59,15 @@ impl Site<'_> {
         mounts: &[Mounted],
         task: &str,
     ) -> Result<Tree, ExecError> {
+        sweep(&self.cache, &self.runtime)?;
         let before = self.rootfs(files)?;
         let mut work = Work::new(&self.scratch()?)?;
         let below = match before.tree.is_empty() {
             true => None,
             false => Some(files.mountable(&self.store)?),
         };
-        let mut spec = self.spec(run, &before, &work, below)?;
+        let connection = self.connect(run, task)?;
+        let mut spec = self.spec(run, &before, &work, below, &connection)?;
         for mounted in mounts {
             self.mount(mounted, &mut spec, &mut work)?;
         }
@@ -81,6 +87,7 @@ impl Site<'_> {
                 dev: false,
             });
         }
+        spec.mounts.extend(self.apt(&before, &mut work)?);
         let mut made = Vec::new();
         let fixed = ["/dev", "/proc", "/sys"].map(str::to_owned);
         let targets = spec.mounts.iter().map(|m| m.target.clone()).chain(fixed);
@@ -99,6 +106,25 @@ impl Site<'_> {
         made.dedup();
         upper::take(&mut tree, &work.upper(), &self.store, times, &made)?;
         Ok(tree)
+    }
+
+    fn connect(&self, run: &RunAction, task: &str) -> Result<Connection, ExecError> {
+        let mut warn = |text| {
+            self.progress.event(ProgressEvent::Warning {
+                task: task.to_owned(),
+                text,
+            });
+        };
+        let connection = self.networks.connect(self.network_of(run), &mut warn);
+        connection.map_err(ExecError::network)
+    }
+
+    /// The build's, where the instruction leaves it open.
+    pub(super) fn network_of(&self, run: &RunAction) -> RunNetwork {
+        match run.network {
+            RunNetwork::Default => self.network,
+            stated => stated,
+        }
     }
 
     /// Runs the sandbox to its end; a failure carries the last lines.
@@ -135,6 +161,7 @@ impl Site<'_> {
         before: &Rootfs,
         work: &Work,
         tree: Option<TreePaths>,
+        connection: &Connection,
     ) -> Result<InstanceSpec, ExecError> {
         let mut env = run.env.clone();
         env.extend(run.proxies.clone());
@@ -163,12 +190,8 @@ impl Site<'_> {
                 work: work.work(),
             },
             mounts: Vec::new(),
-            network: match run.network {
-                RunNetwork::None => InstanceNetwork::Isolated,
-                RunNetwork::Host => InstanceNetwork::Host,
-                RunNetwork::Default => self.network.clone(),
-            },
-            resolver: self.resolver.clone(),
+            network: connection.network.clone(),
+            resolver: connection.resolver.clone(),
             hosts: self.hosts.clone(),
             namespaces: SharedNamespaces::default(),
             security: InstanceSecurity {
@@ -178,6 +201,7 @@ impl Site<'_> {
             },
             limits: InstanceLimits {
                 shm_size: self.shm_size,
+                cpuset: (self.conditions == Conditions::Other).then(|| ONE_PROCESSOR.into()),
                 ..InstanceLimits::default()
             },
             stop_signal: "SIGKILL".into(),

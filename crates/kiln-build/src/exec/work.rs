@@ -1,7 +1,7 @@
 //! A RUN's folders on disk.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -9,10 +9,14 @@ use kiln_model::InstanceId;
 
 use super::ExecError;
 use super::agent::Agent;
+use crate::held::Held;
+
+/// Before the six letters and digits that a RUN's folder and instance are named by.
+pub(super) const PREFIX: &str = "build-";
 
 /// A RUN's folders on disk; gone with it.
 pub(super) struct Work {
-    folder: tempfile::TempDir,
+    folder: Held,
     pub id: InstanceId,
     /// Caches that nobody else may use until the step has ended.
     pub locks: Vec<fs::File>,
@@ -25,18 +29,8 @@ impl Work {
             let path = path.to_owned();
             move |cause| ExecError::Scratch { path, cause }
         };
-        let folder = tempfile::Builder::new()
-            .prefix("build-")
-            .tempdir_in(scratch)
-            .map_err(fail(scratch))?;
-        let name = folder
-            .path()
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let id =
-            InstanceId::new(name).map_err(|e| fail(folder.path())(std::io::Error::other(e)))?;
+        let folder = Held::new(scratch, PREFIX).map_err(fail(scratch))?;
+        let id = instance(&folder).map_err(fail(folder.path()))?;
         let work = Self {
             folder,
             id,
@@ -83,4 +77,9 @@ impl Work {
             Err(cause) => Err(ExecError::Scratch { path, cause }),
         }
     }
+}
+
+/// The instance that a RUN's folder belongs to.
+pub(super) fn instance(folder: &Held) -> io::Result<InstanceId> {
+    InstanceId::new(folder.name()).map_err(io::Error::other)
 }

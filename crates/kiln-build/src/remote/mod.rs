@@ -17,6 +17,12 @@ use serde::{Deserialize, Serialize};
 pub use fetch::{Fetched, Remotes};
 pub use git::GitAddress;
 
+/// Whether ADD takes this from elsewhere, not from the context.
+pub(crate) fn is_remote(text: &str) -> bool {
+    let schemes = ["http://", "https://", "ftp://"];
+    schemes.iter().any(|scheme| text.starts_with(scheme)) || GitAddress::parse(text).is_some()
+}
+
 /// Something to be fetched.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remote {

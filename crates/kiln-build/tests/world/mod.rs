@@ -9,7 +9,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use kiln_build::build::{BuildRequest, Builder, prepare};
-use kiln_model::instance::InstanceNetwork;
+use kiln_build::network::{Network, host_resolver};
+use kiln_model::instance::Resolver;
 use kiln_model::progress::Finish;
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
@@ -36,6 +37,16 @@ impl Seen {
             events.iter().filter(is).count()
         };
         (count(Finish::Cached), count(Finish::Done))
+    }
+
+    /// Why steps were carried out, in their order.
+    pub fn reasons(&self) -> Vec<String> {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let why = |event| match event {
+            ProgressEvent::Explained { why, .. } => Some(why),
+            _ => None,
+        };
+        events.into_iter().filter_map(why).collect()
     }
 }
 
@@ -67,17 +78,8 @@ pub fn sandboxes() -> bool {
 
 pub fn world() -> World {
     let root = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let runtime = Runtime::open(RuntimeConfig {
-        root: root.path().to_owned(),
-        shim: vec![shim().into()],
-    });
     let seen = Arc::new(Seen::default());
-    let builder = Builder {
-        store: Arc::new(Store::open(root.path()).unwrap()),
-        runtime: Arc::new(runtime.unwrap()),
-        progress: seen.clone(),
-        cache: root.path().join("cache"),
-    };
+    let builder = builder(root.path(), seen.clone(), host_resolver());
     World {
         root,
         builder,
@@ -86,9 +88,43 @@ pub fn world() -> World {
     }
 }
 
+/// As one process has it.
+pub fn builder(root: &Path, seen: Arc<Seen>, resolver: Resolver) -> Builder {
+    let runtime = Runtime::open(RuntimeConfig {
+        root: root.to_owned(),
+        shim: vec![shim().into()],
+    });
+    let cache = root.join("cache");
+    Builder {
+        store: Arc::new(Store::open(root).unwrap()),
+        runtime: Arc::new(runtime.unwrap()),
+        progress: seen,
+        network: Arc::new(Network::new(root, &cache, resolver)),
+        cache,
+    }
+}
+
 impl World {
     pub fn build(&self, context: &Path, file: &str) -> Result<Digest, String> {
         self.build_with(context, file, |_| {})
+    }
+
+    pub fn request(&self, context: &Path, file: &str) -> BuildRequest {
+        BuildRequest {
+            build: Build {
+                context: context.to_owned(),
+                inline: Some(file.to_owned()),
+                network: "none".into(),
+                ..Build::default()
+            },
+            name: "app".into(),
+            platform: kiln_oci::platform::host_platform(),
+            secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
+            epoch: 0,
+            ssh: BTreeMap::new(),
+            pins: Arc::default(),
+            cancel: Arc::new(AtomicBool::new(false)),
+        }
     }
 
     pub fn build_with(
@@ -97,22 +133,7 @@ impl World {
         file: &str,
         change: impl FnOnce(&mut BuildRequest),
     ) -> Result<Digest, String> {
-        let mut request = BuildRequest {
-            build: Build {
-                context: context.to_owned(),
-                inline: Some(file.to_owned()),
-                ..Build::default()
-            },
-            name: "app".into(),
-            platform: kiln_oci::platform::host_platform(),
-            secrets: BTreeMap::from([("key".to_owned(), b"hush".to_vec())]),
-            network: InstanceNetwork::Isolated,
-            resolver: None,
-            epoch: 0,
-            ssh: BTreeMap::new(),
-            pins: Arc::default(),
-            cancel: Arc::new(AtomicBool::new(false)),
-        };
+        let mut request = self.request(context, file);
         change(&mut request);
         let mut prepared = prepare(request).map_err(|e| chain(&e))?;
         let mut images = BTreeMap::new();

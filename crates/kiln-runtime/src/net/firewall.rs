@@ -46,8 +46,9 @@ pub struct Firewall {
     /// `kiln-<root tag>`.
     pub table: String,
     pub networks: Vec<BridgeNetwork>,
-    /// Where the proxy takes connections to service addresses, on all addresses.
-    pub catch_all_port: u16,
+    /// Where the proxy takes connections to service addresses, on all addresses. `None`:
+    /// these networks have no services.
+    pub catch_all_port: Option<u16>,
 }
 
 impl Firewall {
@@ -143,27 +144,19 @@ impl Firewall {
 
     /// From instances to their own network's service addresses: to the proxy.
     fn prerouting(&self) -> Vec<Rule> {
-        self.each(|n, range| {
-            vec![
-                Rule::new(&n.name)
-                    .in_by(&n.bridge)
-                    .to(range)
-                    .tcp()
-                    .redirect(self.catch_all_port),
-            ]
-        })
+        self.redirects(|n| Rule::new(&n.name).in_by(&n.bridge))
     }
 
     /// From the host itself to any service address.
     fn output(&self) -> Vec<Rule> {
-        self.each(|n, range| {
-            vec![
-                Rule::new(&n.name)
-                    .to(range)
-                    .tcp()
-                    .redirect(self.catch_all_port),
-            ]
-        })
+        self.redirects(|n| Rule::new(&n.name))
+    }
+
+    fn redirects(&self, rule: impl Fn(&BridgeNetwork) -> Rule) -> Vec<Rule> {
+        let Some(port) = self.catch_all_port else {
+            return vec![];
+        };
+        self.each(|n, range| vec![rule(n).to(range).tcp().redirect(port)])
     }
 
     /// What leaves the host gets the host's address. What the host sends itself (to a
@@ -183,19 +176,12 @@ impl Firewall {
     /// To the host. A network's addresses are only for the network and the host;
     /// the catch-all port only for what was redirected.
     fn input(&self) -> Vec<Rule> {
-        let port = self.catch_all_port;
-        let mut rules = vec![
-            Rule::new("what was let in before").established().accept(),
-            Rule::new("to the proxy")
-                .tcp()
-                .for_port(port)
-                .redirected()
-                .accept(),
-            Rule::new("not past a service address")
-                .tcp()
-                .for_port(port)
-                .drop(),
-        ];
+        let mut rules = vec![Rule::new("what was let in before").established().accept()];
+        if let Some(port) = self.catch_all_port {
+            let rule = |what| Rule::new(what).tcp().for_port(port);
+            rules.push(rule("to the proxy").redirected().accept());
+            rules.push(rule("not past a service address").drop());
+        }
         rules.extend(self.each(|n, range| {
             let rule = || Rule::new(&n.name);
             let mut rules = vec![

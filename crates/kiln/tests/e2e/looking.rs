@@ -277,10 +277,63 @@ fn folder_size(folder: &std::path::Path) -> u64 {
 }
 
 #[test]
+fn build_says_why_an_instruction_was_not_cached() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("explain", &Page::default());
+    let plain = ["--explain", "--progress", "plain"];
+    project.run("build", &plain).ok();
+    project.write("www/index.html", "changed");
+    let ran = project.run("build", &plain).ok();
+    let why = "not from the cache: changed: www/index.html";
+    assert_eq!(ran.stderr.matches(why).count(), 1, "{ran}");
+    let ran = project.run("build", &["--progress", "json"]).ok();
+    let events = ran.stderr.lines();
+    let events: Vec<serde_json::Value> = events
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let steps = events.iter().filter(|e| e["how"] == "cached");
+    assert!(steps.clone().count() > 0, "{ran}");
+    assert!(steps.clone().all(|e| e["took"].is_number()), "{ran}");
+    assert!(events.iter().all(|e| e["event"] != "explained"), "{ran}");
+}
+
+#[test]
+fn verify_names_the_file_that_differs() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("verify", &Page::default());
+    let ran = project.run("build", &["--verify"]).ok();
+    assert_eq!(ran.stdout, "web: the same again, bit for bit\n", "{ran}");
+    let file = fs::read_to_string(project.folder.join("Containerfile")).unwrap();
+    project.write(
+        "Containerfile",
+        &format!("{file}RUN date +%s%N > /www/time\n"),
+    );
+    let ran = project.run("build", &["--verify"]).code(&[4]);
+    assert!(
+        ran.stdout.starts_with("web: /www/time: content from byte "),
+        "{ran}"
+    );
+    assert!(ran.stdout.contains("date +%s%N > /www/time"), "{ran}");
+    let found = project
+        .run("build", &["--verify", "--json"])
+        .code(&[4])
+        .json();
+    assert_eq!(found["web"].as_array().unwrap().len(), 1);
+    assert_eq!(found["web"][0]["path"], "/www/time");
+}
+
+#[test]
 fn gc_while_it_builds_takes_nothing_away() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("gcbuild", &Page::default());
     project.up().ok();
+    // As a build that was killed leaves it.
+    let left = kiln.root.join("cache/run/build-abcdef");
+    fs::create_dir(&left).unwrap();
+    kiln.run(&["gc", "--dry-run"]).ok();
+    assert!(left.exists());
+    kiln.run(&["gc"]).ok();
+    assert!(!left.exists());
     for round in 0..3 {
         project.write("www/index.html", &format!("round {round}"));
         let mut up = project.start("up", &[]);

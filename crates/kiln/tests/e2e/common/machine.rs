@@ -139,7 +139,7 @@ impl Kiln {
         let _ = net::Firewall {
             table,
             networks: vec![],
-            catch_all_port: 0,
+            catch_all_port: None,
         }
         .remove();
         for group in leftovers::cgroups(&self.root) {

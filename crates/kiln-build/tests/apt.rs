@@ -1,0 +1,140 @@
+//! What a RUN over a Debian root without apt sources is shown of the machine's own, and
+//! that nothing of it stays. The machine must be a Debian.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod world;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use kiln_build::build::BuildRequest;
+use kiln_build::debian::{self, Asked, DebianContext, Machine, sandbox};
+use kiln_build::lock::Lock;
+use kiln_model::Digest;
+use kiln_model::progress::Silent;
+use kiln_model::spec::DebianBase;
+use kiln_store::tree::Tree;
+use world::{World, busybox, sandboxes, world};
+
+const SOURCES: &str = "etc/apt/sources.list.d/kiln.sources";
+/// As much of a Debian as is looked at.
+const DEBIAN: &str = "RUN mkdir -p /usr/bin /etc/apt && touch /usr/bin/apt-get\n\
+    COPY <<E /etc/os-release\nID=debian\nVERSION_CODENAME=bookworm\nE\n";
+
+/// Every path that the builder's own name is part of.
+fn traces(tree: &Tree) -> Vec<String> {
+    let paths = tree
+        .walk()
+        .map(|item| String::from_utf8(item.path).unwrap());
+    paths.filter(|path| path.contains("kiln")).collect()
+}
+
+#[test]
+fn a_debian_without_sources_sees_the_machines_own_and_keeps_nothing_of_them() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let look = format!(
+        "RUN cat /{SOURCES} > /seen; for k in $(sed -n 's/^Signed-By: //p' /{SOURCES}); \
+         do case $k in /*) test -s $k && echo $k >> /keys; esac; done; true\n"
+    );
+    let one = world();
+    let digest = one.build(folder.path(), &format!("{base}{DEBIAN}{look}"));
+    let digest = digest.unwrap();
+    let seen = one.text(&digest, "seen");
+    assert!(
+        seen.contains("Suites: bookworm\nComponents: main\n"),
+        "{seen}"
+    );
+    let tree = one.tree(&digest);
+    let files = seen.matches("Signed-By: /").count();
+    let shown = match tree.get("keys") {
+        Some(_) => one.text(&digest, "keys").lines().count(),
+        None => 0,
+    };
+    assert_eq!(shown, files, "each key that is named is there: {seen}");
+    assert_eq!(traces(&tree), [""; 0]);
+    assert!(tree.get("etc/apt/sources.list.d").is_none() && tree.get("run").is_none());
+}
+
+#[test]
+fn who_has_sources_or_no_apt_is_shown_none() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let own = "COPY <<E /etc/apt/sources.list.d/own.sources\nTypes: deb\nE\n";
+    let commented = "COPY <<E /etc/apt/sources.list\n# deb http://m.test s main\nE\n";
+    let there = format!("RUN test -e /{SOURCES}");
+    let none = format!("RUN test ! -e /{SOURCES}");
+    let one = world();
+    for text in [
+        format!("{base}{DEBIAN}{own}{none}"),
+        format!("{base}{DEBIAN}{commented}{there}"),
+        format!("{base}{DEBIAN}RUN rm /usr/bin/apt-get\n{none}"),
+        format!("{base}{DEBIAN}RUN sed -i s/debian/other/ /etc/os-release\n{none}"),
+    ] {
+        one.build(folder.path(), &text).unwrap();
+    }
+}
+
+/// Puts an image of this base into the world's store under the name `root`.
+async fn compose(world: &World, base: &DebianBase) -> Digest {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let platform = kiln_oci::host_platform();
+    let context = DebianContext {
+        blobs: world.builder.store.clone(),
+        run_scripts: sandbox::runner(world.builder.runtime.clone(), Arc::default()),
+        cache: Path::new(env!("CARGO_TARGET_TMPDIR")).join("apt-cache"),
+        client: kiln_build::http_client().unwrap(),
+        progress: Arc::new(Silent),
+        epoch: 0,
+        machine: Machine {
+            root: "/".into(),
+            now: now.unwrap().as_secs(),
+            arch: debian::architecture(&platform).unwrap().into(),
+        },
+    };
+    let asked = Asked {
+        name: "root",
+        base,
+        mirror: None,
+    };
+    let mut lock = Lock::default();
+    let composed = debian::compose(&context, &asked, &mut lock).await.unwrap();
+    let manifest = composed.image.manifest;
+    world.builder.store.add_image(&manifest).unwrap();
+    let images = &mut world.images.lock().unwrap();
+    images.insert("root".into(), manifest);
+    manifest
+}
+
+/// Needs the network.
+#[tokio::test(flavor = "multi_thread")]
+async fn apt_get_install_works_over_a_base_that_names_no_mirror() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let base = DebianBase {
+        suite: "bookworm".into(),
+        packages: vec!["apt".into()],
+        essential: true,
+        ..DebianBase::default()
+    };
+    let before = one.tree(&compose(&one, &base).await);
+    assert!(before.get("usr/bin/apt-get").is_some() && before.get("usr/bin/tree").is_none());
+    let text = "FROM root\nRUN apt-get update && apt-get install -y --no-install-recommends tree \
+                && rm -rf /var/lib/apt/lists/*\nRUN tree --version > /made";
+    let folder = world::context(&[]);
+    let outside = |request: &mut BuildRequest| request.build.network = "default".into();
+    let digest = one.build_with(folder.path(), text, outside).unwrap();
+    let tree = one.tree(&digest);
+    assert!(one.text(&digest, "made").starts_with("tree v"));
+    assert_eq!(traces(&tree), traces(&before));
+    let listed = |tree: &Tree| tree.children("etc/apt/sources.list.d").unwrap().count();
+    assert_eq!(listed(&tree), listed(&before));
+    assert!(tree.get("run/kiln-keys").is_none());
+}
