@@ -17,8 +17,16 @@ pub const KNOWN: &[&str] = &[
     "pom.xml",
     "Gemfile",
     "composer.json",
+    "manage.py",
+    "main.py",
+    "app.py",
+    "server.py",
+    "wsgi.py",
     "index.html",
 ];
+
+/// What a Python project's program is called, likeliest first.
+const PYTHON_PROGRAMS: &[&str] = &["main.py", "app.py", "server.py", "wsgi.py"];
 
 /// A folder as far as it matters.
 pub struct Folder<'a> {
@@ -72,6 +80,7 @@ pub fn project(folder: &Folder<'_>) -> Option<Made> {
         "Containerfile" | "Dockerfile" => return Some(of_containerfile(known, folder)),
         "package.json" => node(folder),
         "pyproject.toml" | "requirements.txt" => python(folder),
+        known if known.ends_with(".py") => python(folder),
         "go.mod" => go(),
         "Cargo.toml" => rust(folder),
         "pom.xml" => java(),
@@ -203,15 +212,16 @@ fn node(folder: &Folder<'_>) -> Recipe {
 
 fn python(folder: &Folder<'_>) -> Recipe {
     let mut to_do = vec![];
-    let install = match folder.has("requirements.txt") {
-        true => {
+    let install = match folder.first(&["requirements.txt", "pyproject.toml"]) {
+        Some("requirements.txt") => {
             "COPY requirements.txt ./\nRUN /venv/bin/pip install --no-cache-dir -r requirements.txt\nCOPY . ."
         }
-        false => "COPY . .\nRUN /venv/bin/pip install --no-cache-dir .",
+        Some(_) => "COPY . .\nRUN /venv/bin/pip install --no-cache-dir .",
+        None => "COPY . .",
     };
     let needs = folder.text("requirements.txt") + &folder.text("pyproject.toml");
     let needs = needs.to_lowercase();
-    let program = folder.first(&["main.py", "app.py", "server.py", "wsgi.py"]);
+    let program = folder.first(PYTHON_PROGRAMS);
     let module = program.unwrap_or("main.py").trim_end_matches(".py");
     let command = if folder.has("manage.py") {
         exec(&[
@@ -494,6 +504,13 @@ mod tests {
                 "Python",
                 "pip install --no-cache-dir .",
             ),
+            (
+                vec![("app.py", "")],
+                "Python",
+                r#"COPY . .
+# Compiled"#,
+            ),
+            (vec![("manage.py", "")], "Python", "runserver"),
             (vec![("go.mod", "module x")], "Go", "go build"),
             (
                 vec![
