@@ -194,13 +194,25 @@ pub fn proxy(context: &Context, take_over: bool) -> Result<(), Failure> {
 
 pub fn doctor(context: &Context) -> Result<(), Failure> {
     let mut findings = kiln_runtime::doctor::examine();
-    if let Some(text) = kiln_runtime::net::forward_policy_conflict() {
-        findings.push(kiln_runtime::doctor::Finding {
-            what: "another firewall's forwarding policy".into(),
+    let conflicts = [
+        (
+            "another firewall's forwarding policy",
+            kiln_runtime::net::forward_policy_conflict(),
+            "let that firewall forward kiln's bridges (kn*)",
+        ),
+        (
+            "another firewall's policy for this host",
+            kiln_runtime::net::input_policy_conflict(),
+            "let that firewall accept what comes from kiln's bridges (kn*)",
+        ),
+    ];
+    for (what, conflict, hint) in conflicts {
+        findings.extend(conflict.map(|cost| kiln_runtime::doctor::Finding {
+            what: what.into(),
             state: State::Degraded,
-            cost: text,
-            hint: "let that firewall forward kiln's bridges (kn*)".into(),
-        });
+            cost,
+            hint: hint.into(),
+        }));
     }
     findings.push(signature_tool());
     if context.json {
