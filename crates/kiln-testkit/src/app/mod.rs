@@ -60,7 +60,10 @@ pub fn main() -> std::process::ExitCode {
 
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
-    let _writer = config.lock.as_deref().map(writer::begin).transpose()?;
+    let instance = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
+    let instance = instance.trim().to_owned();
+    let begin = |path| writer::begin(path, &format!("{instance} {}", config.version));
+    let _writer = config.lock.as_deref().map(begin).transpose()?;
     if let Some(after) = config.crash_after {
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
@@ -81,9 +84,7 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let ignore_term = config.ignore_term;
     let app = Arc::new(App {
         config,
-        instance: std::fs::read_to_string("/proc/sys/kernel/hostname")?
-            .trim()
-            .to_owned(),
+        instance,
         requests: AtomicU64::new(0),
     });
     let open = GracefulShutdown::new();

@@ -10,21 +10,13 @@ const STARTS: &str = "starts";
 const OVERLAPS: &str = "overlaps";
 
 /// Holds the file as long as what is returned lives.
-pub(super) fn begin(path: &Path) -> io::Result<File> {
+pub(super) fn begin(path: &Path, who: &str) -> io::Result<File> {
     let file = append(path)?;
-    writeln!(
-        append(&path.with_extension(STARTS))?,
-        "{}",
-        std::process::id()
-    )?;
+    writeln!(append(&path.with_extension(STARTS))?, "{who}")?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => {
-            writeln!(
-                append(&path.with_extension(OVERLAPS))?,
-                "{}",
-                std::process::id()
-            )?;
+            writeln!(append(&path.with_extension(OVERLAPS))?, "{who}")?;
             Ok(file)
         }
         Err(TryLockError::Error(error)) => Err(error),

@@ -60,6 +60,8 @@ fn dies_at(project: &mut Project, point: &str, version: u32) {
         done(&project.instances_if_known())
     });
     assert_eq!(project.page(), version.to_string(), "{point}");
+    let overlaps = fs::read_to_string(project.folder.join("data/lock.overlaps"));
+    assert!(overlaps.is_err(), "two writers {point}: {overlaps:?}");
     let unfinished: Vec<_> = project
         .releases()
         .into_iter()
@@ -88,8 +90,6 @@ fn all_points(name: &str, points: &[String]) {
         }
     });
     assert_eq!(reports[0].failed(), 0, "{}", reports[0]);
-    let overlaps = fs::read_to_string(project.folder.join("data/lock.overlaps"));
-    assert!(overlaps.is_err(), "{overlaps:?}");
     project.run("down", &[]).ok();
     nothing_is_left(&kiln);
 }

@@ -13,7 +13,7 @@ use crate::common::{App, Kiln, Project, free_port, get, wait_until};
 const AROUND: Duration = Duration::from_millis(700);
 const THREE: &str = "    deploy: {replicas: 3}";
 /// The status of a close frame from a server that goes away (RFC 6455, 7.4.1).
-const GOING_AWAY: u16 = 1001;
+pub const GOING_AWAY: u16 = 1001;
 
 pub fn at(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))

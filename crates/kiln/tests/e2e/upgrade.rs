@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kiln_testkit::load::Mode;
+use kiln_testkit::load::{Load, Mode};
 
-use crate::common::{Kiln, Page, Running, alive, wait_until};
+use crate::common::{App, Kiln, Page, Running, alive, wait_until};
 use crate::load::under_load;
+use crate::matrix::{GOING_AWAY, at, under};
 
 const THREE: &str = "    deploy: {replicas: 3}";
 
@@ -70,6 +71,45 @@ fn a_new_kiln_fails_no_new_connection() {
 #[test]
 fn a_new_kiln_fails_no_kept_connection() {
     replaced_by_another_program(Mode::KeepAlive { connections: 8 });
+}
+
+/// They stay with the retired proxy, which is led on: a release drains them as ever.
+#[test]
+fn a_new_kiln_keeps_websockets() {
+    let Some(kiln) = Kiln::new() else { return };
+    let app = App {
+        keys: "    x-kiln: {drain: 1s}",
+        ..App::default()
+    };
+    let mut project = kiln.app("kept", &app);
+    project.up().ok();
+    let old = kiln.proxy().unwrap();
+    let new = another(&kiln, "kiln-next");
+    let sockets = Mode::Websocket { connections: 10 };
+    let load = Load::new(at(project.port), 100, sockets);
+    let reports = under(vec![load.clone()], || {
+        Running::start(kiln.command_of(&new, &["daemon", "restart"]))
+            .end()
+            .ok();
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        assert!(alive(old) && kiln.proxy() != Some(old));
+    });
+    assert_eq!(reports[0].failed(), 0, "{}", reports[0]);
+    assert!(reports[0].closed_websockets.is_empty(), "{}", reports[0]);
+    wait_until("the end of the old proxy", || !alive(old));
+    let next = another(&kiln, "kiln-after");
+    let reports = under(vec![load], || {
+        Running::start(kiln.command_of(&next, &["daemon", "restart"]))
+            .end()
+            .ok();
+        project.set("VERSION", 2);
+        project.up().ok();
+        let old = || project.instances(None).iter().any(|i| i.release == 1);
+        wait_until("the end of the old copy", || !old());
+    });
+    assert_eq!(reports[0].failed(), 0, "{}", reports[0]);
+    let closed: Vec<_> = reports[0].closed_websockets.iter().collect();
+    assert_eq!(closed, [(&Some(GOING_AWAY), &10)], "{}", reports[0]);
 }
 
 #[test]
