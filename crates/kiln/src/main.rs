@@ -20,6 +20,7 @@ mod project;
 mod report;
 mod rollout;
 mod see;
+mod steer;
 mod up;
 mod watch;
 
@@ -89,6 +90,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Down(args) => up::down(context, args).await?,
         Command::Lock(args) => up::lock(context, args).await?,
         Command::Rollback(args) => up::rollback(context, args).await?,
+        Command::Rollout(args) => steer::rollout(context, args).await?,
         Command::Status(args) => see::status(context, args).await?,
         Command::Releases(args) => see::releases(context, args).await?,
         Command::Diff(args) => see::diff(context, args).await?,
@@ -129,6 +131,7 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Logs(_)
             | Command::Exec(_)
             | Command::Rollback(_)
+            | Command::Rollout(_)
             | Command::Down(_)
             | Command::Networks(_)
     )

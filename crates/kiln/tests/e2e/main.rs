@@ -16,5 +16,6 @@ mod input;
 mod load;
 mod looking;
 mod network;
+mod rollouts;
 mod serving;
 mod watch;
