@@ -24,8 +24,6 @@ const PLACEMENT: &str = "there is one host only; take it out";
 const REAL_TIME: &str = "control groups of today have no real-time CPU time; use `cpus`, or \
      `ulimits` with rtprio and `cap_add: [SYS_NICE]`";
 const NO_LABELS: &str = "labels of configs and secrets have no effect";
-const ALL_OR_NOTHING: &str =
-    "every new instance must prove itself, or the release that serves stays";
 const NO_DRIVER: &str =
     "kiln reads configs and secrets from files, the environment or its own store";
 
@@ -43,22 +41,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         Note("it only says whose output a terminal shows"),
     ),
     ("services.*.deploy.placement", Refused(PLACEMENT)),
-    (
-        "services.*.deploy.update_config.failure_action",
-        Note(ALL_OR_NOTHING),
-    ),
-    (
-        "services.*.deploy.update_config.max_failure_ratio",
-        Note(ALL_OR_NOTHING),
-    ),
-    (
-        "services.*.deploy.update_config.monitor",
-        Note("instances are judged before they get traffic, not yet after"),
-    ),
-    (
-        "services.*.deploy.rollback_config",
-        Note("a rollback is a rollout like any other: `update_config` says how"),
-    ),
     (
         "services.*.deploy.resources.reservations.cpus",
         Note("on one host a reservation of CPUs has no effect; docker compose ignores it, too"),
@@ -216,6 +198,14 @@ pub const LIMITS: &[(&str, &str)] = &[
     ("services.*.build.context", "folders only"),
     ("services.*.build.network", "host, none or the default"),
     ("services.*.deploy.endpoint_mode", "vip only"),
+    (
+        "services.*.deploy.rollback_config.failure_action",
+        AFTER_THE_SWITCH,
+    ),
+    (
+        "services.*.deploy.update_config.failure_action",
+        AFTER_THE_SWITCH,
+    ),
     ("services.*.develop.watch.[].action", WATCHED),
     ("services.*.expose", "tcp and udp"),
     ("services.*.ipc", SHARED),
@@ -251,6 +241,8 @@ pub const LIMITS: &[(&str, &str)] = &[
 ];
 
 const WATCHED: &str = "by `kiln watch`; each is a new release, so sync is sync+restart";
+const AFTER_THE_SWITCH: &str = "of what happens after the switch, `rollback` unless stated; \
+     before it a release that does not prove itself never takes over";
 const SHARED: &str = "host, private or service:NAME";
 
 /// Refusals that cannot be ignored: nothing could be put in the place of what is said.

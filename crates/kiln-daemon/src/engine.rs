@@ -55,6 +55,18 @@ pub enum Message {
         by: String,
         reply: Reply<()>,
     },
+    Pause {
+        by: String,
+        reply: Reply<()>,
+    },
+    Resume {
+        by: String,
+        reply: Reply<()>,
+    },
+    Promote {
+        by: String,
+        reply: Reply<()>,
+    },
     Tainted {
         id: InstanceId,
         by: String,
@@ -96,7 +108,7 @@ impl EngineHandle {
 }
 
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) keeper: Keeper,
     executor: Executor,
     receiver: mpsc::Receiver<Message>,
@@ -247,8 +259,16 @@ impl Engine {
             }
             Message::Abandon { by, reply } => {
                 let why = format!("asked by {by}");
-                let done = self.happened(Event::Abandoned { why });
-                let _ = reply.send(done.map_err(|e| ApiError::internal(e.to_string())));
+                let _ = reply.send(self.wish(Event::Abandoned { why }));
+            }
+            Message::Pause { by, reply } => {
+                let _ = reply.send(self.pause(&by));
+            }
+            Message::Resume { by, reply } => {
+                let _ = reply.send(self.resume(&by));
+            }
+            Message::Promote { by, reply } => {
+                let _ = reply.send(self.promote(&by));
             }
             Message::Tainted {
                 id,
@@ -282,15 +302,17 @@ impl Engine {
 
     /// Takes an event in and sees to what follows; what that brings about at once comes
     /// next.
-    fn happened(&mut self, event: Event) -> Result<(), Refused> {
+    pub(crate) fn happened(&mut self, event: Event) -> Result<(), Refused> {
         let mut next = Some(event);
         while let Some(event) = next.take() {
             self.tell_failure(&event);
+            let asked = matches!(event, Event::Paused { .. });
             let before = self.keeper.world.clone();
             let taken = self
                 .keeper
                 .take(&self.shared.state, event, Shared::steady_now());
             self.tell_changes(&before);
+            self.tell_turns(&before, asked);
             let plan = match taken {
                 Ok(plan) => plan,
                 Err(refused) => {
@@ -440,7 +462,8 @@ impl Engine {
             EventKind::Rollout,
             format!("rolling out release {number}"),
         );
-        self.want(Goal::Release(number), layout)?;
+        let rollback = matches!(reason, Reason::Rollback { .. });
+        self.want(Goal::Release(number), layout, rollback)?;
         Ok(ReleaseAnswer {
             number,
             digest,
@@ -451,8 +474,13 @@ impl Engine {
     }
 
     /// What could not be stored was not begun, and its release says so.
-    fn want(&mut self, goal: Goal, layout: Layout) -> Result<(), ApiError> {
-        let Err(refused) = self.happened(Event::Desired { goal, layout }) else {
+    fn want(&mut self, goal: Goal, layout: Layout, rollback: bool) -> Result<(), ApiError> {
+        let desired = Event::Desired {
+            goal,
+            layout,
+            rollback,
+        };
+        let Err(refused) = self.happened(desired) else {
             return Ok(());
         };
         if let Some(number) = goal.release() {
@@ -494,6 +522,9 @@ impl Engine {
         };
         let what = match (&rollout.state, rollout.to) {
             (RolloutState::Returning { .. }, _) => "the return from a failed rollout".to_owned(),
+            (RolloutState::Watching, Goal::Release(n)) => {
+                format!("release {n} serves, and its verdict")
+            }
             (_, Goal::Release(n)) => format!("the rollout of release {n}"),
             (_, Goal::Nothing) => "taking everything down".to_owned(),
         };
@@ -502,7 +533,7 @@ impl Engine {
                 "{what} is still under way in `{}`",
                 self.keeper.world.environment
             ),
-            "wait for it (kiln status), or give it up with Ctrl-C in the `kiln up` that began it",
+            "wait for it (kiln rollout status), or end it: kiln rollout abort, or promote",
         ))
     }
 
@@ -575,7 +606,7 @@ impl Engine {
             "taking everything down".into(),
         );
         let layout = self.keeper.world.layout.clone();
-        self.want(Goal::Nothing, layout)?;
+        self.want(Goal::Nothing, layout, false)?;
         Ok(after)
     }
 

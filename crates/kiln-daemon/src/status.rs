@@ -7,13 +7,12 @@ use kiln_model::instance::{InstanceMountSource, InstanceNetwork, ObservedState, 
 use kiln_model::route::RouteMode;
 use kiln_model::spec::{Protocol, RootSetting};
 use kiln_model::{InstanceId, ServiceName};
-use kiln_plan::{Goal, Health, Instance, Phase, Prepared, Releases, RolloutState, World, is_job};
+use kiln_plan::{Goal, Health, Instance, Phase, Prepared, Releases, World, is_job};
 
 use crate::api::error::ApiError;
-use crate::api::types::{
-    EnvironmentStatus, Explanation, InstanceStatus, RolloutStatus, ServiceStatus,
-};
+use crate::api::types::{EnvironmentStatus, Explanation, InstanceStatus, ServiceStatus};
 use crate::narrate::phase_name;
+use crate::rollouts;
 use crate::shared::{Shared, blocking};
 
 /// The view is taken at once; looking into the instances for drift happens in the
@@ -41,15 +40,9 @@ pub fn environment(
         environment: world.environment.clone(),
         goal: world.goal.release(),
         proven: world.proven,
-        rollout: world.rollout.as_ref().map(|r| RolloutStatus {
-            to: r.to.release(),
-            from: r.from,
-            failed: match &r.state {
-                RolloutState::Returning { cause, .. } => Some(cause.clone()),
-                RolloutState::Proving => None,
-            },
-            report,
-        }),
+        serving: rollouts::serving(world),
+        rollout: rollouts::status(world, report),
+        watch: rollouts::watch(world),
         services,
         problem: world.ports_failed.clone(),
     };

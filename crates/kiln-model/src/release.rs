@@ -64,6 +64,7 @@ impl ReleasedService {
         essence.service.kiln.drain = None;
         essence.service.kiln.test.clear();
         essence.service.kiln.ready = None;
+        essence.service.kiln.rollout = None;
         essence.service.restart = Default::default();
         Digest::of_json(&essence)
     }

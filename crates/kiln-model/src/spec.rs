@@ -600,6 +600,31 @@ pub struct KilnOptions {
     pub drain: Option<Millis>,
     /// `Some(true)`: never two copies at once, although no volume asks for it.
     pub exclusive: Option<bool>,
+    /// Left out where nothing is said, so that digests of earlier releases stay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutOptions>,
+}
+
+/// `x-kiln.rollout`: how instances are replaced, beyond `deploy.update_config` (into which
+/// its `monitor` goes).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RolloutOptions {
+    /// `None`: all at once behind one switch, or what `update_config` says.
+    pub strategy: Option<Strategy>,
+    /// How long old instances stay ready after the switch, for a return at once.
+    pub keep_warm: Option<Millis>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// A few at a time (`parallelism`, or one); old and new serve side by side meanwhile.
+    Rolling,
+    /// All new ones are proven before any traffic moves.
+    BlueGreen,
+    /// The old end before the new begin; callers wait.
+    Recreate,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,8 +12,19 @@ use crate::world::{Attempt, Goal, Health, Instance, Layout, Phase, Rollout, Roll
 /// Takes one event in. Nothing is planned here.
 pub fn apply(world: &mut World, event: Event, now: Millis) {
     match event {
-        Event::Desired { goal, layout } => desire(world, goal, layout, now),
+        Event::Desired {
+            goal,
+            layout,
+            rollback,
+        } => desire(world, (goal, rollback), layout, now),
         Event::Abandoned { why } => fail_rollout(world, format!("given up: {why}"), None),
+        Event::Paused { why } => {
+            if let Some(rollout) = world.rollout.as_mut().filter(|r| r.hopeful()) {
+                rollout.paused = Some(why);
+            }
+        }
+        Event::Resumed => resume(world, now),
+        Event::Promoted => promote(world),
         Event::Found { instances } => found(world, instances, now),
         Event::NetworksReady { wish } => {
             if wish == world.networks_wish {
@@ -118,21 +129,43 @@ pub(crate) fn fail_rollout(world: &mut World, cause: String, instance: Option<In
     let Some(rollout) = &mut world.rollout else {
         return;
     };
-    if rollout.state != RolloutState::Proving {
+    if !rollout.hopeful() {
         return;
     }
     world.goal = rollout.from.map_or(Goal::Nothing, Goal::Release);
     rollout.state = RolloutState::Returning { cause, instance };
+    rollout.paused = None;
+    world.watch = None;
     world.attempts.clear();
 }
 
-fn desire(world: &mut World, goal: Goal, layout: Layout, now: Millis) {
+/// What failed before the pause is not held against the release any more.
+fn resume(world: &mut World, now: Millis) {
+    let paused = world.rollout.as_mut().and_then(|r| r.paused.take());
+    if let (Some(_), Some(watch)) = (paused, &mut world.watch) {
+        watch.begin_anew(now);
+    }
+}
+
+fn promote(world: &mut World) {
+    match &mut world.rollout {
+        Some(rollout) if rollout.hopeful() => {
+            rollout.paused = None;
+            rollout.promoted = true;
+        }
+        Some(_) => {}
+        None => world.watch = None,
+    }
+}
+
+fn desire(world: &mut World, (goal, rollback): (Goal, bool), layout: Layout, now: Millis) {
     if world.layout.networks != layout.networks {
         world.networks_ready = false;
         world.under_way.remove(&EffectKey::Networks);
     }
     world.layout = layout;
     world.attempts.clear();
+    world.watch = None;
     let from = world.proven;
     world.goal = goal;
     world.rollout = Some(Rollout {
@@ -140,6 +173,10 @@ fn desire(world: &mut World, goal: Goal, layout: Layout, now: Millis) {
         from,
         started: now,
         state: RolloutState::Proving,
+        rollback,
+        paused: None,
+        promoted: false,
+        moved: false,
     });
 }
 
@@ -241,7 +278,8 @@ fn end(world: &mut World, id: &InstanceId, status: ExitStatus, now: Millis) {
             }
             if status != ExitStatus::Unknown {
                 let cause = format!("it {status}");
-                count_failure(world, &instance, ready_since, cause, now);
+                let attempt = count_failure(world, &instance, ready_since, cause, now);
+                attempt.well = status.success();
             }
         }
         Phase::Ended { .. } | Phase::Removing => {}
@@ -270,6 +308,7 @@ fn count_failure<'w>(
     attempt.failures += 1;
     attempt.last = now;
     attempt.cause = cause;
+    attempt.well = false;
     attempt
 }
 

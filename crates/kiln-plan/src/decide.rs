@@ -2,18 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use kiln_model::release::{Release, ReleasedService};
+use kiln_model::release::ReleasedService;
 use kiln_model::spec::Condition;
 use kiln_model::{Generation, InstanceId, Millis, ReleaseNumber, ServiceName};
 
-use crate::apply::{conclude, fail_rollout};
 use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
+use crate::handoff::{free_places, making_room, room};
 use crate::probe::probe_plan;
 use crate::routes;
-use crate::service::{
-    batch, drain_limit, is_exclusive, is_job, restarts, stop_of, tries_in_rollout,
-};
-use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, RolloutState, World};
+use crate::service::{batch, drain_limit, is_exclusive, is_job, restarts, stop_of, stops_first};
+use crate::watch::{is_warm, written_off};
+use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, World};
 
 pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Plan {
     let mut planner = Planner {
@@ -25,8 +24,10 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
     planner.rest_what_has_finished();
     planner.give_up_waiting_for_outcomes();
     planner.give_up_if_hopeless();
+    planner.judge_what_is_watched();
     planner.start_what_is_missing();
     planner.route();
+    planner.end_watch();
     planner.retire_what_is_not_wanted();
     planner.act_on_phases();
     planner.conclude();
@@ -35,15 +36,15 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
     planner.plan
 }
 
-struct Planner<'a> {
-    world: &'a mut World,
-    releases: &'a Releases,
-    now: Millis,
+pub(crate) struct Planner<'a> {
+    pub(crate) world: &'a mut World,
+    pub(crate) releases: &'a Releases,
+    pub(crate) now: Millis,
     plan: Plan,
 }
 
 impl<'a> Planner<'a> {
-    fn goal(&self) -> Option<(ReleaseNumber, &'a Prepared)> {
+    pub(crate) fn goal(&self) -> Option<(ReleaseNumber, &'a Prepared)> {
         let number = self.world.goal.release()?;
         Some((number, self.releases.get(number)?))
     }
@@ -55,66 +56,6 @@ impl<'a> Planner<'a> {
         let routing = self.world.under_way.get(&EffectKey::Route);
         self.world.routes_doubtful |= routing.is_some_and(lost);
         self.world.under_way.retain(|_, due| !lost(due));
-    }
-
-    /// A copy of the new release has failed as often as it may: turn back.
-    fn give_up_if_hopeless(&mut self) {
-        let proving = self
-            .world
-            .rollout
-            .as_ref()
-            .is_some_and(|r| r.state == RolloutState::Proving);
-        let Some((_, goal)) = self.goal().filter(|_| proving) else {
-            return;
-        };
-        for (name, released) in &goal.release.services {
-            let Some((index, cause)) = self.hopeless(goal, name, released) else {
-                continue;
-            };
-            let failed = self
-                .world
-                .of_service(name)
-                .filter(|(_, i)| i.index == index && Some(&i.revision) == goal.revisions.get(name))
-                .map(|(id, _)| id.clone())
-                .last();
-            let text = format!("service `{name}`: {cause}");
-            self.report(Some(name), format!("giving up the new release: {cause}"));
-            fail_rollout(self.world, text, failed);
-            return;
-        }
-    }
-
-    fn hopeless(
-        &self,
-        goal: &Prepared,
-        name: &ServiceName,
-        released: &ReleasedService,
-    ) -> Option<(u32, String)> {
-        let job = is_job(&goal.release, name);
-        let tries = if job {
-            1
-        } else {
-            tries_in_rollout(&released.service.restart)
-        };
-        let revision = goal.revisions.get(name);
-        (1..=released.service.replicas.max(1)).find_map(|index| {
-            let attempt = self.world.attempts.get(&(name.clone(), index))?;
-            let over = attempt.revision.as_ref() == revision
-                && (attempt.failures >= tries || attempt.timed_out)
-                && !self.finished(goal, name, released, index);
-            over.then(|| (index, attempt.cause.clone()))
-        })
-    }
-
-    /// It ended well, nothing waits for an answer from it, and its policy lets it rest.
-    fn finished(
-        &self,
-        goal: &Prepared,
-        name: &ServiceName,
-        released: &ReleasedService,
-        index: u32,
-    ) -> bool {
-        routes::rests(self.world, goal, name, index) && probe_plan(released).ready.is_empty()
     }
 
     fn start_what_is_missing(&mut self) {
@@ -219,7 +160,7 @@ impl<'a> Planner<'a> {
         name: &ServiceName,
         released: &ReleasedService,
     ) {
-        let missing: Vec<u32> = (1..=released.service.replicas)
+        let mut missing: Vec<u32> = (1..=released.service.replicas)
             .filter(|index| {
                 !routes::rests(self.world, goal, name, *index)
                     && !self.current(goal, name).iter().any(|(_, i)| {
@@ -230,6 +171,11 @@ impl<'a> Planner<'a> {
         if missing.is_empty() {
             return;
         }
+        // One that fails again and again must not take the others' turn.
+        missing.sort_by_key(|index| {
+            let attempt = self.world.attempts.get(&(name.clone(), *index));
+            attempt.map_or(0, |a| a.failures)
+        });
         if let Some(blocked) = waits_for(self.world, goal, released) {
             self.report(Some(name), format!("waits: {blocked}"));
             return;
@@ -241,7 +187,13 @@ impl<'a> Planner<'a> {
                 return;
             }
         }
-        let mut room = self.room(goal, name, released);
+        let mut room = match room(self.world, goal, name, released, self.now) {
+            Ok(room) => room,
+            Err(later) => return self.wake_at(later),
+        };
+        if stops_first(self.world, released) {
+            room = room.min(free_places(self.world, goal, name, released));
+        }
         for index in missing {
             if room == 0 {
                 break;
@@ -252,28 +204,6 @@ impl<'a> Planner<'a> {
             self.start(number, goal, name, index, false);
             room -= 1;
         }
-    }
-
-    /// How many copies may be begun now (`update_config.parallelism` and `delay`).
-    fn room(&mut self, goal: &Prepared, name: &ServiceName, released: &ReleasedService) -> u32 {
-        let current = self.current(goal, name);
-        let unproven = current.iter().filter(|(_, i)| !i.phase.ready()).count() as u32;
-        let latest = current
-            .iter()
-            .filter_map(|(_, i)| match i.phase {
-                Phase::Ready { since } => Some(since),
-                _ => None,
-            })
-            .max();
-        let delay = released.service.update.delay.unwrap_or_default();
-        if let Some(latest) = latest
-            && self.world.rollout.is_some()
-            && latest.saturating_add(delay) > self.now
-        {
-            self.wake_at(latest.saturating_add(delay));
-            return 0;
-        }
-        batch(released).saturating_sub(unproven)
     }
 
     /// Waits out the backoff after failures; `None`: not now.
@@ -384,6 +314,11 @@ impl<'a> Planner<'a> {
     }
 
     fn route(&mut self) {
+        if routes::gate_open(self.world, self.releases)
+            && let Some(rollout) = &mut self.world.rollout
+        {
+            rollout.moved = true;
+        }
         let table = routes::wanted(self.world, self.releases, self.now);
         let same = self.proxy_known()
             && self
@@ -407,11 +342,14 @@ impl<'a> Planner<'a> {
     fn retire_what_is_not_wanted(&mut self) {
         let wanted = routes::wanted(self.world, self.releases, self.now);
         let open = routes::gate_open(self.world, self.releases);
+        let leaving = self.making_room();
+        let warm = |i: &Instance| is_warm(self.world, self.releases, i, self.now);
         let unwanted: Vec<InstanceId> = self
             .world
             .instances
             .iter()
             .filter(|(id, i)| i.phase.rising() && !self.is_wanted(id, i))
+            .filter(|(id, i)| leaving.contains(*id) || !warm(i))
             .map(|(id, _)| id.clone())
             .collect();
         let retiring: BTreeSet<ServiceName> = unwanted
@@ -430,7 +368,8 @@ impl<'a> Planner<'a> {
                 .any(|s| s.backends.iter().any(|b| b.instance == id));
             let phase = match instance.phase {
                 Phase::Starting | Phase::Warming { .. } => Phase::Stopping,
-                _ if !open || in_wanted => continue,
+                _ if in_wanted => continue,
+                _ if !open && !leaving.contains(&id) && !self.left_over(instance) => continue,
                 _ if !self.proxy_known() || self.world.routed(&id) => continue,
                 _ if self.still_needed_by(&service, &retiring) => continue,
                 _ => Phase::Draining,
@@ -450,9 +389,28 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Kept warm behind the release that serves, which another is to follow now.
+    fn left_over(&self, instance: &Instance) -> bool {
+        let from = self.world.rollout.as_ref().and_then(|r| r.from);
+        from.and_then(|n| self.releases.get(n))
+            .is_some_and(|from| from.revisions.get(&instance.service) != Some(&instance.revision))
+    }
+
+    /// Old copies of `stop-first`, whose turn it is before all has been proven.
+    fn making_room(&self) -> BTreeSet<InstanceId> {
+        let Some((_, goal)) = self.goal() else {
+            return BTreeSet::new();
+        };
+        let names = goal.release.services.keys();
+        names
+            .flat_map(|name| making_room(self.world, goal, name, self.now))
+            .cloned()
+            .collect()
+    }
+
     /// The table in force is known: none is on its way that could still send traffic
     /// to what is about to be drained.
-    fn proxy_known(&self) -> bool {
+    pub(crate) fn proxy_known(&self) -> bool {
         self.world.routes.is_some()
             && !self.world.routes_doubtful
             && !self.world.under_way.contains_key(&EffectKey::Route)
@@ -505,17 +463,6 @@ impl<'a> Planner<'a> {
                     && (retiring.contains(&other.service) || !other.phase.rising())
                     && depends(&other.service)
             })
-    }
-
-    /// The instance that failed a rollout stays until its log has been shown.
-    fn kept_for_its_log(&self) -> Option<InstanceId> {
-        if let Some(Conclusion::Failed { instance, .. }) = &self.world.concluding {
-            return instance.clone();
-        }
-        match &self.world.rollout.as_ref()?.state {
-            RolloutState::Returning { instance, .. } => instance.clone(),
-            RolloutState::Proving => None,
-        }
     }
 
     /// What each instance's phase asks for.
@@ -577,90 +524,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn conclude(&mut self) {
-        let Some(rollout) = self.world.rollout.clone() else {
-            return;
-        };
-        let arrived = match self.goal() {
-            None => self.world.goal == Goal::Nothing && self.only_left(&rollout.state),
-            Some((_, goal)) => self.arrived(goal, &rollout.state),
-        };
-        if !arrived || self.world.concluding.is_some() {
-            return;
-        }
-        let conclusion = match (rollout.state, rollout.to) {
-            (RolloutState::Proving, Goal::Nothing) => Conclusion::Down,
-            (RolloutState::Proving, Goal::Release(release)) => Conclusion::Proven { release },
-            (RolloutState::Returning { cause, .. }, Goal::Nothing) => match rollout.from {
-                Some(release) => Conclusion::Stayed { release, cause },
-                None => Conclusion::Down,
-            },
-            (RolloutState::Returning { cause, instance }, Goal::Release(release)) => {
-                Conclusion::Failed {
-                    release,
-                    cause,
-                    instance,
-                    back: self.world.goal.release(),
-                }
-            }
-        };
-        conclude(self.world, conclusion);
-    }
-
-    /// Told until it is recorded.
-    fn record_conclusion(&mut self) {
-        if let Some(conclusion) = self.world.concluding.clone() {
-            self.emit(Effect::Conclude(conclusion));
-        }
-    }
-
-    /// Nothing is left but the instance kept for its log.
-    fn only_left(&self, state: &RolloutState) -> bool {
-        let kept = match state {
-            RolloutState::Returning { instance, .. } => instance.as_ref(),
-            RolloutState::Proving => None,
-        };
-        self.world
-            .instances
-            .iter()
-            .all(|(id, i)| Some(id) == kept && !i.phase.alive())
-    }
-
-    /// Every service serves with as many copies as wanted, and the proxy knows.
-    fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
-        let table = routes::wanted(self.world, self.releases, self.now);
-        let routed = self.proxy_known()
-            && self
-                .world
-                .routes
-                .as_ref()
-                .is_some_and(|current| routes::same_but_for_generation(current, &table));
-        let returning = matches!(state, RolloutState::Returning { .. });
-        routed
-            && goal.release.services.iter().all(|(name, released)| {
-                if is_job(&goal.release, name) {
-                    return returning
-                        || self.world.jobs_done.contains(&(goal.digest, name.clone()));
-                }
-                let gave_up = returning && self.hopeless(goal, name, released).is_some();
-                gave_up || self.all_ready(goal, name, &goal.release)
-            })
-            && self.world.instances.values().all(|i| !stray(i, goal))
-    }
-
-    fn all_ready(&self, goal: &Prepared, name: &ServiceName, release: &Release) -> bool {
-        let Some(released) = release.services.get(name) else {
-            return true;
-        };
-        let current = self.current(goal, name);
-        (1..=released.service.replicas).all(|index| {
-            current
-                .iter()
-                .any(|(_, i)| i.index == index && i.phase.ready())
-                || self.finished(goal, name, released, index)
-        })
-    }
-
     /// An effect whose outcome never comes is planned again.
     fn wake_for_lost_outcomes(&mut self) {
         let due = self.world.under_way.values().min().copied();
@@ -670,7 +533,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Adds an effect unless it is under way already; tells whether it was added.
-    fn emit(&mut self, effect: Effect) -> bool {
+    pub(crate) fn emit(&mut self, effect: Effect) -> bool {
         let proven = |id| {
             let instance = self.world.instances.get(id);
             instance.is_some_and(|i| i.phase.ready())
@@ -688,22 +551,16 @@ impl<'a> Planner<'a> {
         fresh
     }
 
-    fn report(&mut self, service: Option<&ServiceName>, text: impl Into<String>) {
+    pub(crate) fn report(&mut self, service: Option<&ServiceName>, text: impl Into<String>) {
         self.plan.report.push(ReportLine {
             service: service.cloned(),
             text: text.into(),
         });
     }
 
-    fn wake_at(&mut self, at: Millis) {
+    pub(crate) fn wake_at(&mut self, at: Millis) {
         self.plan.wake = Some(self.plan.wake.map_or(at, |wake| wake.min(at)));
     }
-}
-
-/// Still proving although another revision is wanted.
-fn stray(instance: &Instance, goal: &Prepared) -> bool {
-    matches!(instance.phase, Phase::Starting | Phase::Warming { .. })
-        && goal.revisions.get(&instance.service) != Some(&instance.revision)
 }
 
 /// The generation a table that is planned now would have.
@@ -748,7 +605,8 @@ pub(crate) fn waits_for(
                         .get(dependency)
                         .is_some_and(|r| !r.backends.is_empty());
                     // A job's health is that it has completed.
-                    let well = ready as u32 >= batch(other) && reached;
+                    let spared = written_off(world, goal, dependency, other);
+                    let well = (ready + spared) as u32 >= batch(world, other) && reached;
                     (well || completed, "to be healthy")
                 }
                 Condition::CompletedSuccessfully => (completed, "to complete"),

@@ -16,11 +16,21 @@ pub enum Event {
     Desired {
         goal: Goal,
         layout: Layout,
+        /// It is the content of an earlier release.
+        rollback: bool,
     },
     /// The rollout is to be given up.
     Abandoned {
         why: String,
     },
+    /// Nothing of the rollout is to move, or to be concluded, until it is resumed.
+    Paused {
+        why: String,
+    },
+    Resumed,
+    /// What is left of the rollout's verdict is not to be waited for; after it: the old
+    /// instances need not be kept.
+    Promoted,
     /// What the runtime really holds for this environment. Newer than every outcome
     /// told before it: the caller looks while it takes nothing else in.
     Found {

@@ -94,7 +94,15 @@ impl Keeper {
     /// Facts are believed even if nothing can be done about them now: they come once.
     /// A wish that could not be stored was not granted.
     fn note(&mut self, event: Event, now: Millis) {
-        if !matches!(event, Event::Desired { .. } | Event::Abandoned { .. }) {
+        let wish = matches!(
+            event,
+            Event::Desired { .. }
+                | Event::Abandoned { .. }
+                | Event::Paused { .. }
+                | Event::Resumed
+                | Event::Promoted
+        );
+        if !wish {
             apply(&mut self.world, event, now);
         }
     }

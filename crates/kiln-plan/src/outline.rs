@@ -88,7 +88,13 @@ fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, 
         (parts, _) if parts.is_empty() => "its definition changed".into(),
         (parts, _) => format!("{} changed", parts.join(", ")),
     };
+    let rollout = new.service.kiln.rollout.as_ref();
+    let warm = rollout.is_some_and(|r| r.keep_warm.is_some());
     match is_exclusive(new) {
+        true if warm => (
+            Action::Handoff,
+            format!("{why}; two copies must not overlap, so that none is kept warm"),
+        ),
         true => (
             Action::Handoff,
             format!("{why}; two copies must not overlap"),

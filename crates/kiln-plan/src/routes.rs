@@ -11,9 +11,11 @@ use kiln_model::route::{
 use kiln_model::spec::{NetworkMode, Port, Protocol};
 use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
 
-use crate::decide::{next_generation, waits_for};
-use crate::service::{batch, is_exclusive, is_job, joins};
-use crate::world::{Health, Instance, Layout, Phase, Prepared, Releases, RolloutState, World};
+use crate::decide::next_generation;
+use crate::handoff::{can_hand_over, held, making_room};
+use crate::service::{batch, is_job, joins};
+use crate::watch::written_off;
+use crate::world::{Health, Instance, Layout, Phase, Prepared, Releases, World};
 
 /// Callers of a service that is between two copies wait at most this long: longer than
 /// most programs take to start, shorter than most callers' own patience.
@@ -48,15 +50,14 @@ pub fn rests(world: &World, goal: &Prepared, name: &ServiceName, index: u32) -> 
 /// job has succeeded; until then the old release serves alone. While turning back, and
 /// outside of rollouts, it may always.
 pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
-    let proving = world
-        .rollout
-        .as_ref()
-        .is_some_and(|r| r.state == RolloutState::Proving);
+    let Some(rollout) = world.rollout.as_ref().filter(|r| r.proving()) else {
+        return true;
+    };
     let Some(goal) = world.goal.release().and_then(|n| releases.get(n)) else {
         return true;
     };
-    !proving
-        || goal.release.services.iter().all(|(name, released)| {
+    (rollout.moved || !held(world))
+        && goal.release.services.iter().all(|(name, released)| {
             if is_job(&goal.release, name) {
                 return world.jobs_done.contains(&(goal.digest, name.clone()));
             }
@@ -67,7 +68,8 @@ pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
             let resting = (1..=released.service.replicas)
                 .filter(|index| rests(world, goal, name, *index))
                 .count();
-            (ready + resting) as u32 >= batch(released)
+            let spared = written_off(world, goal, name, released);
+            (ready + resting + spared) as u32 >= batch(world, released)
         })
 }
 
@@ -94,7 +96,7 @@ pub(crate) fn wanted(world: &World, releases: &Releases, now: Millis) -> Routing
         .map(|(name, (released, _))| {
             (
                 (*name).clone(),
-                service_route((world, now), goal, name, released, open),
+                service_route((world, now), (goal, from), name, released, open),
             )
         })
         .collect();
@@ -119,7 +121,7 @@ pub(crate) fn same_but_for_generation(a: &RoutingTable, b: &RoutingTable) -> boo
 
 fn service_route(
     (world, now): (&World, Millis),
-    goal: Option<&Prepared>,
+    (goal, from): (Option<&Prepared>, Option<&Prepared>),
     name: &ServiceName,
     released: &ReleasedService,
     open: bool,
@@ -129,16 +131,24 @@ fn service_route(
         .filter(|(_, i)| i.phase.ready() && !i.job)
         .collect();
     let revision = goal.and_then(|g| g.revisions.get(name));
-    let (new, old): (Vec<_>, Vec<_>) = ready
+    let (new, mut old): (Vec<_>, Vec<_>) = ready
         .into_iter()
         .partition(|(_, i)| world.is_current(i, revision));
     let handing_over = goal.is_some_and(|g| can_hand_over(world, g, name, now));
+    let leaving = goal.map_or_else(Vec::new, |g| making_room(world, g, name, now));
+    old.retain(|(id, _)| !leaving.contains(id));
+    // What was kept warm behind the release that serves gets nothing.
+    let serves = from.and_then(|f| f.revisions.get(name));
+    if old.iter().any(|(_, i)| world.is_current(i, serves)) {
+        old.retain(|(_, i)| world.is_current(i, serves));
+    }
     let serving = match () {
         () if handing_over => Vec::new(),
         () if !open && !old.is_empty() => old,
         () => chosen(new, old, released.service.replicas),
     };
-    let waits = serving.is_empty() && (handing_over || worth_waiting(world, goal, name));
+    let gone = handing_over || !leaving.is_empty();
+    let waits = serving.is_empty() && (gone || worth_waiting(world, goal, name));
     let mode = if waits {
         RouteMode::Park { limit: PARK_LIMIT }
     } else {
@@ -186,31 +196,6 @@ fn chosen<'w>(
 pub(crate) fn newer(one: &InstanceId, other: &InstanceId) -> bool {
     let age = |id: &InstanceId| (id.as_str().len(), id.to_string());
     age(one) > age(other)
-}
-
-/// A handoff begins when the new copy could start but for the one there is, which is of
-/// another revision, surplus or sick. The new release says whether copies may overlap; the
-/// old one may have had several.
-fn can_hand_over(world: &World, goal: &Prepared, name: &ServiceName, now: Millis) -> bool {
-    let Some(released) = goal.release.services.get(name) else {
-        return false;
-    };
-    let keeps = |i: &Instance| {
-        i.phase.ready()
-            && i.index <= released.service.replicas
-            && world.is_current(i, goal.revisions.get(name))
-            && !matches!(i.health, Health::Unhealthy { .. })
-    };
-    let copies: Vec<_> = world.of_service(name).filter(|(_, i)| !i.job).collect();
-    let due = (1..=released.service.replicas).any(|index| {
-        let attempt = world.attempts.get(&(name.clone(), index));
-        attempt.is_none_or(|a| a.next() <= now) && !rests(world, goal, name, index)
-    });
-    is_exclusive(released)
-        && due
-        && copies.iter().any(|(_, i)| i.phase.alive() && !keeps(i))
-        && !copies.iter().any(|(_, i)| keeps(i))
-        && waits_for(world, goal, released).is_none()
 }
 
 /// Callers wait when the service served before and a copy is coming.

@@ -3,8 +3,11 @@
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
     Condition, MountSource, NamespaceMode, NetworkMode, Order, RestartPolicy, Service, ServiceMode,
+    Strategy, UpdateConfig,
 };
 use kiln_model::{Millis, ServiceName};
+
+use crate::world::World;
 
 /// Runs once to its end: a job by mode, or what others wait for to complete.
 pub fn is_job(release: &Release, name: &ServiceName) -> bool {
@@ -31,10 +34,14 @@ pub fn is_exclusive(released: &ReleasedService) -> bool {
     if let Some(stated) = service.kiln.exclusive {
         return stated;
     }
-    match service.update.order {
-        Some(Order::StartFirst) => return false,
-        Some(Order::StopFirst) => return true,
-        None => {}
+    if service.replicas != 1 {
+        return false;
+    }
+    let way_back = service.rollback.as_ref().and_then(|r| r.order);
+    match (service.update.order, way_back) {
+        (Some(Order::StartFirst), _) => return false,
+        (Some(Order::StopFirst), None | Some(Order::StopFirst)) => return true,
+        _ => {}
     }
     let writes = service.mounts.iter().any(|m| {
         !m.read_only
@@ -46,7 +53,27 @@ pub fn is_exclusive(released: &ReleasedService) -> bool {
     });
     let holds_host_ports =
         service.network == NetworkMode::Host || !service.security.devices.is_empty();
-    service.replicas == 1 && (writes || holds_host_ports)
+    writes || holds_host_ports
+}
+
+/// `rollback_config` on the way back, where the file has one, else `update_config`: of the
+/// release that is on its way in.
+pub(crate) fn manner<'r>(world: &World, released: &'r ReleasedService) -> &'r UpdateConfig {
+    let back = released.service.rollback.as_ref();
+    let back = back.filter(|_| world.goes_back());
+    back.unwrap_or(&released.service.update)
+}
+
+/// Old copies make room before new ones come, as many as may be begun at once.
+pub(crate) fn stops_first(world: &World, released: &ReleasedService) -> bool {
+    let stated = manner(world, released).order;
+    let recreated = strategy(released) == Some(&Strategy::Recreate);
+    let first = stated.map_or(recreated, |order| order == Order::StopFirst);
+    first && !is_exclusive(released)
+}
+
+pub(crate) fn strategy(released: &ReleasedService) -> Option<&Strategy> {
+    released.service.kiln.rollout.as_ref()?.strategy.as_ref()
 }
 
 /// A socket is spoken to, not written: `/var/run/docker.sock` and its like.
@@ -72,10 +99,13 @@ pub fn joins(service: &Service) -> impl Iterator<Item = &ServiceName> {
 }
 
 /// How many new copies may be unproven at once; all of them unless the file says less.
-pub(crate) fn batch(released: &ReleasedService) -> u32 {
-    match released.service.update.parallelism {
-        None | Some(0) => released.service.replicas,
-        Some(n) => n.min(released.service.replicas),
+pub(crate) fn batch(world: &World, released: &ReleasedService) -> u32 {
+    let stated = manner(world, released).parallelism;
+    let all = released.service.replicas;
+    match (stated, strategy(released)) {
+        (None, Some(Strategy::Rolling)) => all.min(1),
+        (None | Some(0), _) => all,
+        (Some(n), _) => n.min(all),
     }
 }
 

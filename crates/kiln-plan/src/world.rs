@@ -77,6 +77,10 @@ pub struct World {
     /// The release that last proved itself: where a failed rollout returns to.
     pub proven: Option<ReleaseNumber>,
     pub rollout: Option<Rollout>,
+    /// The release that traffic moved to last, as long as it is judged by how it does, or
+    /// the one before it is kept ready.
+    #[serde(default)]
+    pub watch: Option<Watch>,
     pub instances: BTreeMap<InstanceId, Instance>,
     /// Jobs that have succeeded, by the digest of the release they ran for.
     pub jobs_done: BTreeSet<(Digest, ServiceName)>,
@@ -133,6 +137,18 @@ pub struct Rollout {
     pub from: Option<ReleaseNumber>,
     pub started: Millis,
     pub state: RolloutState,
+    /// It goes back to an earlier release: `rollback_config` says how.
+    #[serde(default)]
+    pub rollback: bool,
+    /// Why nothing is moved or concluded until somebody says so.
+    #[serde(default)]
+    pub paused: Option<String>,
+    /// Somebody said that what is left of the verdict is not to be waited for.
+    #[serde(default)]
+    pub promoted: bool,
+    /// Traffic has begun to move.
+    #[serde(default)]
+    pub moved: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,11 +156,27 @@ pub struct Rollout {
 pub enum RolloutState {
     /// New instances are being started and proven, then traffic moves to them.
     Proving,
+    /// Traffic has moved; how the new instances do decides ([`Watch`]).
+    Watching,
     /// Something failed; the goal is where it came from.
     Returning {
         cause: String,
         instance: Option<InstanceId>,
     },
+}
+
+/// The time after a switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    pub release: ReleaseNumber,
+    /// What served before, and serves again if this one fails.
+    pub back: Option<ReleaseNumber>,
+    /// All traffic had moved.
+    pub since: Millis,
+    /// The rollout is over then, if the file asks for a verdict.
+    pub until: Millis,
+    /// Somebody went back to an earlier release.
+    pub rollback: bool,
 }
 
 /// One running copy, as far as known.
@@ -235,8 +267,19 @@ pub struct Attempt {
     /// take as long again.
     #[serde(default)]
     pub timed_out: bool,
+    /// The last end was a success.
+    #[serde(default)]
+    pub well: bool,
     /// The revision this counts for; another one starts afresh.
     pub revision: Option<Digest>,
+}
+
+impl Watch {
+    /// Its whole time from now on.
+    pub(crate) fn begin_anew(&mut self, now: Millis) {
+        let span = self.until.saturating_sub(self.since);
+        (self.since, self.until) = (now, now.saturating_add(span));
+    }
 }
 
 impl Attempt {
@@ -267,6 +310,17 @@ impl Layout {
     }
 }
 
+impl Rollout {
+    pub(crate) fn proving(&self) -> bool {
+        self.state == RolloutState::Proving
+    }
+
+    /// Nothing has turned back yet.
+    pub(crate) fn hopeful(&self) -> bool {
+        !matches!(self.state, RolloutState::Returning { .. })
+    }
+}
+
 impl World {
     pub fn new(environment: EnvironmentName) -> Self {
         Self {
@@ -275,6 +329,7 @@ impl World {
             goal: Goal::Nothing,
             proven: None,
             rollout: None,
+            watch: None,
             instances: BTreeMap::new(),
             jobs_done: BTreeSet::new(),
             attempts: BTreeMap::new(),
@@ -307,6 +362,7 @@ impl World {
             goal,
             proven,
             rollout,
+            watch,
             instances,
             jobs_done,
             attempts,
@@ -326,6 +382,7 @@ impl World {
             && *goal == other.goal
             && *proven == other.proven
             && *rollout == other.rollout
+            && *watch == other.watch
             && *concluding == other.concluding
             && *attempts == other.attempts
             && *jobs_done == other.jobs_done
@@ -355,6 +412,9 @@ impl World {
         if let Some(rollout) = &mut self.rollout {
             clamp(&mut rollout.started);
         }
+        if let Some(watch) = self.watch.as_mut().filter(|w| w.since > now) {
+            watch.begin_anew(now);
+        }
     }
 
     /// The releases this world needs to be planned.
@@ -364,6 +424,12 @@ impl World {
             .values()
             .map(|i| i.release)
             .chain(rollout.flatten())
+            .chain(
+                self.watch
+                    .iter()
+                    .flat_map(|w| [Some(w.release), w.back])
+                    .flatten(),
+            )
             .chain(self.goal.release())
             .chain(self.proven)
             .collect()
@@ -372,6 +438,7 @@ impl World {
     /// Nothing is left to do and nothing is failing.
     pub fn settled(&self) -> bool {
         self.rollout.is_none()
+            && self.watch.is_none()
             && self.concluding.is_none()
             && self
                 .under_way
@@ -387,6 +454,14 @@ impl World {
         self.instances
             .iter()
             .filter(move |(_, i)| &i.service == service)
+    }
+
+    /// On the way to an earlier release, by wish or after a failure.
+    pub(crate) fn goes_back(&self) -> bool {
+        match &self.rollout {
+            Some(rollout) => rollout.rollback || !rollout.hopeful(),
+            None => self.watch.is_some_and(|w| w.rollback),
+        }
     }
 
     /// It is of this revision, and those whose namespaces it shares are still there.

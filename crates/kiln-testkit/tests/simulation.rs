@@ -74,4 +74,6 @@ is_caught! {
     forgotten_callers: LoseParked as Broken::RequestLost(_),
     a_bad_release_called_proven: CallItProven as Broken::BadReleaseProven(..),
     a_failed_release_that_stays: KeepFailed as Broken::NotTurnedBack(_),
+    an_unwatched_release: NoWatch as Broken::NotReturned(_),
+    old_instances_that_go_too_soon: NothingWarm as Broken::NotKeptWarm(_),
 }

@@ -102,6 +102,8 @@ pub enum Command {
     Diff(DiffArgs),
     /// Go back to an earlier release: offline, without building
     Rollback(RollbackArgs),
+    /// Show how far a rollout is, or have a word in it
+    Rollout(RolloutArgs),
     /// List the images in the store
     Images,
     /// Remove what no retained release or running instance needs
@@ -296,6 +298,29 @@ pub struct RollbackArgs {
 }
 
 #[derive(Args, Debug)]
+pub struct RolloutArgs {
+    #[command(subcommand)]
+    pub command: RolloutCommand,
+    #[command(flatten)]
+    pub at: AtArgs,
+}
+
+#[derive(Subcommand, Clone, Copy, Debug)]
+pub enum RolloutCommand {
+    /// Show how far it is, and what the release is still held to
+    Status,
+    /// Move no more traffic and give no verdict until it is resumed
+    Pause,
+    /// Go on; what failed before is not held against the release any more
+    Resume,
+    /// Give it up: what served before serves again
+    Abort,
+    /// Wait no longer for the verdict: the release that has taken over is proven, and the
+    /// old instances go
+    Promote,
+}
+
+#[derive(Args, Debug)]
 pub struct GcArgs {
     /// Only say what would be removed
     #[arg(long)]
@@ -361,7 +386,7 @@ pub struct ExplainArgs {
 #[derive(Args, Debug)]
 pub struct AtArgs {
     /// The environment (default: that of the project in this folder, or the only one)
-    #[arg(short, long, env = "KILN_ENVIRONMENT")]
+    #[arg(short, long, env = "KILN_ENVIRONMENT", global = true)]
     pub environment: Option<String>,
 }
 

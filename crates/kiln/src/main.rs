@@ -21,6 +21,7 @@ mod project;
 mod report;
 mod rollout;
 mod see;
+mod steer;
 mod up;
 mod watch;
 
@@ -90,6 +91,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Down(args) => up::down(context, args).await?,
         Command::Lock(args) => up::lock(context, args).await?,
         Command::Rollback(args) => up::rollback(context, args).await?,
+        Command::Rollout(args) => steer::rollout(context, args).await?,
         Command::Status(args) => see::status(context, args).await?,
         Command::Releases(args) => see::releases(context, args).await?,
         Command::Diff(args) => see::diff(context, args).await?,
@@ -130,6 +132,7 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Logs(_)
             | Command::Exec(_)
             | Command::Rollback(_)
+            | Command::Rollout(_)
             | Command::Down(_)
             | Command::Networks(_)
     )

@@ -309,6 +309,7 @@ async fn superfluous(
     if let Some(rollout) = &status.rollout {
         in_use.extend(rollout.to.into_iter().chain(rollout.from).map(|n| n.0));
     }
+    in_use.extend(status.watch.iter().filter_map(|w| w.back).map(|n| n.0));
     in_use.extend(
         status
             .services

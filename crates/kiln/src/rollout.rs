@@ -13,7 +13,12 @@ use crate::failure::{Failure, Kind};
 /// How a rollout ended.
 enum End {
     Succeeded(String),
-    Failed { text: String, log: Vec<String> },
+    Failed {
+        text: String,
+        log: Vec<String>,
+    },
+    /// It waits for somebody.
+    Paused(String),
 }
 
 /// Shows events after `after` until the rollout is over. The first Ctrl-C gives it up
@@ -56,6 +61,8 @@ pub async fn follow(
             }
             Ok(())
         }
+        Some(End::Paused(text)) => Err(Failure::new(Kind::Rollout, text)
+            .hint("kiln rollout resume, promote or abort says how to go on")),
         Some(End::Failed { text, log }) => Err(failed(text, &log, interrupted)),
         None => Ok(()),
     }
@@ -89,6 +96,7 @@ fn failed(text: String, log: &[String], interrupted: bool) -> Failure {
 fn ended(event: EventRecord) -> Option<End> {
     match event.kind {
         EventKind::Succeeded => Some(End::Succeeded(event.text)),
+        EventKind::Paused => Some(End::Paused(event.text)),
         EventKind::Failed { log } => Some(End::Failed {
             text: event.text,
             log,
@@ -105,7 +113,7 @@ fn show(context: &Context, event: &EventRecord) {
         return;
     }
     match &event.kind {
-        EventKind::Succeeded | EventKind::Failed { .. } => {}
+        EventKind::Succeeded | EventKind::Failed { .. } | EventKind::Paused => {}
         EventKind::Warning => errln!("warning: {}", event.text),
         EventKind::Instance { phase } => {
             // What every instance passes through says nothing; its milestones do.

@@ -12,7 +12,7 @@ use crate::cli::{
 };
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
-use crate::output;
+use crate::{output, steer};
 
 pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure> {
     let names = if args.all {
@@ -37,17 +37,9 @@ pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure>
 }
 
 fn print_status(status: &EnvironmentStatus) {
-    let release = |n: Option<ReleaseNumber>| n.map_or("nothing".into(), |n| format!("release {n}"));
-    outln!("{}: {} serves", status.environment, release(status.proven));
-    if let Some(rollout) = &status.rollout {
-        match &rollout.failed {
-            Some(cause) => outln!("  {} failed ({cause}); returning", release(rollout.to)),
-            None => outln!("  rolling out {}", release(rollout.to)),
-        }
-        for line in &rollout.report {
-            outln!("  · {line}");
-        }
-    }
+    let release = steer::release;
+    outln!("{}: {} serves", status.environment, release(status.serving));
+    steer::print(status);
     if let Some(problem) = &status.problem {
         outln!("  problem: {problem}");
     }

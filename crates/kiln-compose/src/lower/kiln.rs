@@ -6,6 +6,7 @@ use kiln_model::spec::{Check, DebianBase, KilnOptions, Ready, RootSetting, Scrat
 use kiln_model::{Millis, ServiceName};
 
 use super::Lowering;
+use super::rollout::Rollout;
 use super::service::to_millis;
 use crate::diag::{Code, Diagnostic, did_you_mean};
 use crate::node::{Node, Value};
@@ -17,11 +18,13 @@ use crate::values;
 pub(super) struct ProjectExtension {
     pub bases: BTreeMap<String, DebianBase>,
     pub mirror: Option<String>,
+    /// For services that say nothing themselves.
+    pub rollout: Option<Rollout>,
 }
 
 impl Lowering<'_> {
     /// The entries of a mapping whose keys are known; others are errors.
-    fn known<'n>(
+    pub(super) fn known<'n>(
         &mut self,
         node: &'n Node,
         path: &str,
@@ -60,7 +63,7 @@ impl Lowering<'_> {
         let Some(node) = self.project.tree.get("x-kiln") else {
             return out;
         };
-        for (key, value) in self.known(node, "x-kiln", &["bases", "debian"]) {
+        for (key, value) in self.known(node, "x-kiln", &["bases", "debian", "rollout"]) {
             match key {
                 "bases" => {
                     for (name, base) in value.as_map().into_iter().flatten() {
@@ -68,6 +71,7 @@ impl Lowering<'_> {
                         out.bases.insert(name.clone(), base);
                     }
                 }
+                "rollout" => out.rollout = Some(self.rollout(value, "x-kiln.rollout")),
                 _ => {
                     for (_, mirror) in self.known(value, "x-kiln.debian", &["mirror"]) {
                         out.mirror = self.string(mirror, "x-kiln.debian.mirror");
@@ -149,7 +153,7 @@ impl Lowering<'_> {
         )
     }
 
-    fn span_of_time(&mut self, node: &Node, path: &str) -> Option<Millis> {
+    pub(super) fn span_of_time(&mut self, node: &Node, path: &str) -> Option<Millis> {
         let nanos = units::parse_duration(&node.text().unwrap_or_default());
         let positive = nanos.and_then(|n| {
             if n < 0 {
@@ -185,11 +189,21 @@ impl Lowering<'_> {
         &mut self,
         service: &ServiceName,
         node: Option<&Node>,
-    ) -> KilnOptions {
-        let mut out = KilnOptions::default();
-        let Some(node) = node else { return out };
+    ) -> (KilnOptions, Option<Rollout>) {
+        let (mut out, mut rollout) = (KilnOptions::default(), None);
+        let Some(node) = node else {
+            return (out, rollout);
+        };
         let path = format!("services.{service}.x-kiln");
-        let known = ["root", "scratch", "ready", "test", "drain", "exclusive"];
+        let known = [
+            "root",
+            "scratch",
+            "ready",
+            "test",
+            "drain",
+            "exclusive",
+            "rollout",
+        ];
         for (key, value) in self.known(node, &path, &known) {
             let here = format!("{path}.{key}");
             match key {
@@ -202,10 +216,11 @@ impl Lowering<'_> {
                 "ready" => out.ready = self.ready(value, &here),
                 "test" => out.test = self.checks(value, &here),
                 "drain" => out.drain = self.span_of_time(value, &here),
+                "rollout" => rollout = Some(self.rollout(value, &here)),
                 _ => out.exclusive = self.boolean(value, &here),
             }
         }
-        out
+        (out, rollout)
     }
 
     /// `x-kiln` of a mount: may its files be run?

@@ -5,6 +5,7 @@ mod build;
 mod kiln;
 mod network;
 mod resources;
+mod rollout;
 mod security;
 mod service;
 mod storage;
@@ -52,9 +53,11 @@ pub fn lower(
         reader,
         diagnostics: Diagnostics::default(),
         files_read: vec![],
+        rollout: None,
     };
     lowering.support(&project.tree, String::new());
     let extension = lowering.project_extension();
+    lowering.rollout = extension.rollout;
     let mut spec = Spec {
         project: name,
         folder: project.folder.clone(),
@@ -115,6 +118,8 @@ struct Lowering<'a> {
     reader: &'a dyn Reader,
     diagnostics: Diagnostics,
     files_read: Vec<PathBuf>,
+    /// The project's, for services that say nothing.
+    rollout: Option<rollout::Rollout>,
 }
 
 impl Lowering<'_> {

@@ -27,7 +27,8 @@ impl Lowering<'_> {
         let mut labels = self.pairs(node.at(&["deploy", "labels"]));
         labels.extend(self.pairs(node.get("labels")));
         let network = self.network_mode(node)?;
-        Some(Service {
+        let (kiln, rollout) = self.service_extension(name, node.get("x-kiln"));
+        let mut service = Service {
             image,
             pull_policy: self.pull_policy(node),
             platform: text(node, "platform"),
@@ -55,8 +56,10 @@ impl Lowering<'_> {
             pre_stop: self.hooks(node, "pre_stop"),
             labels,
             annotations: self.pairs(node.get("annotations")),
-            kiln: self.service_extension(name, node.get("x-kiln")),
-        })
+            kiln,
+        };
+        self.set_rollout(&mut service, rollout, node);
+        Some(service)
     }
 
     fn pull_policy(&mut self, node: &Node) -> PullPolicy {

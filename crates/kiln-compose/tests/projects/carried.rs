@@ -5,8 +5,9 @@ use std::path::Path;
 use kiln_compose::ConfigFormat;
 use kiln_model::Millis;
 use kiln_model::spec::{
-    Check, FileSource, HealthTest, HealthcheckSetting, Hook, ImageSource, MountSource, NetworkMode,
-    PullPolicy, Ready, RestartPolicy, RootSetting, Seccomp, WatchAction,
+    Check, FailureAction, FileSource, HealthTest, HealthcheckSetting, Hook, ImageSource,
+    MountSource, NetworkMode, PullPolicy, Ready, RestartPolicy, RootSetting, Seccomp, Strategy,
+    WatchAction,
 };
 
 use super::*;
@@ -14,6 +15,7 @@ use super::*;
 const EVERYTHING: &str = r#"
 name: shop
 x-kiln:
+  rollout: blue-green
   debian: {mirror: "http://mirror.example/debian"}
   bases:
     python: {suite: bookworm, packages: [python3], env: {PATH: /usr/bin}}
@@ -62,7 +64,7 @@ services:
     pid: host
     ipc: host
     logging: {driver: local, options: {max-size: 1m, max-file: "2"}}
-    deploy: {replicas: 2, labels: {d: 1}, update_config: {parallelism: 1, delay: 2s, order: start-first, max_failure_ratio: 0.25}}
+    deploy: {replicas: 2, labels: {d: 1}, update_config: {parallelism: 1, delay: 2s, order: start-first, max_failure_ratio: 0.25, monitor: 7s, failure_action: pause}, rollback_config: {parallelism: 3, failure_action: continue}}
     labels: {l: 1}
     extra_hosts: ["gw:host-gateway"]
     dns: [9.9.9.9]
@@ -78,6 +80,7 @@ services:
         - file: {path: /etc/x, contains: y, mode: "0644"}
       drain: 5s
       exclusive: false
+      rollout: {strategy: rolling, keep_warm: 10m, monitor: 9s}
   db:
     image: oci:./db
     network_mode: host
@@ -158,6 +161,20 @@ fn a_whole_service_is_carried_over() {
     assert_eq!(web.replicas, 2);
     assert_eq!(web.pull_policy, PullPolicy::Every(Millis(12 * 3_600_000)));
     assert_eq!(web.update.max_failure_ratio, Some(250));
+    assert_eq!(
+        web.update.monitor,
+        Some(Millis(9_000)),
+        "x-kiln has the last word"
+    );
+    assert_eq!(web.update.failure_action, Some(FailureAction::Pause));
+    let back = web.rollback.as_ref().unwrap();
+    assert_eq!(back.parallelism, Some(3));
+    assert_eq!(back.failure_action, Some(FailureAction::Continue));
+    let rollout = web.kiln.rollout.as_ref().unwrap();
+    assert_eq!(rollout.strategy, Some(Strategy::Rolling));
+    assert_eq!(rollout.keep_warm, Some(Millis(600_000)));
+    let of_db = loaded.spec.services["db"].kiln.rollout.as_ref().unwrap();
+    assert_eq!(of_db.strategy, Some(Strategy::BlueGreen), "the project's");
     assert_eq!(web.labels.len(), 2);
     assert_eq!(web.limits.memory, Some(64 << 20));
     assert_eq!(web.limits.nano_cpus, Some(500_000_000));

@@ -92,6 +92,45 @@ fn unknown_x_kiln_keys_are_errors_and_other_extensions_are_not() {
 }
 
 #[test]
+fn strategies_that_contradict_the_rest_are_errors() {
+    for (keys, says) in [
+        ("x-kiln: {rollout: canary}", "is `rolling`"),
+        ("x-kiln: {rollout: {strategy: handoff}}", "is `rolling`"),
+        ("x-kiln: {rollout: {steps: [5%]}}", "unknown key `steps`"),
+        ("x-kiln: {exclusive: true}, scale: 2", "several replicas"),
+        (
+            "x-kiln: {rollout: {strategy: recreate, keep_warm: 1m}}",
+            "none is kept warm",
+        ),
+        (
+            "x-kiln: {rollout: recreate}, deploy: {update_config: {order: start-first}}",
+            "recreate",
+        ),
+        (
+            "x-kiln: {rollout: recreate}, deploy: {update_config: {parallelism: 2}}",
+            "recreate",
+        ),
+        (
+            "x-kiln: {rollout: blue-green}, deploy: {update_config: {order: stop-first}}",
+            "blue-green",
+        ),
+        (
+            "x-kiln: {rollout: blue-green}, deploy: {update_config: {parallelism: 2}}",
+            "blue-green",
+        ),
+        (
+            "x-kiln: {rollout: {keep_warm: 1m}}, deploy: {update_config: {order: stop-first}}",
+            "nothing is left",
+        ),
+    ] {
+        let text = format!("services: {{a: {{image: x, {keys}}}}}");
+        let found = errors(&[("compose.yaml", &text)]);
+        assert_eq!(found.len(), 1, "{keys}: {found:#?}");
+        assert!(found[0].message.contains(says), "{keys}: {found:#?}");
+    }
+}
+
+#[test]
 fn everything_wrong_is_told_at_once() {
     let found = errors(&[(
         "compose.yaml",
@@ -221,7 +260,7 @@ services:
     volumes: ["nfs:/nfs"]
     configs: [conf]
     secrets: [key]
-    deploy: {update_config: {failure_action: pause}, rollback_config: {parallelism: 1}}
+    deploy: {restart_policy: {window: 1s}}
   db: {image: y}
 networks: {shared: {external: true}}
 volumes: {nfs: {driver_opts: {type: nfs, o: addr=host, device: ":/x"}}}
@@ -289,6 +328,5 @@ fn what_is_not_carried_out_may_be_ignored_unless_something_would_be_missing() {
     assert!(loaded.spec.networks["shared"].external);
     assert!(loaded.spec.volumes["nfs"].driver_opts.is_empty());
     let noted = |key: &str| loaded.notes.iter().any(|n| n.key.as_deref() == Some(key));
-    assert!(noted("services.*.deploy.update_config.failure_action"));
-    assert!(noted("services.*.deploy.rollback_config"));
+    assert!(noted("services.*.deploy.restart_policy.window"));
 }

@@ -131,6 +131,18 @@ impl Client {
         .await
     }
 
+    /// `pause`, `resume` or `promote`.
+    pub async fn steer(
+        &self,
+        e: &EnvironmentName,
+        what: &str,
+        by: &str,
+    ) -> Result<(), ClientError> {
+        let request = DownRequest { by: by.to_owned() };
+        let path = format!("/v1/environments/{e}/rollout/{what}");
+        self.call(Method::POST, &path, Some(&request)).await
+    }
+
     pub async fn explain(
         &self,
         e: &EnvironmentName,

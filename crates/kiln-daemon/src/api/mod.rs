@@ -5,6 +5,7 @@ pub mod client;
 pub mod error;
 mod json;
 mod networks;
+mod rollout;
 pub mod types;
 
 use std::sync::{Arc, PoisonError};
@@ -56,6 +57,9 @@ pub struct Api {
         rollback,
         down,
         abandon,
+        rollout::pause,
+        rollout::resume,
+        rollout::promote,
         events,
         explain,
         executed,
@@ -80,6 +84,7 @@ pub fn router(shared: Arc<Shared>, stop: mpsc::Sender<()>) -> Router {
         .route("/rollback", post(rollback))
         .route("/down", post(down))
         .route("/abandon", post(abandon))
+        .merge(rollout::router())
         .route("/events", get(events))
         .route("/instances/{id}", get(explain))
         .route("/instances/{id}/exec", post(executed));
@@ -171,8 +176,8 @@ async fn releases(
     State(api): State<Api>,
     Path(name): Path<EnvironmentName>,
 ) -> Result<Json<Vec<ReleaseLine>>, ApiError> {
-    let proven = match api.shared.engine(name.as_str()) {
-        Some(engine) => engine.ask(|reply| Message::Status { reply }).await?.proven,
+    let serving = match api.shared.engine(name.as_str()) {
+        Some(engine) => engine.ask(|reply| Message::Status { reply }).await?.serving,
         None => None,
     };
     let records = api
@@ -190,7 +195,7 @@ async fn releases(
                 by: r.by,
                 reason: r.reason,
                 outcome: r.outcome,
-                serving: Some(r.number) == proven,
+                serving: Some(r.number) == serving,
             })
             .collect(),
     ))

@@ -118,7 +118,13 @@ pub struct EnvironmentStatus {
     /// The release that last proved itself.
     #[schema(value_type = Option<u64>)]
     pub proven: Option<ReleaseNumber>,
+    /// The release that traffic goes to; of one that is watched the verdict may be open.
+    #[schema(value_type = Option<u64>)]
+    pub serving: Option<ReleaseNumber>,
     pub rollout: Option<RolloutStatus>,
+    /// The time after the last switch, while it lasts.
+    #[serde(default)]
+    pub watch: Option<WatchStatus>,
     pub services: Vec<ServiceStatus>,
     /// Ports that could not be opened, if any.
     pub problem: Option<String>,
@@ -130,9 +136,27 @@ pub struct RolloutStatus {
     pub to: Option<ReleaseNumber>,
     #[schema(value_type = Option<u64>)]
     pub from: Option<ReleaseNumber>,
+    /// `proving`, `moving` (traffic), `watching`, `paused`, `returning`.
+    pub state: String,
+    /// Why it waits for `kiln rollout resume`, `promote` or `abort`.
+    pub paused: Option<String>,
     /// Why it turns back, if it does.
     pub failed: Option<String>,
     pub report: Vec<String>,
+}
+
+/// A release is judged by how it does, or the one before is kept ready.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct WatchStatus {
+    #[schema(value_type = u64)]
+    pub release: ReleaseNumber,
+    /// What would serve again.
+    #[schema(value_type = Option<u64>)]
+    pub back: Option<ReleaseNumber>,
+    /// When all traffic had moved.
+    pub since: u64,
+    /// Milliseconds until the rollout is over; 0: nobody waits for it.
+    pub verdict_in: u64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -222,6 +246,8 @@ pub enum EventKind {
         /// The last lines the failing instance printed.
         log: Vec<String>,
     },
+    /// Something failed, and the rollout waits for somebody to say how to go on.
+    Paused,
     Warning,
 }
 

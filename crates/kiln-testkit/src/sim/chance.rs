@@ -20,17 +20,44 @@ impl Sim {
             return Ok(());
         };
         if keeper.world.rollout.is_some() {
-            if self.rng.permille(150) {
-                let why = "asked".into();
-                return self.take(Event::Abandoned { why });
-            }
-            return Ok(());
+            return self.meddle();
         }
         match self.rng.below(20) {
             0 => self.down(),
             1..=3 => self.rollback(),
             4 => self.taint(),
             _ => self.up(false),
+        }
+    }
+
+    /// Somebody has a say in what is under way.
+    fn meddle(&mut self) -> Result<(), Broken> {
+        let why = "asked".to_owned();
+        let event = match self.rng.below(12) {
+            0 | 1 => Event::Abandoned { why },
+            2 | 3 => Event::Paused { why },
+            4 | 5 => Event::Resumed,
+            6 => Event::Promoted,
+            _ => return Ok(()),
+        };
+        self.undisturbed = None;
+        self.take(event)
+    }
+
+    /// A paused rollout waits for somebody.
+    pub(super) fn answer_pause(&mut self) -> Result<(), Broken> {
+        let rollout = self.keeper.as_ref().and_then(|k| k.world.rollout.as_ref());
+        if rollout.is_none_or(|r| r.paused.is_none()) {
+            return Ok(());
+        }
+        self.undisturbed = None;
+        match self.rng.below(3) {
+            0 => self.take(Event::Resumed),
+            1 => self.take(Event::Promoted),
+            _ => {
+                let why = "it does not do".into();
+                self.take(Event::Abandoned { why })
+            }
         }
     }
 
@@ -42,6 +69,7 @@ impl Sim {
         self.take(Event::Desired {
             goal: Goal::Nothing,
             layout,
+            rollback: false,
         })
     }
 
@@ -55,7 +83,7 @@ impl Sim {
             .collect();
         let to = self.rng.pick(&proven).copied();
         match to.and_then(|n| self.disk.content(n)).cloned() {
-            Some(release) => self.roll_out(release),
+            Some(release) => self.roll_out(release, true),
             None => Ok(()),
         }
     }
@@ -73,10 +101,14 @@ impl Sim {
             self.project.edit(&mut self.rng, good);
         }
         let release = self.project.release().map_err(simulator)?;
-        self.roll_out(release)
+        self.roll_out(release, false)
     }
 
-    fn roll_out(&mut self, release: kiln_model::Release) -> Result<(), Broken> {
+    pub(super) fn roll_out(
+        &mut self,
+        release: kiln_model::Release,
+        rollback: bool,
+    ) -> Result<(), Broken> {
         let Some(keeper) = &self.keeper else {
             return Ok(());
         };
@@ -88,7 +120,12 @@ impl Sim {
         self.summary.rollouts += 1;
         self.note(|| format!("==== rolling out {number}"));
         let goal = Goal::Release(number);
-        self.take(Event::Desired { goal, layout })?;
+        self.undisturbed = self.keeper.as_ref().and_then(|k| k.world.proven);
+        self.take(Event::Desired {
+            goal,
+            layout,
+            rollback,
+        })?;
         // What was not stored was not begun; kiln says so in the release's record.
         let begun = self
             .keeper

@@ -2,8 +2,9 @@
 //! the bugs a test may have planted.
 
 use kiln_model::instance::ExitStatus;
-use kiln_model::release::Outcome;
+use kiln_model::release::{Outcome, ReleasedService};
 use kiln_model::route::{RouteMode, RoutingTable};
+use kiln_model::spec::{NetworkMode, Order, Strategy};
 use kiln_model::{Generation, InstanceId};
 use kiln_plan::{Conclusion, Effect, EffectKey, Event, Goal, ProbePlan, is_exclusive};
 
@@ -227,6 +228,7 @@ impl Sim {
             }
             _ => {}
         }
+        self.may_be_drained(&id)?;
         if !self.outside.proxy_up {
             self.fail(EffectKey::Drain(id));
             return Ok(None);
@@ -237,6 +239,48 @@ impl Sim {
         let until = self.now + limit;
         self.drain(id, until);
         Ok(None)
+    }
+
+    /// Where the file asks for a verdict after the switch, what served before stays ready
+    /// until it is there.
+    fn may_be_drained(&self, id: &InstanceId) -> Result<(), Broken> {
+        let facts = || {
+            let world = &self.keeper.as_ref()?.world;
+            let newest = world.goal.release()?;
+            let open = self.disk.outcomes.get(&newest) == Some(&Outcome::RollingOut);
+            let back = self
+                .undisturbed
+                .filter(|_| open && self.settled_rollout())?;
+            let process = self.outside.processes.get(id)?;
+            let name = &process.service;
+            let new = self.disk.content(newest)?.services.get(name)?;
+            let old = self.disk.content(back)?.services.get(name)?;
+            let instance = world.instances.get(id)?;
+            let update = &new.service.update;
+            let monitor = update.monitor.filter(|m| m.0 > 0);
+            let rollout = new.service.kiln.rollout.as_ref();
+            let strategy = rollout.and_then(|r| r.strategy.as_ref());
+            let recreated = strategy == Some(&Strategy::Recreate) && update.order.is_none();
+            let room_first = recreated || update.order == Some(Order::StopFirst);
+            let overlap = !room_first && !is_exclusive(new);
+            // Who shares another's network goes with it.
+            let shares = |s: &ReleasedService| matches!(s.service.network, NetworkMode::Service(_));
+            let own = !shares(new) && !shares(old);
+            let served = process.image == old.image.digest && process.image != new.image.digest;
+            let served = served && old.revision().ok() == Some(instance.revision);
+            let wanted = instance.index <= old.service.replicas && process.proven.is_some();
+            Some(monitor.is_some() && overlap && own && served && wanted && process.running())
+        };
+        match facts() {
+            Some(true) if !self.told_unwell.contains(id) => Err(Broken::NotKeptWarm(id.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    /// By wish, not on its way back, by `update_config`.
+    fn settled_rollout(&self) -> bool {
+        let rollout = self.keeper.as_ref().and_then(|k| k.world.rollout.as_ref());
+        rollout.is_some_and(|r| !r.rollback && !r.promoted)
     }
 
     pub(super) fn drain(&mut self, id: InstanceId, until: u64) {

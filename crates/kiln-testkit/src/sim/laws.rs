@@ -36,6 +36,10 @@ pub enum Broken {
     NoRest(String),
     #[error("not where it should be: {0}")]
     WrongEnd(String),
+    #[error("`{0}` was drained although it was to be kept ready until the verdict")]
+    NotKeptWarm(InstanceId),
+    #[error("release {0} failed after the switch and did not return")]
+    NotReturned(u64),
     #[error("how release {0} ended was not recorded")]
     NotRecorded(u64),
     #[error("the planner made an unlawful plan: {0}")]
@@ -83,4 +87,8 @@ pub enum Plant {
     CallItProven,
     /// The goal does not turn back when a release fails.
     KeepFailed,
+    /// The time after a switch is over as soon as it has begun.
+    NoWatch,
+    /// After a switch nothing is known to be kept ready.
+    NothingWarm,
 }

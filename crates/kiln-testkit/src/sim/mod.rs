@@ -116,6 +116,7 @@ fn whole(sim: &mut Sim) -> Result<(), Broken> {
     rest(sim, "a good release", settled)?;
     all_is_well(sim)?;
     nothing_is_dropped(sim)?;
+    a_failure_is_returned_from(sim)?;
     if sim.rng.permille(500) {
         sim.down()?;
         rest(sim, "taking everything down", settled)?;
@@ -141,6 +142,48 @@ fn nothing_is_dropped(sim: &mut Sim) -> Result<(), Broken> {
     }
 }
 
+/// From a good release to one of which a service ends soon after its switch, and back.
+fn a_failure_is_returned_from(sim: &mut Sim) -> Result<(), Broken> {
+    let before = sim.keeper.as_ref().and_then(|k| k.world.proven);
+    let Some(spoilt) = sim.project.spoil(&mut sim.rng) else {
+        return Ok(());
+    };
+    let release = sim.project.release().map_err(run::simulator)?;
+    sim.roll_out(release, false)?;
+    rest(sim, "a release that fails after its switch", decided)?;
+    let newest = sim.disk.outcomes.keys().next_back().copied();
+    let newest = newest.map_or(0, |n| n.0);
+    let back = sim.keeper.as_ref().and_then(|k| k.world.goal.release());
+    if back != before {
+        return Err(Broken::NotReturned(newest));
+    }
+    match sim.disk.outcomes.values().next_back() {
+        Some(Outcome::Failed { .. }) => {}
+        Some(Outcome::Proven) => return Err(Broken::BadReleaseProven(newest, spoilt)),
+        _ => return Err(Broken::NotRecorded(newest)),
+    }
+    let Some(release) = before.and_then(|n| sim.disk.content(n)) else {
+        return Ok(());
+    };
+    let mut servers = release
+        .services
+        .iter()
+        .filter(|(name, _)| !sim.project.ends_well(name));
+    let served = servers.all(|(name, s)| {
+        let table = sim.outside.table.as_ref();
+        let backends = table.and_then(|t| t.services.get(name));
+        let mut backends = backends.into_iter().flat_map(|r| &r.backends);
+        backends.all(|b| {
+            let process = sim.outside.processes.get(&b.instance);
+            process.is_some_and(|p| p.running() && p.image == s.image.digest)
+        })
+    });
+    match served {
+        true => Ok(()),
+        false => Err(Broken::NotReturned(newest)),
+    }
+}
+
 fn rest(sim: &mut Sim, what: &str, over: fn(&Sim) -> bool) -> Result<(), Broken> {
     let until = sim.now + PATIENCE_MS;
     let mut since = None;
@@ -152,6 +195,7 @@ fn rest(sim: &mut Sim, what: &str, over: fn(&Sim) -> bool) -> Result<(), Broken>
         if sim.now > until {
             break;
         }
+        sim.answer_pause()?;
         sim.advance()?;
     }
     Err(Broken::NoRest(what.into()))
@@ -165,6 +209,10 @@ fn rollout_over(sim: &Sim) -> bool {
             let emptied = k.world.goal != Goal::Nothing || k.world.instances.is_empty();
             k.world.rollout.is_none() && k.world.concluding.is_none() && emptied
         })
+}
+
+fn decided(sim: &Sim) -> bool {
+    rollout_over(sim) && sim.keeper.as_ref().is_some_and(|k| k.world.watch.is_none())
 }
 
 fn settled(sim: &Sim) -> bool {

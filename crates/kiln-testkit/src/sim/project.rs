@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use kiln_model::release::{Release, ReleasedImage, ReleasedService};
 use kiln_model::spec::{
-    Condition, Dependency, HealthTest, Healthcheck, HealthcheckSetting, Mount, MountSource,
-    NetworkMode, RestartPolicy, Service, ServiceMode,
+    Condition, Dependency, FailureAction, HealthTest, Healthcheck, HealthcheckSetting, Mount,
+    MountSource, NetworkMode, Order, RestartPolicy, RolloutOptions, Service, ServiceMode, Strategy,
+    UpdateConfig,
 };
 use kiln_model::{Digest, ImageConfig, Millis, ServiceName};
 
@@ -280,6 +281,29 @@ impl Project {
         self.new_image(rng, &name, true);
     }
 
+    /// One server gets a program that ends soon after it has proven itself, with a watch
+    /// that is long enough to see it.
+    pub fn spoil(&mut self, rng: &mut Rng) -> Option<ServiceName> {
+        let servers: Vec<ServiceName> = self
+            .services
+            .iter()
+            .filter(|(_, s)| s.service.restart == RestartPolicy::Always)
+            .map(|(name, _)| name.clone())
+            .collect();
+        let name = rng.pick(&servers).cloned()?;
+        self.new_image(rng, &name, true);
+        let service = self.services.get_mut(&name)?;
+        let update = &mut service.service.update;
+        update.monitor = rng.permille(500).then_some(Millis(20_000));
+        update.failure_action = None;
+        update.max_failure_ratio = None;
+        let boot = rng.between(5, 300);
+        let after = boot + 2_000 + rng.below(2_000);
+        let ends = Behaviour::Ends { after, boot };
+        self.behaviours.insert(service.image.digest, ends);
+        Some(name)
+    }
+
     fn new_image(&mut self, rng: &mut Rng, name: &ServiceName, good: bool) {
         let Some(service) = self.services.get_mut(name) else {
             return;
@@ -353,6 +377,33 @@ fn settings(released: &mut ReleasedService, rng: &mut Rng) {
     service.process.stop_grace = rng.permille(500).then(|| Millis(rng.below(3_000)));
     service.update.parallelism = rng.permille(300).then(|| rng.between(0, 3) as u32);
     service.update.delay = rng.permille(200).then(|| Millis(rng.below(3_000)));
+    service.update.order = rng.permille(150).then(|| match rng.permille(500) {
+        true => Order::StartFirst,
+        false => Order::StopFirst,
+    });
+    if !service.mounts.is_empty() {
+        service.update.order = None;
+    }
+    service.update.monitor = rng.permille(300).then(|| Millis(rng.below(40_000)));
+    service.update.failure_action = rng.permille(200).then(|| match rng.below(3) {
+        0 => FailureAction::Pause,
+        1 => FailureAction::Continue,
+        _ => FailureAction::Rollback,
+    });
+    service.update.max_failure_ratio = rng.permille(200).then(|| rng.below(1_001) as u32);
+    service.rollback = rng.permille(200).then(|| UpdateConfig {
+        parallelism: rng.permille(500).then(|| rng.between(0, 3) as u32),
+        monitor: rng.permille(500).then(|| Millis(rng.below(20_000))),
+        ..UpdateConfig::default()
+    });
+    service.kiln.rollout = rng.permille(300).then(|| RolloutOptions {
+        strategy: Some(match rng.below(3) {
+            0 => Strategy::Rolling,
+            1 => Strategy::BlueGreen,
+            _ => Strategy::Recreate,
+        }),
+        keep_warm: rng.permille(500).then(|| Millis(rng.below(60_000))),
+    });
     service.health = match rng.permille(600) {
         true => HealthcheckSetting::Set(Healthcheck {
             test: Some(HealthTest::Exec(vec!["check".into()])),

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use kiln_model::{InstanceId, Millis, RoutingTable, ServiceName};
+use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
 use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Plan, Refused, TRY_AGAIN, World, is_job};
 
 use super::laws::{Broken, Plant};
@@ -90,6 +90,10 @@ pub(super) struct Sim {
     pub report: Vec<String>,
     /// Instances of whose end this life of the daemon has been told.
     told_ended: BTreeSet<InstanceId>,
+    /// Instances that kiln was told were unwell.
+    pub told_unwell: BTreeSet<InstanceId>,
+    /// What was proven when the last release was wanted, unless somebody has had a say since.
+    pub undisturbed: Option<ReleaseNumber>,
 }
 
 impl Sim {
@@ -117,6 +121,8 @@ impl Sim {
             sent: BTreeSet::new(),
             report: Vec::new(),
             told_ended: BTreeSet::new(),
+            told_unwell: BTreeSet::new(),
+            undisturbed: None,
         };
         sim.outside.proxy_up = true;
         sim.outside.forgetful = plant == Some(Plant::LoseParked);
@@ -226,6 +232,9 @@ impl Sim {
             if let Event::Exited { id, .. } | Event::StartFailed { id, .. } = &event {
                 self.told_ended.insert(id.clone());
             }
+            if let Event::Unhealthy { id, .. } = &event {
+                self.told_unwell.insert(id.clone());
+            }
             let event = match (self.plant, event) {
                 (Some(Plant::SwallowEnd), Event::Exited { .. }) => Event::Tick,
                 (_, event) => event,
@@ -237,7 +246,7 @@ impl Sim {
                 self.host_goes_down();
                 return Ok(());
             }
-            self.keep_failed_if_planted();
+            self.spoil_if_planted();
             next = match taken {
                 Ok(plan) => self.carry_out(plan)?,
                 Err(Refused::Unlawful { violation, plan }) => {
@@ -253,12 +262,28 @@ impl Sim {
         Ok(())
     }
 
-    fn keep_failed_if_planted(&mut self) {
-        let world = self.keeper.as_mut().map(|k| &mut k.world);
-        if let (Some(Plant::KeepFailed), Some(world)) = (self.plant, world)
-            && let Some(Conclusion::Failed { release, .. }) = &world.concluding
-        {
-            world.goal = Goal::Release(*release);
+    fn spoil_if_planted(&mut self) {
+        let Some(world) = self.keeper.as_mut().map(|k| &mut k.world) else {
+            return;
+        };
+        match self.plant {
+            Some(Plant::KeepFailed) => {
+                if let Some(Conclusion::Failed { release, .. }) = &world.concluding {
+                    world.goal = Goal::Release(*release);
+                }
+            }
+            Some(Plant::NoWatch) => {
+                if let Some(watch) = &mut world.watch {
+                    watch.until = watch.since;
+                    watch.rollback = true;
+                }
+            }
+            Some(Plant::NothingWarm) => {
+                if let (Some(watch), Some(_)) = (&mut world.watch, &world.rollout) {
+                    watch.back = None;
+                }
+            }
+            _ => {}
         }
     }
 

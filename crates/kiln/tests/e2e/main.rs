@@ -18,6 +18,7 @@ mod load;
 mod looking;
 mod matrix;
 mod network;
+mod rollouts;
 mod serving;
 mod soak;
 mod upgrade;

@@ -41,6 +41,8 @@ const NOT_LOOKED_AT: &[(&str, &str)] = &[
     ("networks.*.ipam.driver", ONE_VALUE),
     ("services.*.deploy.endpoint_mode", ONE_VALUE),
     ("services.*.deploy.restart_policy.max_attempts", ROLLOUT),
+    ("services.*.deploy.rollback_config", ROLLOUT),
+    ("services.*.deploy.rollback_config.**", ROLLOUT),
     ("services.*.deploy.update_config", ROLLOUT),
     ("services.*.deploy.update_config.**", ROLLOUT),
     ("services.*.healthcheck.retries", ROLLOUT),

@@ -1,0 +1,156 @@
+//! What people have to say about a rollout that is under way: pause, resume, promote, and
+//! what is shown of it. Giving it up is [`Event::Abandoned`].
+
+use kiln_model::ReleaseNumber;
+use kiln_plan::{Event, RolloutState, World};
+
+use crate::api::error::ApiError;
+use crate::api::types::{EventKind, RolloutStatus, WatchStatus};
+use crate::engine::Engine;
+use crate::shared::Shared;
+
+impl Engine {
+    /// A wish that is refused if it can't be stored.
+    pub(crate) fn wish(&mut self, event: Event) -> Result<(), ApiError> {
+        let done = self.happened(event);
+        done.map_err(|e| ApiError::internal(e.to_string()))
+    }
+
+    pub(crate) fn pause(&mut self, by: &str) -> Result<(), ApiError> {
+        self.under_way()?;
+        self.recorded(by, "pause");
+        let why = format!("asked by {by}");
+        self.wish(Event::Paused { why })
+    }
+
+    pub(crate) fn resume(&mut self, by: &str) -> Result<(), ApiError> {
+        self.under_way()?;
+        let rollout = self.keeper.world.rollout.as_ref();
+        if rollout.is_none_or(|r| r.paused.is_none()) {
+            return Err(ApiError::conflict(
+                "the rollout is not paused",
+                "kiln rollout status says how far it is",
+            ));
+        }
+        self.recorded(by, "resume");
+        self.tell(None, None, EventKind::Note, format!("resumed by {by}"));
+        self.wish(Event::Resumed)
+    }
+
+    pub(crate) fn promote(&mut self, by: &str) -> Result<(), ApiError> {
+        if self.keeper.world.watch.is_none() {
+            self.under_way()?;
+        }
+        self.recorded(by, "promote");
+        self.tell(None, None, EventKind::Note, format!("promoted by {by}"));
+        self.wish(Event::Promoted)
+    }
+
+    fn recorded(&self, by: &str, action: &str) {
+        let subject = self.keeper.world.environment.as_str();
+        self.shared.record(by, action, subject, &[]);
+    }
+
+    /// There is a rollout that has not turned back.
+    fn under_way(&self) -> Result<(), ApiError> {
+        let environment = &self.keeper.world.environment;
+        match self.keeper.world.rollout.as_ref().map(|r| &r.state) {
+            None => Err(ApiError::conflict(
+                format!("no rollout is under way in `{environment}`"),
+                "kiln status says what serves; kiln rollback goes back",
+            )),
+            Some(RolloutState::Returning { cause, .. }) => Err(ApiError::conflict(
+                format!("the rollout in `{environment}` is returning already: {cause}"),
+                "kiln status says what serves",
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// A rollout's turns that no instance's phase tells of. `asked`: a pause was wished for,
+    /// so that nobody has to be told that something is wrong.
+    pub(crate) fn tell_turns(&self, before: &World, asked: bool) {
+        let world = &self.keeper.world;
+        let (Some(now), then) = (&world.rollout, &before.rollout) else {
+            return;
+        };
+        let said = |state: &RolloutState| then.as_ref().is_some_and(|r| r.state == *state);
+        if let Some(why) = &now.paused
+            && then.as_ref().is_none_or(|r| r.paused.is_none())
+        {
+            let release = now
+                .to
+                .release()
+                .map_or_else(String::new, |n| format!(" {n}"));
+            let text = format!("release{release} is paused: {why}");
+            let kind = match asked {
+                true => EventKind::Note,
+                false => EventKind::Paused,
+            };
+            self.tell(None, None, kind, text);
+        }
+        if now.state == RolloutState::Watching
+            && !said(&now.state)
+            && let Some(watch) = world.watch
+        {
+            let span = watch.until.saturating_sub(watch.since);
+            let text = format!(
+                "release {} serves, and is watched for {span}",
+                watch.release
+            );
+            self.tell(None, None, EventKind::Note, text);
+        }
+        if let RolloutState::Returning { cause, .. } = &now.state
+            && !said(&now.state)
+            && now.moved
+        {
+            self.tell(
+                None,
+                None,
+                EventKind::Warning,
+                format!("returning: {cause}"),
+            );
+        }
+    }
+}
+
+/// What is shown of a rollout under way.
+pub(crate) fn status(world: &World, report: Vec<String>) -> Option<RolloutStatus> {
+    let rollout = world.rollout.as_ref()?;
+    let state = match &rollout.state {
+        _ if rollout.paused.is_some() => "paused",
+        RolloutState::Proving if rollout.moved => "moving",
+        RolloutState::Proving => "proving",
+        RolloutState::Watching => "watching",
+        RolloutState::Returning { .. } => "returning",
+    };
+    Some(RolloutStatus {
+        to: rollout.to.release(),
+        from: rollout.from,
+        state: state.into(),
+        paused: rollout.paused.clone(),
+        failed: match &rollout.state {
+            RolloutState::Returning { cause, .. } => Some(cause.clone()),
+            RolloutState::Proving | RolloutState::Watching => None,
+        },
+        report,
+    })
+}
+
+/// The release that traffic goes to: while a verdict is waited for, the new one.
+pub(crate) fn serving(world: &World) -> Option<ReleaseNumber> {
+    let watching = world.rollout.as_ref().map(|r| &r.state) == Some(&RolloutState::Watching);
+    let watched = world.watch.filter(|_| watching).map(|w| w.release);
+    watched.or(world.proven)
+}
+
+/// The time after the last switch, with what is left of it.
+pub(crate) fn watch(world: &World) -> Option<WatchStatus> {
+    let watch = world.watch.as_ref()?;
+    Some(WatchStatus {
+        release: watch.release,
+        back: watch.back,
+        since: watch.since.0,
+        verdict_in: watch.until.saturating_sub(Shared::steady_now()).0,
+    })
+}
