@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::core::Core;
+use crate::core::Opened;
 use crate::http;
 use crate::http::connect_failure;
 use crate::instance::Lease;
@@ -28,9 +28,14 @@ use crate::sockets;
 use crate::stats::Failure;
 use crate::tunnel::{Content, tunnel};
 
-pub(crate) async fn serve(core: Arc<Core>, mut stream: TcpStream, peer: SocketAddr, entry: Entry) {
+pub(crate) async fn serve(
+    opened: Arc<Opened>,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    entry: Entry,
+) {
     sockets::tune(&stream);
-    let Some(destination) = core.resolve(&entry) else {
+    let Some(destination) = opened.core.resolve(&entry) else {
         return;
     };
     let mut first = BytesMut::new();
@@ -50,10 +55,10 @@ pub(crate) async fn serve(core: Arc<Core>, mut stream: TcpStream, peer: SocketAd
     let first = first.freeze();
     match decided {
         Decided::Http(h2) => {
-            let client = http::Client::new(core, entry, peer, destination);
+            let client = http::Client::new(opened, entry, peer, destination);
             http::serve(client, Prefixed::new(first, stream), h2).await;
         }
-        Decided::Raw(dialled) => raw(&destination, stream, first, dialled).await,
+        Decided::Raw(dialled) => raw(&opened, &destination, stream, first, dialled).await,
         Decided::Refused(failure) => destination.service.failures.count(failure),
     }
 }
@@ -70,11 +75,17 @@ struct Dialled {
     lease: Lease,
 }
 
-async fn raw(destination: &Destination, stream: TcpStream, first: Bytes, dialled: Dialled) {
+async fn raw(
+    opened: &Opened,
+    destination: &Destination,
+    stream: TcpStream,
+    first: Bytes,
+    dialled: Dialled,
+) {
     dialled.lease.instance.counts.connections.add(1);
     let lease = Arc::new(dialled.lease);
     let client = Prefixed::new(first, stream);
-    if tunnel(client, dialled.stream, lease, Content::Raw).await {
+    if tunnel(opened, client, dialled.stream, lease, Content::Raw).await {
         destination.service.failures.count(Failure::DrainCut);
     }
 }

@@ -62,12 +62,16 @@ pub(crate) struct Core {
     dns_port: u16,
 }
 
-/// One open connection of a client.
-pub(crate) struct Opened(Arc<Core>);
+/// One open connection of a client, with what it was upgraded to.
+pub(crate) struct Opened {
+    pub(crate) core: Arc<Core>,
+    /// Those of UDP have none.
+    _place: Option<OwnedSemaphorePermit>,
+}
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.core.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -130,9 +134,12 @@ impl Core {
     }
 
     /// Counts a connection as open until the answer is dropped.
-    pub(crate) fn opened(self: &Arc<Self>) -> Opened {
+    pub(crate) fn opened(self: &Arc<Self>, place: Option<OwnedSemaphorePermit>) -> Opened {
         self.open.fetch_add(1, Ordering::Relaxed);
-        Opened(Arc::clone(self))
+        Opened {
+            core: Arc::clone(self),
+            _place: place,
+        }
     }
 
     /// Resolves when the proxy ends.

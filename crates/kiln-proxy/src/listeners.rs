@@ -146,7 +146,7 @@ impl Listeners {
                 held.end().await;
                 continue;
             }
-            let open = core.opened();
+            let open = core.opened(None);
             tokio::spawn(async move {
                 for (stop, task) in held.tasks {
                     let _ = task.await;
@@ -279,11 +279,8 @@ fn spawn(
             Err(_) => return,
         },
     };
-    let (core, opened) = (Arc::clone(core), core.opened());
-    tokio::spawn(async move {
-        connection::serve(core, stream, peer, entry).await;
-        drop((place, opened));
-    });
+    let opened = Arc::new(core.opened(Some(place)));
+    tokio::spawn(connection::serve(opened, stream, peer, entry));
 }
 
 /// `None` when nothing was accepted: the client has gone again, or there are no more

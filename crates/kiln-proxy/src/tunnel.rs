@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::watch;
 
+use crate::core::Opened;
 use crate::instance::Lease;
 use crate::limits::{CLOSE_FRAME_WAIT, HALF_CLOSED_IDLE, TUNNEL_BUFFER};
 use crate::websocket::{Frames, GOING_AWAY};
@@ -32,7 +33,13 @@ enum Ended {
 }
 
 /// Returns whether it was cut. The lease ends with the tunnel.
-pub(crate) async fn tunnel<C, S>(client: C, server: S, lease: Arc<Lease>, content: Content) -> bool
+pub(crate) async fn tunnel<C, S>(
+    opened: &Opened,
+    client: C,
+    server: S,
+    lease: Arc<Lease>,
+    content: Content,
+) -> bool
 where
     C: AsyncRead + AsyncWrite + Send,
     S: AsyncRead + AsyncWrite + Send,
@@ -40,7 +47,7 @@ where
     let (client_read, client_write) = tokio::io::split(client);
     let (server_read, server_write) = tokio::io::split(server);
     let (server_ended, server_state) = watch::channel(false);
-    let cut = lease.cut();
+    let cut = until_cut(opened, &lease, content);
     let hard_cut = async {
         cut.await;
         if content == Content::Websocket {
@@ -49,7 +56,12 @@ where
     };
     let both = async {
         let up = up(client_read, server_write, server_state);
-        let down = down(server_read, client_write, &lease, content);
+        let down = down(
+            server_read,
+            client_write,
+            until_cut(opened, &lease, content),
+            content,
+        );
         tokio::pin!(up, down);
         tokio::select! {
             ended = &mut down => match ended {
@@ -112,12 +124,28 @@ where
     }
 }
 
+/// Resolves when it has to end: its instance's drain limit is reached or, as a websocket
+/// may never end by itself, the proxy ends.
+fn until_cut(
+    opened: &Opened,
+    lease: &Lease,
+    content: Content,
+) -> impl Future<Output = ()> + Send + use<> {
+    let (cut, ending) = (lease.cut(), opened.core.ending());
+    async move {
+        tokio::select! {
+            () = cut => {}
+            () = ending, if content == Content::Websocket => {}
+        }
+    }
+}
+
 /// Instance to client; the frames of a websocket are followed, so that it can be ended
 /// between two of them.
 async fn down<S, C>(
     mut from: ReadHalf<S>,
     mut to: WriteHalf<C>,
-    lease: &Lease,
+    cut: impl Future<Output = ()>,
     content: Content,
 ) -> Ended
 where
@@ -127,7 +155,6 @@ where
     let mut frames = (content == Content::Websocket).then(Frames::default);
     let mut buffer = vec![0u8; TUNNEL_BUFFER];
     let mut cutting = false;
-    let cut = lease.cut();
     tokio::pin!(cut);
     loop {
         let read = tokio::select! {

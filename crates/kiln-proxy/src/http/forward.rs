@@ -19,6 +19,7 @@ use super::Client;
 use super::body::{Connection, Gate, Held, InBody, OutBody};
 use super::headers;
 use super::refusal::{plain, refused};
+use crate::core::Opened;
 use crate::instance::{Instance, Lease};
 use crate::limits::{CONNECT_ATTEMPTS, POOL_AGE, POOL_AGE_UNREPEATABLE};
 use crate::pool;
@@ -31,7 +32,7 @@ pub(super) async fn handle(client: &Client, request: Request<Incoming>) -> Respo
     let (destination, listed) = client.destination();
     let h1_client = request.version() < Version::HTTP_2;
     let mut response = match prepare(client, &destination, request) {
-        Ok(outgoing) => match exchange(&destination, outgoing).await {
+        Ok(outgoing) => match exchange(&client.opened, &destination, outgoing).await {
             Ok(response) => response,
             Err(failure) => {
                 destination.service.failures.count(failure);
@@ -40,7 +41,7 @@ pub(super) async fn handle(client: &Client, request: Request<Incoming>) -> Respo
         },
         Err(refusal) => *refusal,
     };
-    let last = !listed || client.core.is_retired();
+    let last = !listed || client.opened.core.is_retired();
     if last && h1_client && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(CONNECTION, close);
@@ -179,6 +180,7 @@ struct Sent {
 }
 
 async fn exchange(
+    opened: &Arc<Opened>,
     destination: &Destination,
     outgoing: Outgoing,
 ) -> Result<Response<OutBody>, Failure> {
@@ -192,7 +194,7 @@ async fn exchange(
     let sent = send(destination, request, h2, repeatable).await?;
     if sent.response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let (client, wanted) = upgrade.ok_or(Failure::NoAnswer)?;
-        return Ok(switch_protocols(sent, client, &wanted));
+        return Ok(switch_protocols(opened, sent, client, &wanted));
     }
     if let Some(gate) = &gate
         && sent.response.status().is_success()
@@ -326,8 +328,13 @@ fn record(instance: &Instance, response: &Response<Incoming>, begun: Instant) {
 }
 
 /// Both sides have agreed: from here on bytes are passed on. The instance keeps it in
-/// flight until it ends.
-fn switch_protocols(sent: Sent, client: OnUpgrade, wanted: &HeaderValue) -> Response<OutBody> {
+/// flight, and the proxy open, until it ends.
+fn switch_protocols(
+    opened: &Arc<Opened>,
+    sent: Sent,
+    client: OnUpgrade,
+    wanted: &HeaderValue,
+) -> Response<OutBody> {
     let Sent {
         mut response,
         lease,
@@ -339,10 +346,12 @@ fn switch_protocols(sent: Sent, client: OnUpgrade, wanted: &HeaderValue) -> Resp
         Content::Raw
     };
     let instance = hyper::upgrade::on(&mut response);
+    let opened = Arc::clone(opened);
     tokio::spawn(async move {
         match futures_util::future::try_join(client, instance).await {
             Ok((client, instance)) => {
-                tunnel(TokioIo::new(client), TokioIo::new(instance), lease, content).await;
+                let (client, instance) = (TokioIo::new(client), TokioIo::new(instance));
+                tunnel(&opened, client, instance, lease, content).await;
             }
             Err(error) => tracing::debug!(%error, "upgrade did not happen"),
         }

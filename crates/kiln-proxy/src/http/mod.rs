@@ -16,7 +16,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 
-use crate::core::Core;
+use crate::core::Opened;
 use crate::limits::{H2_CLIENT_STREAMS, HEADER_BYTES, HEADER_COUNT, HEADER_READ, HTTP_BUFFER};
 use crate::lock;
 use crate::prefixed::Prefixed;
@@ -24,7 +24,7 @@ use crate::routes::{Destination, Entry};
 
 /// One client's connection.
 pub(crate) struct Client {
-    core: Arc<Core>,
+    opened: Arc<Opened>,
     entry: Entry,
     peer: SocketAddr,
     /// Where the last request went: kept for when the table no longer names the entry.
@@ -33,13 +33,13 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(
-        core: Arc<Core>,
+        opened: Arc<Opened>,
         entry: Entry,
         peer: SocketAddr,
         destination: Destination,
     ) -> Arc<Self> {
         Arc::new(Self {
-            core,
+            opened,
             entry,
             peer,
             last: Mutex::new(destination),
@@ -49,7 +49,7 @@ impl Client {
     /// Where the next request goes, and whether this entry is still in the table.
     fn destination(&self) -> (Destination, bool) {
         let mut last = lock(&self.last);
-        match self.core.resolve(&self.entry) {
+        match self.opened.core.resolve(&self.entry) {
             Some(destination) => {
                 *last = destination.clone();
                 (destination, true)
@@ -61,7 +61,8 @@ impl Client {
 
 /// Serves a connection to its end.
 pub(crate) async fn serve(client: Arc<Client>, stream: Prefixed<TcpStream>, h2: bool) {
-    let (ended, retired) = (client.core.ending(), client.core.retired());
+    let core = &client.opened.core;
+    let (ended, retired) = (core.ending(), core.retired());
     // A retired proxy's HTTP/1 clients are told with the next answer (`forward::handle`):
     // closing a quiet connection could meet a request that is on its way.
     let ending = async {

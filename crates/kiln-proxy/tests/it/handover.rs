@@ -87,6 +87,53 @@ async fn what_is_open_stays_with_the_old_one_until_it_ends() {
     assert_eq!(proxy.retired(), 0);
 }
 
+/// They are carried by the old one, and end with a close frame when that ends as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websockets_stay_with_the_old_one_until_they_end() {
+    let mut proxy = Proxy::start().await;
+    let instance = Instance::start(&proxy.net, App::Http);
+    proxy.serve(&[&instance]).await;
+    let mode = Mode::Websocket { connections: 5 };
+    let load = Load::new(proxy.listen, 100, mode).send(Method::GET, "/ws", "");
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = tokio::spawn(load.run(async {
+        let _ = stopped.await;
+    }));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let old = proxy.hand_over().await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!((proxy.retired(), old.is_finished()), (1, false));
+    stop.send(()).unwrap();
+    let report = running.await.unwrap();
+    assert_eq!((report.failed(), report.connections), (0, 5), "{report}");
+    assert_eq!(report.closed_websockets, [].into(), "{report}");
+    ends(old).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_ends_says_goodbye_to_websockets() {
+    let mut proxy = Proxy::start().await;
+    let instance = Instance::start(&proxy.net, App::Http);
+    proxy.serve(&[&instance]).await;
+    let mode = Mode::Websocket { connections: 5 };
+    let load = Load::new(proxy.listen, 100, mode).send(Method::GET, "/ws", "");
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = tokio::spawn(load.run(async {
+        let _ = stopped.await;
+    }));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    proxy.restart().await;
+    proxy.serve(&[&instance]).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stop.send(()).unwrap();
+    let report = running.await.unwrap();
+    assert_eq!(
+        report.closed_websockets,
+        [(Some(1001), 5)].into(),
+        "{report}"
+    );
+}
+
 #[tokio::test]
 async fn its_kept_connections_follow_new_tables_and_are_asked_to_go() {
     let mut proxy = Proxy::start().await;

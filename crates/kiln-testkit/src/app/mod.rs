@@ -40,21 +40,29 @@ struct App {
     requests: AtomicU64,
 }
 
-/// Runs it until it is told to end. Its environment is wrong: it says so and fails.
-pub fn main() -> std::process::ExitCode {
-    let run = || -> Result<(), Box<dyn std::error::Error>> {
-        let config = Config::read()?;
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(serve(config))
-    };
-    match run() {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("app: {error}");
-            std::process::ExitCode::FAILURE
-        }
+/// Runs it until it is told to end.
+///
+/// # Errors
+/// Its environment is wrong, a port is taken, or it was asked to crash.
+pub fn run() -> Result<(), Box<dyn std::error::Error>> {
+    let config = Config::read()?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let crash = crash(config.crash_after);
+            tokio::select! {
+                ended = serve(config) => ended,
+                () = crash => Err("crashes as asked".into()),
+            }
+        })
+}
+
+/// Never comes to an end where no crash is asked for.
+async fn crash(after: Option<Duration>) {
+    match after {
+        Some(after) => tokio::time::sleep(after).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -64,13 +72,6 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let instance = instance.trim().to_owned();
     let begin = |path| writer::begin(path, &format!("{instance} {}", config.version));
     let _writer = config.lock.as_deref().map(begin).transpose()?;
-    if let Some(after) = config.crash_after {
-        tokio::spawn(async move {
-            tokio::time::sleep(after).await;
-            eprintln!("app: crashing as asked");
-            std::process::abort();
-        });
-    }
     tokio::time::sleep(config.boot).await;
     if config.never_ready {
         terminate.recv().await;

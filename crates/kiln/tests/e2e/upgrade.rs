@@ -118,8 +118,11 @@ fn a_proxy_that_can_not_come_in_leaves_the_old_one_serving() {
     let project = kiln.page("stays", &Page::default());
     project.up().ok();
     let proxy = kiln.proxy().unwrap();
-    // A proxy's port file that can't be read ends the new one before it has begun.
-    fs::write(kiln.root.join("run/proxy.json"), "{").unwrap();
+    // Tables that can't be read end the new one before it has begun, and nobody can write
+    // others in a folder's place.
+    let tables = kiln.root.join("run/proxy.json");
+    fs::remove_file(&tables).unwrap();
+    fs::create_dir(&tables).unwrap();
     let new = another(&kiln, "kiln-next");
     Running::start(kiln.command_of(&new, &["daemon", "restart"]))
         .end()
