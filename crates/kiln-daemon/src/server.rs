@@ -73,7 +73,9 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let folder = root.join("run");
     fs::create_dir_all(&folder).map_err(io("making", &folder))?;
     fs::set_permissions(&root, Permissions::from_mode(0o700)).map_err(io("securing", &root))?;
-    let _lock = lock(&root)?;
+    // Kept to the last moment of the process: threads may still carry something out when
+    // this has returned.
+    std::mem::forget(lock(&root)?);
     let shared = open(config)?;
     if let Err(cause) = shared.proxy.renew().await {
         tracing::warn!(%cause, "the proxy of an earlier kiln goes on");
@@ -116,7 +118,15 @@ fn lock(root: &Path) -> Result<File, DaemonError> {
         .write(true)
         .open(&path)
         .map_err(io)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    // Who waits for a daemon's end has it too, for a moment.
+    let free = (0..5).any(|_| {
+        let mine = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if !mine {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        mine
+    });
+    if !free {
         let pid = fs::read_to_string(&path)
             .unwrap_or_default()
             .trim()

@@ -3,7 +3,8 @@
 //! `lock` is a POSIX record lock held by the shim: it proves that the shim lives,
 //! names its pid, ends with it, and (unlike flock) isn't inherited by the
 //! container's processes. `turn` is a flock held by whoever starts or removes the
-//! instance, so that two callers don't work on it at once.
+//! instance, so that two callers don't work on it at once. A new shim has a share of it
+//! until it holds `lock`: at no time is there a shim that no lock tells of.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -71,7 +72,7 @@ pub fn holder_fd(path: &Path) -> Option<OwnedFd> {
 
 /// The right to start or remove an instance.
 pub struct Turn {
-    _file: File,
+    file: File,
 }
 
 impl Turn {
@@ -79,7 +80,12 @@ impl Turn {
     pub fn take(path: &Path) -> io::Result<Self> {
         let file = open(path)?;
         rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+
+    /// As long as this is open somewhere, the turn is taken.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_model::InstanceId;
 use kiln_model::instance::InstanceNetwork;
@@ -20,6 +20,7 @@ use crate::{shim, sys};
 /// After its container has been killed, a shim cleans up and ends; one that doesn't
 /// in this time is killed too.
 const SHIM_WAIT: Duration = Duration::from_secs(5);
+const SHIM_STEP: Duration = Duration::from_millis(20);
 /// A folder whose mounts are being torn down by the kernel stays busy for a moment.
 const BUSY_ATTEMPTS: u32 = 100;
 const BUSY_STEP: Duration = Duration::from_millis(10);
@@ -61,11 +62,7 @@ impl Runtime {
         }
         let cgroup = Cgroup::new(Layout::detect(), &shim::cgroup_path(&paths));
         if let Some(shim) = lock::holder_fd(&paths.lock()) {
-            cgroup.kill();
-            if !wait_readable(shim.as_fd(), Some(SHIM_WAIT)) {
-                let _ = sys::signal_pidfd(shim.as_fd(), libc::SIGKILL);
-                wait_readable(shim.as_fd(), Some(SHIM_WAIT));
-            }
+            end_shim(&cgroup, shim.as_fd());
         }
         if !cgroup.kill() {
             return Err(fail(paths.dir())(io::Error::other(
@@ -104,6 +101,19 @@ impl Runtime {
             .iter()
             .try_for_each(|interface| net::detach(&netns, interface).map_err(io::Error::other))
     }
+}
+
+/// One that is still starting makes processes while others are killed.
+fn end_shim(cgroup: &Cgroup, shim: BorrowedFd<'_>) {
+    let end = Instant::now() + SHIM_WAIT;
+    while Instant::now() < end {
+        cgroup.kill();
+        if wait_readable(shim, Some(SHIM_STEP)) {
+            return;
+        }
+    }
+    let _ = sys::signal_pidfd(shim, libc::SIGKILL);
+    wait_readable(shim, Some(SHIM_WAIT));
 }
 
 fn remove_all(path: &Path) -> io::Result<()> {

@@ -9,11 +9,12 @@ use std::time::Duration;
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
 use kiln_model::{InstanceId, InstanceSpec, Millis};
 
+use crate::lock::{self, Turn};
 use crate::paths::InstancePaths;
 use crate::shim_io::wait_readable;
 use crate::signal::SignalError;
 use crate::status::{Phase, Status, boot_id};
-use crate::{lock, process, signal, sys};
+use crate::{process, signal, sys};
 
 /// After SIGKILL, everything of an instance has ended within moments; a shim that
 /// still isn't gone then is stuck itself and is killed.
@@ -100,24 +101,29 @@ impl Runtime {
         if !paths.dir().is_dir() {
             return None;
         }
-        // The lock first: a shim writes its last status before it lets go.
+        // In the order in which one takes over from the other, so that none is missed: a
+        // shim holds the lock before the turn ends, and writes its last status before it
+        // lets go of the lock.
+        let turn = lock::turn_taken(&paths.turn());
         let alive = lock::holder(&paths.lock()).is_some();
         let status = Status::read(&paths.status()).filter(|s| s.boot == boot_id());
-        let starting = || alive || lock::turn_taken(&paths.turn());
         let state = match status.as_ref().map(|s| &s.phase) {
             Some(Phase::Exited { status, at, .. }) => ObservedState::Exited {
                 status: *status,
                 at: *at,
             },
-            Some(Phase::Running { pid, since, .. }) if alive => ObservedState::Running {
-                pid: *pid,
-                since: *since,
-            },
+            // Without a shim it is about to end, and has not before its last moment.
+            Some(Phase::Running { pid, since, .. }) if alive || self.first_process(id).is_ok() => {
+                ObservedState::Running {
+                    pid: *pid,
+                    since: *since,
+                }
+            }
             Some(Phase::Running { since, .. }) => ObservedState::Exited {
                 status: ExitStatus::Unknown,
                 at: *since,
             },
-            Some(Phase::Starting) | None if starting() => ObservedState::Starting,
+            Some(Phase::Starting) | None if alive || turn => ObservedState::Starting,
             Some(Phase::Starting) | None => ObservedState::Dead,
         };
         Some(Observed {
@@ -167,13 +173,15 @@ impl Runtime {
         })
     }
 
-    /// Asks it to end with `signal`; after `grace`, kills all of its processes.
+    /// Asks it to end with `signal`; after `grace`, kills all of its processes. One that is
+    /// being started gets there first, if anybody still sees to that.
     pub fn stop(
         &self,
         id: &InstanceId,
         name: &str,
         grace: Millis,
     ) -> Result<ExitStatus, RuntimeError> {
+        self.settle(id)?;
         match self.signal(id, name) {
             Ok(()) => {}
             Err(RuntimeError::NotRunning(_)) => return self.wait(id),
@@ -190,10 +198,34 @@ impl Runtime {
         self.wait(id)
     }
 
+    /// Waits for a start that is under way. What is half-started after that has lost its
+    /// starter: it is ended.
+    fn settle(&self, id: &InstanceId) -> Result<(), RuntimeError> {
+        let half = || {
+            let state = self.observe(id).map(|o| o.state);
+            matches!(state, Some(ObservedState::Starting | ObservedState::Dead))
+        };
+        if !half() {
+            return Ok(());
+        }
+        let path = self.paths(id).turn();
+        let _turn = Turn::take(&path).map_err(|source| RuntimeError::Prepare {
+            path: path.display().to_string(),
+            source,
+        })?;
+        match half() {
+            true => self.clean_up(id, false),
+            false => Ok(()),
+        }
+    }
+
     /// Waits for the instance's end (without bound: instances run for years).
     pub fn wait(&self, id: &InstanceId) -> Result<ExitStatus, RuntimeError> {
         if let Ok(shim) = self.exit_fd(id) {
             wait_readable(shim.as_fd(), None);
+        }
+        if let Ok((_, first)) = self.first_process(id) {
+            wait_readable(first.as_fd(), None);
         }
         match self.observe(id).map(|o| o.state) {
             None => Err(RuntimeError::Unknown(id.clone())),
@@ -216,5 +248,49 @@ impl Runtime {
     /// Reads the log from its beginning, and follows it.
     pub fn log(&self, id: &InstanceId) -> crate::log::Reader {
         crate::log::Reader::new(&self.paths(id).log())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Its shim was killed, and the kernel has not got round to killing it.
+    #[test]
+    fn what_outlives_its_shim_runs_until_its_end() {
+        let root = tempfile::tempdir().unwrap();
+        let config = RuntimeConfig {
+            root: root.path().to_owned(),
+            shim: vec![],
+        };
+        let runtime = Runtime::open(config).unwrap();
+        let id = InstanceId::new("left").unwrap();
+        let paths = runtime.paths(&id);
+        std::fs::create_dir(paths.dir()).unwrap();
+        let mut first = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let since = crate::status::now();
+        let running = Phase::Running {
+            pid: first.id(),
+            ticks: process::start_ticks(first.id()).unwrap(),
+            since,
+        };
+        Status::new(running, &[]).write(&paths.status()).unwrap();
+        let state = || runtime.observe(&id).unwrap().state;
+        let pid = first.id();
+        assert_eq!(state(), ObservedState::Running { pid, since });
+        let waiting = std::thread::spawn({
+            let (runtime, id) = (runtime.clone(), id.clone());
+            move || runtime.wait(&id)
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        first.kill().unwrap();
+        first.wait().unwrap();
+        assert_eq!(waiting.join().unwrap().unwrap(), ExitStatus::Unknown);
+        assert!(matches!(state(), ObservedState::Exited { .. }));
     }
 }

@@ -73,7 +73,7 @@ impl Runtime {
             .mode(0o700)
             .create(paths.dir())
             .map_err(prepare(paths.dir()))?;
-        let _turn = Turn::take(&paths.turn()).map_err(prepare(&paths.turn()))?;
+        let turn = Turn::take(&paths.turn()).map_err(prepare(&paths.turn()))?;
         if let Some(started) = self.started_before(spec)? {
             return Ok(started);
         }
@@ -83,7 +83,7 @@ impl Runtime {
         // Seen only under the shim's own mounts; libcontainer wants the path to exist.
         fs::create_dir_all(paths.rootfs()).map_err(prepare(&paths.rootfs()))?;
         self.make_network(spec, &paths)?;
-        self.spawn_shim(spec, &paths)
+        self.spawn_shim(spec, &paths, &turn)
     }
 
     /// What an earlier call for this id has left.
@@ -128,6 +128,7 @@ impl Runtime {
         &self,
         spec: &InstanceSpec,
         paths: &InstancePaths,
+        turn: &Turn,
     ) -> Result<Started, StartError> {
         let argv = &self.config.shim;
         let program = argv.first().cloned().unwrap_or_default();
@@ -147,7 +148,7 @@ impl Runtime {
             .arg(paths.dir())
             .env_clear()
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(turn.share().map_err(fail)?)
             .stdout(Stdio::piped())
             .stderr(shim_log)
             .spawn()

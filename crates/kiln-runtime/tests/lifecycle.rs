@@ -4,8 +4,8 @@
 mod common;
 
 use common::{Fixture, can_run, until};
-use kiln_model::Millis;
 use kiln_model::instance::*;
+use kiln_model::{InstanceSpec, Millis};
 
 #[test]
 fn a_program_runs_to_its_end_with_its_output_and_exit_code() {
@@ -377,24 +377,6 @@ fn a_start_cut_off_at_any_moment_leaves_nothing() {
     }
     let f = Fixture::new();
     let tree = f.tree();
-    let shim_of = |spec: &kiln_model::InstanceSpec| {
-        let dir = f
-            .root
-            .join("instances")
-            .join(spec.id.as_str())
-            .display()
-            .to_string();
-        std::fs::read_dir("/proc")
-            .unwrap()
-            .flatten()
-            .filter_map(|e| {
-                let line = std::fs::read(e.path().join("cmdline")).ok()?;
-                let line = String::from_utf8_lossy(&line).into_owned();
-                let pid: i32 = e.file_name().to_str()?.parse().ok()?;
-                line.split('\0').any(|a| a == dir).then_some(pid)
-            })
-            .collect::<Vec<i32>>()
-    };
     for n in 0..24u64 {
         let root = if n % 2 == 0 {
             Root::Sealed {
@@ -411,10 +393,10 @@ fn a_start_cut_off_at_any_moment_leaves_nothing() {
             move || runtime.start(&spec).map(|s| s.pid)
         });
         until("a shim", || {
-            !shim_of(&spec).is_empty() || starting.is_finished()
+            !shims_of(&f, &spec).is_empty() || starting.is_finished()
         });
         std::thread::sleep(std::time::Duration::from_millis(n * 3));
-        for pid in shim_of(&spec) {
+        for pid in shims_of(&f, &spec) {
             let _ = nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(pid),
                 nix::sys::signal::Signal::SIGKILL,
@@ -423,13 +405,81 @@ fn a_start_cut_off_at_any_moment_leaves_nothing() {
         let result = starting.join().unwrap();
         f.runtime.remove(&spec.id).unwrap();
         assert!(f.runtime.observe(&spec.id).is_none());
-        until("everything gone", || shim_of(&spec).is_empty());
+        until("everything gone", || shims_of(&f, &spec).is_empty());
         if let Ok(pid) = result {
             assert!(!std::path::Path::new(&format!("/proc/{pid}/root/bin")).exists());
         }
     }
     assert!(common::groups_of(&f.root).is_empty());
     assert!(common::mounts_below(&f.root).is_empty());
+}
+
+fn shims_of(f: &Fixture, spec: &InstanceSpec) -> Vec<i32> {
+    let dir = f.root.join("instances").join(spec.id.as_str());
+    let dir = dir.display().to_string();
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| {
+            let line = std::fs::read(e.path().join("cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).into_owned();
+            let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+            line.split('\0').any(|a| a == dir).then_some(pid)
+        })
+        .collect()
+}
+
+/// Not a test: what the one below runs in a process that it kills.
+#[test]
+fn starter() {
+    if let Some(root) = std::env::var_os("KILN_TEST_STARTER") {
+        let root = std::path::PathBuf::from(root);
+        let spec = std::fs::read(root.join("spec.json")).unwrap();
+        let shim = format!("sleep 1; exec {} \"$@\"", env!("CARGO_BIN_EXE_kiln-shim"));
+        let argv = ["/bin/sh", "-c", &shim, "sh"];
+        let runtime = kiln_runtime::Runtime::open(kiln_runtime::RuntimeConfig {
+            root,
+            shim: argv.map(Into::into).to_vec(),
+        })
+        .unwrap();
+        let _ = runtime.start(&serde_json::from_slice(&spec).unwrap());
+    }
+}
+
+/// The shim it leaves behind has not begun, and no lock of its own tells of it yet.
+fn start_and_die(f: &Fixture) -> InstanceSpec {
+    let spec = f.spec(f.layered(), "while :; do sleep 0.05; done");
+    std::fs::write(f.root.join("spec.json"), serde_json::to_vec(&spec).unwrap()).unwrap();
+    let mut starter = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "starter"])
+        .env("KILN_TEST_STARTER", &f.root)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until("a shim", || !shims_of(f, &spec).is_empty());
+    starter.kill().unwrap();
+    starter.wait().unwrap();
+    let state = f.runtime.observe(&spec.id).unwrap().state;
+    assert_eq!(state, ObservedState::Starting);
+    spec
+}
+
+#[test]
+fn a_shim_whose_starter_died_is_never_overlooked() {
+    if !can_run() {
+        return;
+    }
+    let f = Fixture::new();
+    let stop = |spec: &InstanceSpec| f.runtime.stop(&spec.id, "KILL", Millis(100));
+    let stopped = start_and_die(&f);
+    // "It does not run" would be true, and no longer so a moment later.
+    let _ = stop(&stopped);
+    assert_eq!(shims_of(&f, &stopped), Vec::<i32>::new());
+    let again = start_and_die(&f);
+    f.runtime.start(&again).unwrap();
+    assert_eq!(shims_of(&f, &again).len(), 1);
+    stop(&again).unwrap();
+    assert_eq!(shims_of(&f, &again), Vec::<i32>::new());
 }
 
 #[test]

@@ -67,12 +67,20 @@ pub fn main(dir: PathBuf) -> ExitCode {
             ));
         }
     };
+    if let Err(e) = give_back_turn() {
+        return refuse(&format!("cannot detach: {e}"));
+    }
     let code = match read_spec(&paths) {
         Ok(spec) => run(&spec, &paths),
         Err(cause) => refuse(&cause),
     };
     drop(lock);
     code
+}
+
+/// Its share of the caller's turn is standard input: from here on the lock tells.
+fn give_back_turn() -> io::Result<()> {
+    Ok(rustix::stdio::dup2_stdin(File::open("/dev/null")?)?)
 }
 
 fn read_spec(paths: &InstancePaths) -> Result<InstanceSpec, String> {
