@@ -65,6 +65,7 @@ impl ReleasedService {
         essence.service.kiln.test.clear();
         essence.service.kiln.ready = None;
         essence.service.kiln.rollout = None;
+        essence.service.kiln.max_age = None;
         essence.service.restart = Default::default();
         Digest::of_json(&essence)
     }

@@ -603,6 +603,9 @@ pub struct KilnOptions {
     /// Left out where nothing is said, so that digests of earlier releases stay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollout: Option<RolloutOptions>,
+    /// How long an instance serves at most before another takes its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<Millis>,
 }
 
 /// `x-kiln.rollout`: how instances are replaced, beyond `deploy.update_config` (into which

@@ -6,6 +6,7 @@ use kiln_model::release::ReleasedService;
 use kiln_model::spec::Condition;
 use kiln_model::{Generation, InstanceId, Millis, ReleaseNumber, ServiceName};
 
+use crate::age;
 use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
 use crate::handoff::{free_places, making_room, room};
 use crate::probe::probe_plan;
@@ -169,6 +170,9 @@ impl<'a> Planner<'a> {
             })
             .collect();
         if missing.is_empty() {
+            missing.extend(self.too_old(goal, name, released));
+        }
+        if missing.is_empty() {
             return;
         }
         // One that fails again and again must not take the others' turn.
@@ -204,6 +208,22 @@ impl<'a> Planner<'a> {
             self.start(number, goal, name, index, false);
             room -= 1;
         }
+    }
+
+    /// The copy that has lived as long as it may.
+    fn too_old(
+        &mut self,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) -> Option<u32> {
+        let (index, due) = age::next(self.world, goal, name, released)?;
+        if due > self.now {
+            self.wake_at(due);
+            return None;
+        }
+        self.report(Some(name), format!("copy {index} has reached its max_age"));
+        Some(index)
     }
 
     /// Waits out the backoff after failures; `None`: not now.

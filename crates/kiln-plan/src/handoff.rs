@@ -4,13 +4,14 @@
 use kiln_model::release::ReleasedService;
 use kiln_model::{InstanceId, Millis, ServiceName};
 
+use crate::age;
 use crate::decide::waits_for;
 use crate::routes::{current, rests};
 use crate::service::{batch, is_exclusive, manner, stops_first};
 use crate::world::{Health, Instance, Phase, Prepared, World};
 
 /// A handoff begins when the new copy could start but for the one there is, which is of
-/// another revision, surplus or sick. The new release says whether copies may overlap; the
+/// another revision, surplus, sick or too old. The new release says whether copies may overlap; the
 /// old one may have had several.
 pub(crate) fn can_hand_over(
     world: &World,
@@ -26,6 +27,7 @@ pub(crate) fn can_hand_over(
             && i.index <= released.service.replicas
             && world.is_current(i, goal.revisions.get(name))
             && !matches!(i.health, Health::Unhealthy { .. })
+            && !age::is_over(world, released, i, now)
     };
     let copies: Vec<_> = world.of_service(name).filter(|(_, i)| !i.job).collect();
     is_exclusive(released)

@@ -76,4 +76,5 @@ is_caught! {
     a_failed_release_that_stays: KeepFailed as Broken::NotTurnedBack(_),
     an_unwatched_release: NoWatch as Broken::NotReturned(_),
     old_instances_that_go_too_soon: NothingWarm as Broken::NotKeptWarm(_),
+    instances_that_stay_for_ever: NoAge as Broken::TooOld(_),
 }

@@ -13,6 +13,9 @@ use crate::node::{Node, Value};
 use crate::units;
 use crate::values;
 
+/// For a moment two copies run, and the new one has to get ready.
+const SHORTEST_AGE: Millis = Millis(10_000);
+
 /// The project's `x-kiln`.
 #[derive(Debug, Default)]
 pub(super) struct ProjectExtension {
@@ -203,6 +206,7 @@ impl Lowering<'_> {
             "drain",
             "exclusive",
             "rollout",
+            "max_age",
         ];
         for (key, value) in self.known(node, &path, &known) {
             let here = format!("{path}.{key}");
@@ -216,11 +220,23 @@ impl Lowering<'_> {
                 "ready" => out.ready = self.ready(value, &here),
                 "test" => out.test = self.checks(value, &here),
                 "drain" => out.drain = self.span_of_time(value, &here),
+                "max_age" => out.max_age = self.max_age(value, &here),
                 "rollout" => rollout = Some(self.rollout(value, &here)),
                 _ => out.exclusive = self.boolean(value, &here),
             }
         }
         (out, rollout)
+    }
+
+    /// At least [`SHORTEST_AGE`]: a copy has to get ready before it is replaced again.
+    fn max_age(&mut self, node: &Node, path: &str) -> Option<Millis> {
+        let age = self.span_of_time(node, path)?;
+        if age < SHORTEST_AGE {
+            let what = format!("{path} is too short: an instance must live for 10 s at least");
+            self.wrong(node.span, what);
+            return None;
+        }
+        Some(age)
     }
 
     /// `x-kiln` of a mount: may its files be run?

@@ -83,6 +83,12 @@ fn contradictions(service: &Service) -> Vec<&'static str> {
         "x-kiln.exclusive: never two copies at once, but several replicas are wanted",
     );
     let (first, last) = (Some(Order::StartFirst), Some(Order::StopFirst));
+    let stops = update.order == last && service.replicas > 1;
+    note(
+        service.kiln.max_age.is_some() && (stops || strategy == Some(&Strategy::Recreate)),
+        "x-kiln.max_age: a copy that is too old goes after the new one has come; \
+         take out `stop-first` or `recreate`",
+    );
     match strategy {
         Some(Strategy::Recreate) => {
             note(

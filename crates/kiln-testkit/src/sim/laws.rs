@@ -40,6 +40,8 @@ pub enum Broken {
     NotKeptWarm(InstanceId),
     #[error("release {0} failed after the switch and did not return")]
     NotReturned(u64),
+    #[error("`{0}` serves for longer than it may")]
+    TooOld(InstanceId),
     #[error("how release {0} ended was not recorded")]
     NotRecorded(u64),
     #[error("the planner made an unlawful plan: {0}")]
@@ -91,4 +93,6 @@ pub enum Plant {
     NoWatch,
     /// After a switch nothing is known to be kept ready.
     NothingWarm,
+    /// Instances never get older.
+    NoAge,
 }

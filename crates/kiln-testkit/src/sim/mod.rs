@@ -23,6 +23,7 @@ pub use laws::{Broken, Plant};
 pub use run::Summary;
 
 use outside::Outside;
+use project::LONGEST_AGE;
 use run::Sim;
 
 /// Things that happen until kiln must have come to rest after the last fault. A resting
@@ -116,6 +117,7 @@ fn whole(sim: &mut Sim) -> Result<(), Broken> {
     rest(sim, "a good release", settled)?;
     all_is_well(sim)?;
     nothing_is_dropped(sim)?;
+    nothing_gets_too_old(sim)?;
     a_failure_is_returned_from(sim)?;
     if sim.rng.permille(500) {
         sim.down()?;
@@ -138,6 +140,39 @@ fn nothing_is_dropped(sim: &mut Sim) -> Result<(), Broken> {
     });
     match lost {
         Some(service) => Err(Broken::RequestLost(service)),
+        None => Ok(()),
+    }
+}
+
+/// Time goes by; nothing else happens.
+fn nothing_gets_too_old(sim: &mut Sim) -> Result<(), Broken> {
+    sim.outside.lost.clear();
+    let until = sim.now + LONGEST_AGE + REST;
+    while sim.now < until {
+        sim.advance()?;
+    }
+    rest(sim, "growing old", settled)?;
+    all_is_well(sim)?;
+    let Some(release) = sim.disk.outcomes.keys().next_back().copied() else {
+        return Ok(());
+    };
+    let Some(release) = sim.disk.content(release) else {
+        return Ok(());
+    };
+    let age = |name| {
+        let released = release.services.get(name)?;
+        Some(released.service.kiln.max_age?.0)
+    };
+    let old = sim.outside.processes.iter().find(|(_, p)| {
+        let limit = age(&p.service).map(|age| p.since + age + REST);
+        limit.is_some_and(|limit| sim.now > limit)
+    });
+    if let Some((id, _)) = old {
+        return Err(Broken::TooOld(id.clone()));
+    }
+    let mut lost = sim.outside.lost.keys();
+    match lost.find(|name| !sim.project.ends_well(name)) {
+        Some(service) => Err(Broken::RequestLost(service.clone())),
         None => Ok(()),
     }
 }

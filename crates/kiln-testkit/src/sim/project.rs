@@ -69,6 +69,9 @@ pub struct Project {
     images: u64,
 }
 
+/// Of a good release's services.
+pub const LONGEST_AGE: u64 = 500_000;
+
 const NAMES: [&str; 5] = ["db", "cache", "api", "web", "worker"];
 
 impl Project {
@@ -110,7 +113,8 @@ impl Project {
         })
     }
 
-    /// One edit. `good`: all images that behave badly are replaced as well.
+    /// One edit. `good`: all images that behave badly are replaced as well, and what is
+    /// replaced for its age comes to rest in between.
     pub fn edit(&mut self, rng: &mut Rng, good: bool) {
         let names: Vec<ServiceName> = self.services.keys().cloned().collect();
         match rng.below(12) {
@@ -141,6 +145,10 @@ impl Project {
             }
         }
         if good {
+            for service in self.services.values_mut() {
+                let age = &mut service.service.kiln.max_age;
+                *age = age.map(|_| Millis(rng.between(300_000, LONGEST_AGE)));
+            }
             for name in names {
                 let bad = self
                     .services
@@ -361,6 +369,13 @@ fn depend(service: &mut Service, other: &ServiceName, condition: Condition) {
 }
 
 /// What a file may say about how a service is kept and replaced.
+/// As compose files say it; there `max_age` is refused with it.
+fn stops_first(service: &Service) -> bool {
+    let strategy = service.kiln.rollout.as_ref().and_then(|r| r.strategy.as_ref());
+    strategy == Some(&Strategy::Recreate)
+        || (service.update.order == Some(Order::StopFirst) && service.replicas > 1)
+}
+
 fn settings(released: &mut ReleasedService, rng: &mut Rng) {
     let service = &mut released.service;
     if service.mode == ServiceMode::Job || service.restart == RestartPolicy::No {
@@ -404,6 +419,10 @@ fn settings(released: &mut ReleasedService, rng: &mut Rng) {
         }),
         keep_warm: rng.permille(500).then(|| Millis(rng.below(60_000))),
     });
+    service.kiln.max_age = match stops_first(service) {
+        true => None,
+        false => rng.permille(100).then(|| Millis(rng.between(20_000, 100_000))),
+    };
     service.health = match rng.permille(600) {
         true => HealthcheckSetting::Set(Healthcheck {
             test: Some(HealthTest::Exec(vec!["check".into()])),

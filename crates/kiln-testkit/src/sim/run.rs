@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
-use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Plan, Refused, TRY_AGAIN, World, is_job};
+use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Phase, Plan, Refused, TRY_AGAIN, World, is_job};
 
 use super::laws::{Broken, Plant};
 use super::memory::Disk;
@@ -276,6 +276,13 @@ impl Sim {
                 if let Some(watch) = &mut world.watch {
                     watch.until = watch.since;
                     watch.rollback = true;
+                }
+            }
+            Some(Plant::NoAge) => {
+                for instance in world.instances.values_mut() {
+                    if let Phase::Ready { since } = &mut instance.phase {
+                        *since = Millis(u64::MAX);
+                    }
                 }
             }
             Some(Plant::NothingWarm) => {
