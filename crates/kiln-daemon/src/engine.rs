@@ -509,34 +509,6 @@ impl Engine {
         }
     }
 
-    fn is_rolling_out(&self, number: ReleaseNumber) -> bool {
-        self.keeper.world.rollout.as_ref().is_some_and(|rollout| {
-            rollout.to == Goal::Release(number)
-                && !matches!(rollout.state, RolloutState::Returning { .. })
-        })
-    }
-
-    fn refuse_second_rollout(&self) -> Result<(), ApiError> {
-        let Some(rollout) = &self.keeper.world.rollout else {
-            return Ok(());
-        };
-        let what = match (&rollout.state, rollout.to) {
-            (RolloutState::Returning { .. }, _) => "the return from a failed rollout".to_owned(),
-            (RolloutState::Watching, Goal::Release(n)) => {
-                format!("release {n} serves, and its verdict")
-            }
-            (_, Goal::Release(n)) => format!("the rollout of release {n}"),
-            (_, Goal::Nothing) => "taking everything down".to_owned(),
-        };
-        Err(ApiError::conflict(
-            format!(
-                "{what} is still under way in `{}`",
-                self.keeper.world.environment
-            ),
-            "wait for it (kiln rollout status), or end it: kiln rollout abort, or promote",
-        ))
-    }
-
     fn next_number(&self) -> Result<ReleaseNumber, ApiError> {
         let records = self.records()?;
         Ok(records.last().map_or(ReleaseNumber(1), |r| r.number.next()))

@@ -11,7 +11,7 @@ use kiln_model::instance::{ExitStatus, InstanceSpec, Observed, ObservedState};
 use kiln_model::network::BridgeNetwork;
 use kiln_model::release::Release;
 use kiln_model::spec::{FileVersion, Hook, Port, Protocol};
-use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber};
+use kiln_model::{EnvironmentName, InstanceId, Millis, ReleaseNumber, ServiceName};
 use kiln_plan::{
     Conclusion, Effect, EffectKey, Event, Layout, ProbePlan, Releases, World, host_port_key,
 };
@@ -25,7 +25,8 @@ use crate::crash;
 use crate::engine::Message;
 use crate::overtaken::Overtaken;
 use crate::shared::{Shared, blocking, ended};
-use crate::{inside, instance_spec, probe, volumes};
+use crate::snapshots::Wish;
+use crate::{inside, instance_spec, probe, snapshots, volumes};
 
 /// Pause before an effect that could not be carried out is planned again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -155,7 +156,11 @@ impl Executor {
             let shared = this.shared.clone();
             let (volumes, instance) = (built.volumes, built.spec);
             let overtaken = this.overtaken.clone();
+            let copier = this.clone();
             let started = blocking(move || {
+                for wish in &built.snapshots {
+                    copier.snapshot(wish)?;
+                }
                 let _turn = volumes::TURN.read().unwrap_or_else(PoisonError::into_inner);
                 volumes::prepare(&shared, &volumes)?;
                 if !overtaken.may_start(&instance.id) {
@@ -177,6 +182,19 @@ impl Executor {
                 Err(reason) => Event::Unhealthy { id, reason },
             })
         });
+    }
+
+    fn snapshot(&self, wish: &Wish) -> Result<(), String> {
+        let volume = &wish.volume;
+        let taken = snapshots::take(&self.shared.root, wish, Shared::now())
+            .map_err(|e| format!("no snapshot of the volume `{volume}`: {e}"))?;
+        let Some(taken) = taken else { return Ok(()) };
+        let (number, release) = (taken.number, wish.release);
+        let text = format!("snapshot {number} of volume {volume} is taken before release {release}");
+        let details = [("snapshot", number.to_string()), ("before", release.to_string())];
+        self.shared.record("kiln", "snapshot", volume.as_str(), &details);
+        self.tell(Some(wish.service.clone()), None, EventKind::Note, text);
+        Ok(())
     }
 
     /// Runs the hooks of one that is to be stopped, and stops it however they went.
@@ -212,14 +230,25 @@ impl Executor {
     }
 
     fn warn(&self, id: &InstanceId, text: &str) {
+        let text = format!("{id}: {text}");
+        self.tell(None, Some(id.clone()), EventKind::Warning, text);
+    }
+
+    fn tell(
+        &self,
+        service: Option<ServiceName>,
+        instance: Option<InstanceId>,
+        kind: EventKind,
+        text: String,
+    ) {
         self.shared.tell(EventRecord {
             id: 0,
             time: Shared::now(),
             environment: self.environment.clone(),
-            service: None,
-            instance: Some(id.clone()),
-            kind: EventKind::Warning,
-            text: format!("{id}: {text}"),
+            service,
+            instance,
+            kind,
+            text,
         });
     }
 

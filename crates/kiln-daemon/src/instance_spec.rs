@@ -14,9 +14,10 @@ use kiln_model::spec::{
     Service, Volume,
 };
 use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
-use kiln_plan::{Instance, Layout, Releases, World, process};
+use kiln_plan::{Goal, Instance, Layout, Releases, RolloutState, World, process};
 
 use crate::shared::Shared;
+use crate::snapshots::Wish;
 
 const DEFAULT_GRACE: Millis = Millis(10_000);
 
@@ -25,6 +26,8 @@ const DEFAULT_GRACE: Millis = Millis(10_000);
 pub struct Built {
     pub spec: InstanceSpec,
     pub volumes: Vec<VolumeUse>,
+    /// Copies that are made of volumes before.
+    pub snapshots: Vec<Wish>,
     pub post_start: Vec<Hook>,
 }
 
@@ -116,8 +119,31 @@ pub fn build(
     Ok(Built {
         spec,
         volumes,
+        snapshots: snapshots(world, &prepared.release, instance),
         post_start: service.post_start.clone(),
     })
+}
+
+/// Only a rollout that moves forward touches data for the first time.
+fn snapshots(world: &World, release: &Release, instance: &Instance) -> Vec<Wish> {
+    let coming = world.rollout.as_ref().filter(|r| {
+        let proving = r.state == RolloutState::Proving && r.from.is_some();
+        proving && r.to == Goal::Release(instance.release)
+    });
+    let (Some(rollout), Some(released)) = (coming, release.services.get(&instance.service)) else {
+        return Vec::new();
+    };
+    let wanted = released.service.kiln.snapshot.iter();
+    wanted
+        .filter_map(|key| release.volumes.get(key))
+        .map(|volume| Wish {
+            volume: volume.name.clone(),
+            environment: world.environment.clone(),
+            service: instance.service.clone(),
+            release: instance.release,
+            rollout: rollout.started,
+        })
+        .collect()
 }
 
 fn purpose(world: &World, instance: &Instance, released: &ReleasedService) -> Purpose {

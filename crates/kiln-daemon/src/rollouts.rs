@@ -2,7 +2,7 @@
 //! what is shown of it. Giving it up is [`Event::Abandoned`].
 
 use kiln_model::ReleaseNumber;
-use kiln_plan::{Event, RolloutState, World};
+use kiln_plan::{Event, Goal, RolloutState, World};
 
 use crate::api::error::ApiError;
 use crate::api::types::{EventKind, RolloutStatus, WatchStatus};
@@ -65,6 +65,40 @@ impl Engine {
             )),
             Some(_) => Ok(()),
         }
+    }
+
+    pub(crate) fn is_rolling_out(&self, number: ReleaseNumber) -> bool {
+        self.keeper.world.rollout.as_ref().is_some_and(|rollout| {
+            rollout.to == Goal::Release(number)
+                && !matches!(rollout.state, RolloutState::Returning { .. })
+                // Nothing would come of it until somebody says how to go on.
+                && rollout.paused.is_none()
+        })
+    }
+
+    pub(crate) fn refuse_second_rollout(&self) -> Result<(), ApiError> {
+        let Some(rollout) = &self.keeper.world.rollout else {
+            return Ok(());
+        };
+        let environment = &self.keeper.world.environment;
+        if let Some(why) = &rollout.paused {
+            return Err(ApiError::conflict(
+                format!("the rollout in `{environment}` is paused: {why}"),
+                "kiln rollout resume, promote or abort says how to go on",
+            ));
+        }
+        let what = match (&rollout.state, rollout.to) {
+            (RolloutState::Returning { .. }, _) => "the return from a failed rollout".to_owned(),
+            (RolloutState::Watching, Goal::Release(n)) => {
+                format!("release {n} serves, and its verdict")
+            }
+            (_, Goal::Release(n)) => format!("the rollout of release {n}"),
+            (_, Goal::Nothing) => "taking everything down".to_owned(),
+        };
+        Err(ApiError::conflict(
+            format!("{what} is still under way in `{environment}`"),
+            "wait for it (kiln rollout status), or end it: kiln rollout abort, or promote",
+        ))
     }
 
     /// A rollout's turns that no instance's phase tells of. `asked`: a pause was wished for,

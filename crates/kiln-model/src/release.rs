@@ -66,6 +66,7 @@ impl ReleasedService {
         essence.service.kiln.ready = None;
         essence.service.kiln.rollout = None;
         essence.service.kiln.max_age = None;
+        essence.service.kiln.snapshot.clear();
         essence.service.restart = Default::default();
         Digest::of_json(&essence)
     }

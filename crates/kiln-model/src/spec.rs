@@ -2,7 +2,7 @@
 //! normalised: no interpolation, no short forms, no relative paths left. Images
 //! are still by reference or by build; a [`Release`](crate::Release) has digests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
@@ -606,6 +606,10 @@ pub struct KilnOptions {
     /// How long an instance serves at most before another takes its place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_age: Option<Millis>,
+    /// Volumes (the project's names for them) that are copied before a release's first
+    /// instance of this service may write to them.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub snapshot: BTreeSet<String>,
 }
 
 /// `x-kiln.rollout`: how instances are replaced, beyond `deploy.update_config` (into which

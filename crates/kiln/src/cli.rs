@@ -137,6 +137,8 @@ pub enum Command {
     Secrets(NamedArgs),
     /// Make networks that several projects join with `external: true`
     Networks(NetworksArgs),
+    /// See and restore copies of volumes that `x-kiln.snapshot` has made
+    Snapshots(SnapshotsArgs),
     /// Write kiln.lock, or move what it pins
     Lock(LockArgs),
     /// Run or control the daemon
@@ -556,6 +558,28 @@ pub enum NetworksCommand {
     List,
     /// Remove a network that belongs to no project and that nobody uses
     Remove { name: kiln_model::NetworkName },
+}
+
+#[derive(Args, Debug)]
+pub struct SnapshotsArgs {
+    #[command(subcommand)]
+    pub command: SnapshotsCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum SnapshotsCommand {
+    /// List the snapshots of all volumes
+    List,
+    /// Put a snapshot in its volume's place; what was there becomes a snapshot itself
+    Restore {
+        volume: kiln_model::VolumeName,
+        number: u32,
+    },
+    /// Remove a snapshot
+    Remove {
+        volume: kiln_model::VolumeName,
+        number: u32,
+    },
 }
 
 #[derive(Args, Debug)]

@@ -21,6 +21,7 @@ mod project;
 mod report;
 mod rollout;
 mod see;
+mod snapshots;
 mod steer;
 mod up;
 mod watch;
@@ -109,6 +110,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Configs(args) => named::configs(context, &args.command)?,
         Command::Secrets(args) => named::secrets(context, &args.command)?,
         Command::Networks(args) => ops::networks(context, &args.command).await?,
+        Command::Snapshots(args) => snapshots::snapshots(context, &args.command).await?,
         Command::Daemon(args) => machine::daemon(context, &args.command).await?,
         Command::Doctor => machine::doctor(context)?,
         Command::Completion { shell } => machine::completion(*shell),
@@ -135,5 +137,6 @@ fn speaks_with_the_daemon(command: &Command) -> bool {
             | Command::Rollout(_)
             | Command::Down(_)
             | Command::Networks(_)
+            | Command::Snapshots(_)
     )
 }

@@ -1,8 +1,10 @@
 //! `x-kiln`: what kiln can be told beyond compose. Unknown keys are errors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use kiln_model::spec::{Check, DebianBase, KilnOptions, Ready, RootSetting, ScratchDir};
+use kiln_model::spec::{
+    Check, DebianBase, KilnOptions, Mount, MountSource, Ready, RootSetting, ScratchDir,
+};
 use kiln_model::{Millis, ServiceName};
 
 use super::Lowering;
@@ -192,6 +194,7 @@ impl Lowering<'_> {
         &mut self,
         service: &ServiceName,
         node: Option<&Node>,
+        mounts: &[Mount],
     ) -> (KilnOptions, Option<Rollout>) {
         let (mut out, mut rollout) = (KilnOptions::default(), None);
         let Some(node) = node else {
@@ -207,6 +210,7 @@ impl Lowering<'_> {
             "exclusive",
             "rollout",
             "max_age",
+            "snapshot",
         ];
         for (key, value) in self.known(node, &path, &known) {
             let here = format!("{path}.{key}");
@@ -221,11 +225,47 @@ impl Lowering<'_> {
                 "test" => out.test = self.checks(value, &here),
                 "drain" => out.drain = self.span_of_time(value, &here),
                 "max_age" => out.max_age = self.max_age(value, &here),
+                "snapshot" => out.snapshot = self.snapshot(value, &here, mounts),
                 "rollout" => rollout = Some(self.rollout(value, &here)),
                 _ => out.exclusive = self.boolean(value, &here),
             }
         }
         (out, rollout)
+    }
+
+    /// `true` for all named volumes that the service may write to, or some of them.
+    fn snapshot(&mut self, node: &Node, path: &str, mounts: &[Mount]) -> BTreeSet<String> {
+        let own: BTreeSet<String> = mounts
+            .iter()
+            .filter(|mount| !mount.read_only)
+            .filter_map(|mount| match &mount.source {
+                MountSource::Volume { volume, .. } => Some(volume.clone()),
+                _ => None,
+            })
+            .collect();
+        if !matches!(node.value, Value::Seq(_)) {
+            let all = self.boolean(node, path) == Some(true);
+            if all && own.is_empty() {
+                let what = format!("{path}: the service mounts no named volume read-write");
+                self.wrong(node.span, what);
+            }
+            return if all { own } else { BTreeSet::new() };
+        }
+        let mut chosen = BTreeSet::new();
+        for item in self.list(node, path) {
+            let Some(name) = self.string(item, path) else {
+                continue;
+            };
+            if own.contains(&name) {
+                chosen.insert(name);
+                continue;
+            }
+            let what = format!("{path}: the service mounts no volume `{name}` read-write");
+            let mut wrong = Diagnostic::error(Code::Schema, item.span, what);
+            wrong.hint = did_you_mean(&name, own.iter().map(String::as_str));
+            self.diagnostics.push(wrong);
+        }
+        chosen
     }
 
     /// At least [`SHORTEST_AGE`]: a copy has to get ready before it is replaced again.

@@ -27,13 +27,14 @@ impl Lowering<'_> {
         let mut labels = self.pairs(node.at(&["deploy", "labels"]));
         labels.extend(self.pairs(node.get("labels")));
         let network = self.network_mode(node)?;
-        let (kiln, rollout) = self.service_extension(name, node.get("x-kiln"));
+        let mounts = self.mounts(node);
+        let (kiln, rollout) = self.service_extension(name, node.get("x-kiln"), &mounts);
         let mut service = Service {
             image,
             pull_policy: self.pull_policy(node),
             platform: text(node, "platform"),
             process: self.process(node),
-            mounts: self.mounts(node),
+            mounts,
             files: self.file_mounts(node),
             ports: self.ports(node),
             expose: self.expose(node),

@@ -80,6 +80,7 @@ services:
         - file: {path: /etc/x, contains: y, mode: "0644"}
       drain: 5s
       max_age: 1w
+      snapshot: true
       exclusive: false
       rollout: {strategy: rolling, keep_warm: 10m, monitor: 9s}
   db:
@@ -278,6 +279,7 @@ fn mounts_files_networks_and_x_kiln_are_carried_over() {
     assert_eq!(web.kiln.test.len(), 4);
     assert_eq!(web.kiln.test[1], Check::Tcp { port: 80 });
     assert_eq!(web.kiln.drain, Some(Millis(5000)));
+    assert!(web.kiln.snapshot.contains("data"));
     assert_eq!(web.kiln.max_age, Some(Millis(7 * 86_400_000)));
     assert_eq!(web.kiln.exclusive, Some(false));
     let tiny = &loaded.spec.bases["tiny"];

@@ -99,6 +99,8 @@ fn strategies_that_contradict_the_rest_are_errors() {
         ("x-kiln: {rollout: {steps: [5%]}}", "unknown key `steps`"),
         ("x-kiln: {exclusive: true}, scale: 2", "several replicas"),
         ("x-kiln: {max_age: 1s}", "too short"),
+        ("x-kiln: {snapshot: true}", "no named volume"),
+        ("x-kiln: {snapshot: [data]}", "no volume `data`"),
         ("x-kiln: {max_age: 1h, rollout: recreate}", "too old"),
         (
             "x-kiln: {rollout: {strategy: recreate, keep_warm: 1m}}",

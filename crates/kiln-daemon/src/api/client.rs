@@ -6,7 +6,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use kiln_model::{EnvironmentName, InstanceId, NetworkName, Release, ReleaseNumber};
+use kiln_model::{EnvironmentName, InstanceId, NetworkName, Release, ReleaseNumber, VolumeName};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -17,6 +17,7 @@ use super::types::{
     Explanation, NetworkLine, NetworkRequest, ReleaseAnswer, ReleaseLine, ReleaseRequest,
     RollbackRequest,
 };
+use crate::snapshots::Snapshot;
 
 /// No answer of the daemon's is larger.
 const LARGEST_ANSWER: usize = 64 << 20;
@@ -107,6 +108,33 @@ impl Client {
     pub async fn remove_network(&self, name: &NetworkName, by: &str) -> Result<(), ClientError> {
         let request = DownRequest { by: by.to_owned() };
         let path = format!("/v1/networks/{name}");
+        self.call(Method::DELETE, &path, Some(&request)).await
+    }
+
+    pub async fn snapshots(&self) -> Result<Vec<Snapshot>, ClientError> {
+        self.call(Method::GET, "/v1/snapshots", None::<&()>).await
+    }
+
+    /// Returns the snapshot that what was there has become.
+    pub async fn restore_snapshot(
+        &self,
+        volume: &VolumeName,
+        number: u32,
+        by: &str,
+    ) -> Result<Snapshot, ClientError> {
+        let request = DownRequest { by: by.to_owned() };
+        let path = format!("/v1/snapshots/{volume}/{number}/restore");
+        self.call(Method::POST, &path, Some(&request)).await
+    }
+
+    pub async fn remove_snapshot(
+        &self,
+        volume: &VolumeName,
+        number: u32,
+        by: &str,
+    ) -> Result<(), ClientError> {
+        let request = DownRequest { by: by.to_owned() };
+        let path = format!("/v1/snapshots/{volume}/{number}");
         self.call(Method::DELETE, &path, Some(&request)).await
     }
 

@@ -6,6 +6,7 @@ pub mod error;
 mod json;
 mod networks;
 mod rollout;
+mod snapshots;
 pub mod types;
 
 use std::sync::{Arc, PoisonError};
@@ -65,7 +66,10 @@ pub struct Api {
         executed,
         networks::networks,
         networks::create_network,
-        networks::remove_network
+        networks::remove_network,
+        snapshots::list,
+        snapshots::restore,
+        snapshots::remove
     ),
     components(schemas(ApiErrorBody))
 )]
@@ -94,6 +98,7 @@ pub fn router(shared: Arc<Shared>, stop: mpsc::Sender<()>) -> Router {
         .route("/v1/openapi.json", get(|| async { Json(document()) }))
         .nest("/v1/environments/{environment}", environment)
         .merge(networks::router())
+        .merge(snapshots::router())
         .fallback(|| async { ApiError::not_found("no such path", "see /v1/openapi.json") })
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(Api { shared, stop })

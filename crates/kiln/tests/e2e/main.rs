@@ -14,6 +14,7 @@ mod failing;
 mod faults;
 mod honour;
 mod input;
+mod lasting;
 mod load;
 mod looking;
 mod matrix;
