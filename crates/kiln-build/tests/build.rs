@@ -308,6 +308,7 @@ fn request(image: Digest, command: &str) -> TestRequest {
         group_add: Vec::new(),
         stop_signal: "SIGTERM".into(),
         stop_grace: Millis(500),
+        init: false,
         mounts: Vec::new(),
         volumes: vec!["/data".into()],
         security: InstanceSecurity::default(),

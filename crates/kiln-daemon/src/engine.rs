@@ -8,8 +8,8 @@ use std::time::Duration;
 use kiln_model::release::{Outcome, Reason};
 use kiln_model::{InstanceId, Millis, Release, ReleaseNumber, ReleaseRecord};
 use kiln_plan::{
-    Conclusion, Effect, EffectKey, Event, Goal, Keeper, Layout, Plan, Refused, Releases,
-    RolloutState, TRY_AGAIN, World,
+    Conclusion, Effect, EffectKey, Event, Goal, Keeper, Layout, Plan, Refused, Releases, TRY_AGAIN,
+    World,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;

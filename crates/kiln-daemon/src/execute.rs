@@ -190,9 +190,14 @@ impl Executor {
             .map_err(|e| format!("no snapshot of the volume `{volume}`: {e}"))?;
         let Some(taken) = taken else { return Ok(()) };
         let (number, release) = (taken.number, wish.release);
-        let text = format!("snapshot {number} of volume {volume} is taken before release {release}");
-        let details = [("snapshot", number.to_string()), ("before", release.to_string())];
-        self.shared.record("kiln", "snapshot", volume.as_str(), &details);
+        let text =
+            format!("snapshot {number} of volume {volume} is taken before release {release}");
+        let details = [
+            ("snapshot", number.to_string()),
+            ("before", release.to_string()),
+        ];
+        self.shared
+            .record("kiln", "snapshot", volume.as_str(), &details);
         self.tell(Some(wish.service.clone()), None, EventKind::Note, text);
         Ok(())
     }

@@ -173,6 +173,17 @@ impl Runtime {
         })
     }
 
+    /// Whether a signal (by name or number) does anything to the instance's first process:
+    /// the kernel drops what that has no handler for (pid_namespaces(7)), but for SIGKILL.
+    /// One that waits for its signals has them blocked. In doubt: yes.
+    pub fn heeds(&self, id: &InstanceId, name: &str) -> bool {
+        let (Ok(number), Ok((pid, _process))) = (signal::parse(name), self.first_process(id))
+        else {
+            return true;
+        };
+        number == libc::SIGKILL || process::takes(pid, number) != Some(false)
+    }
+
     /// Asks it to end with `signal`; after `grace`, kills all of its processes. One that is
     /// being started gets there first, if anybody still sees to that.
     pub fn stop(

@@ -414,6 +414,26 @@ fn a_start_cut_off_at_any_moment_leaves_nothing() {
     assert!(common::mounts_below(&f.root).is_empty());
 }
 
+#[test]
+fn a_signal_that_the_first_process_has_no_handler_for_is_not_heeded() {
+    if !can_run() {
+        return;
+    }
+    let f = Fixture::new();
+    for (script, heeds) in [
+        ("while :; do sleep 0.05; done", false),
+        ("trap 'exit 0' TERM; while :; do sleep 0.05; done", true),
+    ] {
+        let spec = f.spec(f.layered(), script);
+        f.runtime.start(&spec).unwrap();
+        // The shell sets its handler after its start.
+        let asked = || f.runtime.heeds(&spec.id, "TERM") == heeds;
+        until("the answer", asked);
+        assert!(f.runtime.heeds(&spec.id, "SIGKILL"));
+        f.runtime.remove(&spec.id).unwrap();
+    }
+}
+
 fn shims_of(f: &Fixture, spec: &InstanceSpec) -> Vec<i32> {
     let dir = f.root.join("instances").join(spec.id.as_str());
     let dir = dir.display().to_string();

@@ -117,7 +117,11 @@ mod tests {
 
     #[test]
     fn the_oldest_snapshot_after_the_release_is_offered_for_each_volume() {
-        let mut all = vec![snapshot("a", 1, 2), snapshot("a", 2, 3), snapshot("a", 3, 4)];
+        let mut all = vec![
+            snapshot("a", 1, 2),
+            snapshot("a", 2, 3),
+            snapshot("a", 3, 4),
+        ];
         all.push(Snapshot {
             why: Why::Replaced { by: 1 },
             ..snapshot("b", 1, 9)

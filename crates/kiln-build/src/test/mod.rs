@@ -32,7 +32,7 @@ use kiln_runtime::Runtime;
 use kiln_store::Store;
 use serde::{Deserialize, Serialize};
 
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(20);
@@ -66,6 +66,8 @@ pub struct TestRequest {
     pub stop_signal: String,
     /// How long it may take to end.
     pub stop_grace: Millis,
+    /// A small init is the first process.
+    pub init: bool,
     /// Configs, secrets, and something in place of each volume.
     pub mounts: Vec<InstanceMount>,
     /// The image's VOLUMEs.
@@ -242,9 +244,10 @@ impl Tester {
             Ok(_) => self.observe(request, &spec.id, cancel),
             Err(cause) => Err(machine(Box::new(cause))),
         };
-        // Ends the program as a release would, so that what it writes at its end is seen.
+        // Ends the program as a release would, so that what it writes at its end is seen;
+        // one that the signal can't reach has nothing to say.
         let log = self.log(&spec.id);
-        if result.is_ok() {
+        if result.is_ok() && self.runtime.heeds(&spec.id, &request.stop_signal) {
             let _ = self
                 .runtime
                 .stop(&spec.id, &request.stop_signal, request.stop_grace);
@@ -315,7 +318,7 @@ impl Tester {
             limits: request.limits.clone(),
             stop_signal: request.stop_signal.clone(),
             stop_grace: request.stop_grace,
-            init: false,
+            init: request.init,
             tty: false,
             stdin_open: false,
             logging: Logging::default(),

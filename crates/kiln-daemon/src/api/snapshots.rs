@@ -77,6 +77,7 @@ pub(super) async fn remove(
     removed.map_err(ApiError::internal)?.map_err(refused)?;
     let details = [("snapshot", number.to_string())];
     let subject = volume.as_str();
-    api.shared.record(&request.by, "remove snapshot", subject, &details);
+    api.shared
+        .record(&request.by, "remove snapshot", subject, &details);
     Ok(Json(()))
 }

@@ -398,7 +398,10 @@ mod tests {
         fs::write(fresh.join("data/a"), "ha").unwrap();
         assert_eq!(m.numbers(), [0; 0]);
         assert_eq!(m.take(1), Some(1));
-        assert_eq!(fs::read_to_string(m.snapshot(1).join("a")).unwrap(), "whole");
+        assert_eq!(
+            fs::read_to_string(m.snapshot(1).join("a")).unwrap(),
+            "whole"
+        );
     }
 
     #[test]

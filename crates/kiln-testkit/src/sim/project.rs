@@ -371,7 +371,11 @@ fn depend(service: &mut Service, other: &ServiceName, condition: Condition) {
 /// What a file may say about how a service is kept and replaced.
 /// As compose files say it; there `max_age` is refused with it.
 fn stops_first(service: &Service) -> bool {
-    let strategy = service.kiln.rollout.as_ref().and_then(|r| r.strategy.as_ref());
+    let strategy = service
+        .kiln
+        .rollout
+        .as_ref()
+        .and_then(|r| r.strategy.as_ref());
     strategy == Some(&Strategy::Recreate)
         || (service.update.order == Some(Order::StopFirst) && service.replicas > 1)
 }
@@ -421,7 +425,9 @@ fn settings(released: &mut ReleasedService, rng: &mut Rng) {
     });
     service.kiln.max_age = match stops_first(service) {
         true => None,
-        false => rng.permille(100).then(|| Millis(rng.between(20_000, 100_000))),
+        false => rng
+            .permille(100)
+            .then(|| Millis(rng.between(20_000, 100_000))),
     };
     service.health = match rng.permille(600) {
         true => HealthcheckSetting::Set(Healthcheck {

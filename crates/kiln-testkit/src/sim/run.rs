@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
-use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Phase, Plan, Refused, TRY_AGAIN, World, is_job};
+use kiln_plan::{
+    Conclusion, Effect, Event, Goal, Keeper, Phase, Plan, Refused, TRY_AGAIN, World, is_job,
+};
 
 use super::laws::{Broken, Plant};
 use super::memory::Disk;

@@ -174,6 +174,7 @@ impl Assembler<'_> {
                 .unwrap_or_else(|| "SIGTERM".into()),
             // Nothing depends on how a test instance ends.
             stop_grace: TEST_GRACE,
+            init: service.process.init,
             mounts,
             volumes: image.config.volumes.clone(),
             security: process::security(service),

@@ -64,10 +64,10 @@ fn data_that_has_moved_on_can_be_brought_back() {
     // Nothing has changed: nothing is copied.
     project.up().ok();
     assert_eq!(list().len(), 1);
-    project
-        .run("rollback", &[])
-        .ok()
-        .says(&["has moved past release 1", "kiln snapshots restore moved_data 1"]);
+    project.run("rollback", &[]).ok().says(&[
+        "has moved past release 1",
+        "kiln snapshots restore moved_data 1",
+    ]);
     let restore = || kiln.run(&["snapshots", "restore", "moved_data", "1"]);
     restore().code(&[3]).says(&["is in use by moved-web-"]);
     project.run("down", &[]).ok();
