@@ -1,5 +1,6 @@
 //! `snapshots`: copies of volumes, and what a rollback has to say about data.
 
+use kiln_daemon::api::types::ReleaseAnswer;
 use kiln_daemon::snapshots::{Snapshot, Why};
 use kiln_model::{EnvironmentName, ReleaseNumber};
 
@@ -60,9 +61,17 @@ async fn list(context: &Context) -> Result<(), Failure> {
 pub async fn moved_on(
     context: &Context,
     environment: &EnvironmentName,
-    to: ReleaseNumber,
+    answer: &ReleaseAnswer,
 ) -> Result<(), Failure> {
-    let all = context.client.snapshots().await?;
+    let releases = context.client.releases(environment).await?;
+    let earlier = releases.iter().filter(|r| r.number < answer.number);
+    let same = earlier.filter(|r| r.digest == answer.digest);
+    let Some(to) = same.map(|r| r.number).max() else {
+        return Ok(());
+    };
+    let mut all = context.client.snapshots().await?;
+    // Its own, of how it found the data, is no way further back.
+    all.retain(|s| !matches!(s.why, Why::Release { release, .. } if release >= answer.number));
     for snapshot in oldest_after(&all, environment, to) {
         if let Why::Release { release, .. } = &snapshot.why {
             let (volume, number) = (&snapshot.volume, snapshot.number);

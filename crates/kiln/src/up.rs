@@ -180,7 +180,7 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> Result<(), Fail
         outln!("nothing to do: that is what runs");
         return Ok(());
     }
-    crate::snapshots::moved_on(context, &environment, answer.number).await?;
+    crate::snapshots::moved_on(context, &environment, &answer).await?;
     if args.detach {
         return Ok(());
     }
