@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 usage: cargo xtask test     install what the tests need (Debian, as root), then check and test everything
-       cargo xtask bench    measure the release build, as a table; --runs N (default 20), --only NAME
+       cargo xtask bench    measure the release build, as a table; --runs N (default 20), NAME of one measure
        cargo xtask soak     50 replacements under every kind of load, 500 requests a second (as root)
        cargo xtask simulate run kiln's loop against a made-up machine and its faults; --seeds N (default 1000), --seed FIRST (default 1)
        cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";

@@ -7,15 +7,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_model::spec::DebianBase;
-use kiln_model::{Digest, Progress};
+use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_oci::archive::{ArchiveError, Import, import};
 use kiln_oci::reference::{Reference, ReferenceError};
 use kiln_oci::registry::{self, RegistryError};
 use kiln_oci::{BlobWrite, Platform};
 use kiln_store::{AddImageError, RefError, Store};
 
+use crate::cache;
+use crate::containerfile::Span;
 use crate::debian::{self, Asked, DebianContext, DebianError};
+use crate::exec::ExecError;
 use crate::lock::Lock;
+use crate::secrets::{self, Allowed, Finding, Located, Refused};
 
 /// Why an image could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +41,14 @@ pub enum ResolveError {
     },
     #[error("`{reference}` is not in the store, and its pull_policy is `never`")]
     NotHere { reference: String },
+    #[error("cannot look through the base `{name}`")]
+    Scan {
+        name: String,
+        #[source]
+        source: Box<ExecError>,
+    },
+    #[error("{0}")]
+    Secrets(Refused),
     #[error("reading the archive ended early")]
     Ended,
 }
@@ -53,6 +65,8 @@ pub struct Resolver {
     /// Relative paths of `oci:` and `docker-archive:` count from here.
     pub folder: PathBuf,
     pub progress: Arc<dyn Progress>,
+    /// What may be in a base although it looks like a secret; learns.
+    pub allowed: Arc<Allowed>,
 }
 
 impl Resolver {
@@ -91,9 +105,51 @@ impl Resolver {
         };
         let composed = debian::compose(&self.debian, &asked, lock).await?;
         let manifest = composed.image.manifest;
-        self.store
-            .set_ref(&format!("cache/debian/{}", composed.key), &manifest)?;
+        self.judge(name, &manifest).await?;
+        let name = format!("cache/debian/{}", composed.key);
+        self.store.set_ref(&name, &manifest)?;
+        cache::used_ref(&self.debian.cache, &name);
         Ok(manifest)
+    }
+
+    /// Packages' scripts may have made what is secret, or of this machine.
+    async fn judge(&self, name: &str, manifest: &Digest) -> Result<(), ResolveError> {
+        let (store, cache) = (self.store.clone(), self.debian.cache.clone());
+        let manifest = *manifest;
+        let found = tokio::task::spawn_blocking(move || {
+            store.add_image(&manifest)?;
+            Ok(secrets::in_image(&store, &cache, &manifest))
+        });
+        let found = found.await.map_err(|_| ResolveError::Ended)?;
+        let found = found.map_err(|e: AddImageError| ResolveError::Image(e))?;
+        let found = found.map_err(|source| ResolveError::Scan {
+            name: name.to_owned(),
+            source: Box::new(source),
+        })?;
+        let machine_id = |finding: &Finding| finding.place == "/etc/machine-id";
+        for anew in found.iter().filter(|f| f.made_anew && !machine_id(f)) {
+            self.progress.event(ProgressEvent::Warning {
+                task: format!("base {name}"),
+                text: anew.told_anew(),
+            });
+        }
+        let refused = |finding: &Finding| !finding.made_anew && !self.allowed.allows(finding);
+        let findings: Vec<Located> = found
+            .into_iter()
+            .filter(refused)
+            .map(|finding| Located {
+                finding,
+                span: Span::default(),
+                instruction: "its packages".into(),
+            })
+            .collect();
+        match findings.is_empty() {
+            true => Ok(()),
+            false => Err(ResolveError::Secrets(Refused {
+                file: format!("x-kiln.bases.{name}"),
+                findings,
+            })),
+        }
     }
 
     async fn archive(&self, path: &str) -> Result<Digest, ResolveError> {
@@ -125,7 +181,10 @@ impl Resolver {
             .digest()
             .or_else(|| lock.images.get(&canonical))
             .copied();
-        if let Some(manifest) = pinned.and_then(|pin| self.known(&pin)) {
+        if let Some(pin) = pinned
+            && let Some(manifest) = self.known(&pin)
+        {
+            cache::used_ref(&self.debian.cache, &self.pulled(&pin));
             return Ok(manifest);
         }
         if never {
@@ -151,7 +210,9 @@ impl Resolver {
                 &*self.progress,
             )
             .await?;
-        self.store.set_ref(&self.pulled(&pin), &manifest)?;
+        let name = self.pulled(&pin);
+        self.store.set_ref(&name, &manifest)?;
+        cache::used_ref(&self.debian.cache, &name);
         lock.images.insert(canonical, pin);
         Ok(manifest)
     }

@@ -138,3 +138,33 @@ async fn apt_get_install_works_over_a_base_that_names_no_mirror() {
     assert_eq!(listed(&tree), listed(&before));
     assert!(tree.get("run/kiln-keys").is_none());
 }
+
+/// Needs the network.
+#[tokio::test(flavor = "multi_thread")]
+async fn openssh_server_is_installed_without_keys_and_finds_its_own() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let base = DebianBase {
+        suite: "bookworm".into(),
+        packages: vec!["apt".into()],
+        essential: true,
+        ..DebianBase::default()
+    };
+    compose(&one, &base).await;
+    let text = "FROM root\nRUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install \
+                -y --no-install-recommends openssh-server ssl-cert && rm -rf /var/lib/apt/lists/*\n\
+                RUN mkdir -p /run/sshd && /usr/sbin/sshd -t && ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key \
+                && openssl x509 -noout -in /etc/ssl/certs/ssl-cert-snakeoil.pem && rmdir /run/sshd";
+    let outside = |request: &mut BuildRequest| request.build.network = "default".into();
+    let folder = world::context(&[]);
+    let digest = one.build_with(folder.path(), text, outside).unwrap();
+    for (path, _) in kiln_model::identity::PLACES {
+        assert_eq!(one.text(&digest, path), "", "{path}");
+    }
+    // Private keys of whatever kind would have refused the image; nothing else is new.
+    let tree = one.tree(&digest);
+    let keys = tree.walk().filter(|item| item.path.ends_with(b".key"));
+    assert_eq!(keys.count(), 1);
+}

@@ -145,7 +145,8 @@ async fn make_in(base: &DebianBase, mut lock: Lock, sandbox: &base::RunScripts<'
         .await
         .unwrap();
     lap("fetched");
-    let folder = tempfile::tempdir().unwrap();
+    // The instance is named by it.
+    let folder = tempfile::Builder::new().prefix("base-").tempdir().unwrap();
     let run: Option<&base::RunScripts> = if base.distroless { None } else { Some(sandbox) };
     let start = Instant::now();
     let verbose = std::env::var_os("KILN_TEST_VERBOSE").is_some();

@@ -1,7 +1,8 @@
 //! For tests: the daemon dies, as by `kill -9`, where `KILN_CRASH_AT` says.
 //! `before-start` is right before the first start of an instance, `after-route:2` right
 //! after the second routing table was applied and before that is known. The points are
-//! around every effect (networks, start, route, drain, stop, remove, conclude), around
+//! around every effect (networks, start, route, measure, query, drain, stop, remove,
+//! conclude), around
 //! storing a world (save) and around storing a release (release).
 
 use std::sync::OnceLock;
@@ -45,6 +46,8 @@ pub fn name(key: &EffectKey) -> &'static str {
         EffectKey::Start(_) => "start",
         EffectKey::Observe(_) => "observe",
         EffectKey::Route => "route",
+        EffectKey::Measure => "measure",
+        EffectKey::Query(_) => "query",
         EffectKey::Drain(_) => "drain",
         EffectKey::Stop(_) => "stop",
         EffectKey::Remove(_) => "remove",

@@ -279,15 +279,9 @@ impl Engine {
                 let _ = reply.send(self.tainted(id, by, command));
             }
             Message::Status { reply } => {
-                let status = status::environment(
-                    &self.shared,
-                    &self.keeper.world,
-                    &self.keeper.releases,
-                    self.report.clone(),
-                );
-                tokio::spawn(async move {
-                    let _ = reply.send(status.await);
-                });
+                let (world, releases) = (&self.keeper.world, &self.keeper.releases);
+                let status = status::environment(world, releases, self.report.clone());
+                let _ = reply.send(Ok(status));
             }
             Message::Explain { id, reply } => {
                 let _ = reply.send(status::explain(

@@ -26,7 +26,7 @@ use crate::engine::Message;
 use crate::overtaken::Overtaken;
 use crate::shared::{Shared, blocking, ended};
 use crate::snapshots::Wish;
-use crate::{inside, instance_spec, probe, snapshots, volumes};
+use crate::{inside, instance_spec, probe, prometheus, snapshots, volumes};
 
 /// Pause before an effect that could not be carried out is planned again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -71,6 +71,20 @@ impl Executor {
                     Ok(Event::Routed { table, failed })
                 });
             }
+            Effect::Measure { number, instances } => {
+                let shared = self.shared.clone();
+                self.spawn(key, async move {
+                    let traffic = shared.proxy.traffic(instances).await?;
+                    Ok(Event::Measured { number, traffic })
+                });
+            }
+            Effect::Query {
+                service,
+                prometheus,
+            } => self.spawn(key, async move {
+                let value = prometheus::value(&prometheus).await;
+                Ok(Event::Queried { service, value })
+            }),
             Effect::Drain { id, limit } => {
                 let shared = self.shared.clone();
                 self.spawn(key, async move {

@@ -39,7 +39,7 @@ impl Engine {
     }
 
     pub(crate) fn tell_changes(&self, before: &World) {
-        for (id, instance) in &self.keeper.world.instances {
+        for (id, instance) in self.keeper.world.instances.iter() {
             let old = before.instances.get(id).map(|i| &i.phase);
             let changed = old.is_none_or(|phase| {
                 std::mem::discriminant(phase) != std::mem::discriminant(&instance.phase)
@@ -56,7 +56,7 @@ impl Engine {
                 self.tell(Some(instance.service.clone()), Some(id.clone()), kind, text);
             }
         }
-        for (id, instance) in &before.instances {
+        for (id, instance) in before.instances.iter() {
             if !self.keeper.world.instances.contains_key(id) {
                 let kind = EventKind::Instance {
                     phase: "gone".into(),
@@ -87,6 +87,8 @@ pub(crate) fn name_of(key: &EffectKey) -> String {
         EffectKey::Start(id) => format!("starting {id}"),
         EffectKey::Observe(id) => format!("watching {id}"),
         EffectKey::Route => "telling the proxy".into(),
+        EffectKey::Measure => "asking the proxy for its counts".into(),
+        EffectKey::Query(service) => format!("asking Prometheus about {service}"),
         EffectKey::Drain(id) => format!("draining {id}"),
         EffectKey::Stop(id) => format!("stopping {id}"),
         EffectKey::Remove(id) => format!("removing {id}"),
@@ -112,6 +114,7 @@ pub(crate) fn outline_lines(steps: Vec<kiln_plan::outline::Step>) -> Vec<Outline
                 service: step.service,
                 action: action.into(),
                 why: step.why,
+                steps: step.steps,
             }
         })
         .collect()

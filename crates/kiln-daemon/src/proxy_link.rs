@@ -1,6 +1,7 @@
 //! The proxy's process: found or started, watched, and told what to do. It is a process
 //! of its own and outlives the daemon.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use kiln_model::{InstanceId, Millis, RoutingTable};
+use kiln_model::{InstanceId, Millis, RoutingTable, Traffic};
 use kiln_proxy::Client;
 use tokio::sync::{Mutex, oneshot};
 use tokio::time::Instant;
@@ -173,6 +174,20 @@ impl ProxyLink {
             .map_err(|e| e.to_string())?;
         let failed: Vec<String> = applied.failed.iter().map(ToString::to_string).collect();
         Ok((!failed.is_empty()).then(|| failed.join("; ")))
+    }
+
+    /// What the proxy has counted of these.
+    pub async fn traffic(
+        &self,
+        of: Vec<InstanceId>,
+    ) -> Result<BTreeMap<InstanceId, Traffic>, String> {
+        let client = self.client().await?;
+        client.traffic(of).await.map_err(|e| e.to_string())
+    }
+
+    /// What it has counted; one that does not run is not started for it.
+    pub async fn status(&self) -> Result<kiln_proxy::Status, kiln_proxy::ClientError> {
+        Client::connect(&self.socket).await?.status().await
     }
 
     pub async fn drain(&self, id: &InstanceId, limit: Millis) -> Result<u32, String> {

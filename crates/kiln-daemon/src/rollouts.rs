@@ -1,11 +1,13 @@
 //! What people have to say about a rollout that is under way: pause, resume, promote, and
 //! what is shown of it. Giving it up is [`Event::Abandoned`].
 
-use kiln_model::ReleaseNumber;
-use kiln_plan::{Event, Goal, RolloutState, World};
+use std::collections::BTreeMap;
+
+use kiln_model::{ReleaseNumber, ServiceName};
+use kiln_plan::{Event, Goal, Releases, Rollout, RolloutState, Stage, World};
 
 use crate::api::error::ApiError;
-use crate::api::types::{EventKind, RolloutStatus, WatchStatus};
+use crate::api::types::{CanaryStatus, EventKind, RolloutStatus, StepVerdictLine, WatchStatus};
 use crate::engine::Engine;
 use crate::shared::Shared;
 
@@ -108,6 +110,7 @@ impl Engine {
         let (Some(now), then) = (&world.rollout, &before.rollout) else {
             return;
         };
+        self.tell_steps(now, then.as_ref());
         let said = |state: &RolloutState| then.as_ref().is_some_and(|r| r.state == *state);
         if let Some(why) = &now.paused
             && then.as_ref().is_none_or(|r| r.paused.is_none())
@@ -148,11 +151,53 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// A canary's steps: what begins, and how it ended, which the audit log keeps as well.
+    fn tell_steps(&self, now: &Rollout, then: Option<&Rollout>) {
+        let (Some(release), canary) = (now.to.release(), &now.canary) else {
+            return;
+        };
+        let known = then.map_or(0, |r| r.canary.verdicts.len());
+        for (at, verdict) in canary.verdicts.iter().enumerate().skip(known) {
+            let step = at + 1;
+            let word = if verdict.good { "good" } else { "bad" };
+            let text = &verdict.text;
+            let details = [
+                ("step", step.to_string()),
+                ("traffic", shares(&verdict.weights)),
+                ("verdict", word.to_owned()),
+                ("numbers", text.clone()),
+            ];
+            let subject = format!("{} release {release}", self.keeper.world.environment);
+            self.shared.record("kiln", "canary", &subject, &details);
+            let text = format!("canary step {step} of release {release} is {word}: {text}");
+            self.tell(None, None, EventKind::Note, text);
+        }
+        let began = canary.since.is_some() && then.is_none_or(|r| r.canary.since.is_none());
+        if began && let Some(stage) = kiln_plan::stage(&self.keeper.world, &self.keeper.releases) {
+            let text = format!(
+                "release {release} gets {} for {} (step {} of {})",
+                shares(&stage.weights),
+                stage.duration,
+                stage.step,
+                stage.steps
+            );
+            self.tell(None, None, EventKind::Note, text);
+        }
+    }
+}
+
 /// What is shown of a rollout under way.
-pub(crate) fn status(world: &World, report: Vec<String>) -> Option<RolloutStatus> {
+pub(crate) fn status(
+    world: &World,
+    releases: &Releases,
+    report: Vec<String>,
+) -> Option<RolloutStatus> {
     let rollout = world.rollout.as_ref()?;
+    let stage = kiln_plan::stage(world, releases);
     let state = match &rollout.state {
         _ if rollout.paused.is_some() => "paused",
+        RolloutState::Proving if stage.is_some() => "canary",
         RolloutState::Proving if rollout.moved => "moving",
         RolloutState::Proving => "proving",
         RolloutState::Watching => "watching",
@@ -168,7 +213,39 @@ pub(crate) fn status(world: &World, report: Vec<String>) -> Option<RolloutStatus
             RolloutState::Proving | RolloutState::Watching => None,
         },
         report,
+        canary: canary(rollout, stage),
     })
+}
+
+fn canary(rollout: &Rollout, stage: Option<Stage>) -> Option<CanaryStatus> {
+    let verdicts = &rollout.canary.verdicts;
+    if stage.is_none() && verdicts.is_empty() {
+        return None;
+    }
+    let ends = stage.as_ref().zip(rollout.canary.since);
+    let ends = ends.map(|(stage, since)| since.saturating_add(stage.duration));
+    Some(CanaryStatus {
+        step: stage.as_ref().map(|s| s.step),
+        steps: stage.as_ref().map(|s| s.steps),
+        weights: stage.map(|s| s.weights).unwrap_or_default(),
+        verdict_in: ends.map(|ends| ends.saturating_sub(Shared::steady_now()).0),
+        verdicts: verdicts
+            .iter()
+            .map(|v| StepVerdictLine {
+                weights: v.weights.clone(),
+                good: v.good,
+                text: v.text.clone(),
+            })
+            .collect(),
+    })
+}
+
+/// `5 % of api, 10 % of web`.
+fn shares(weights: &BTreeMap<ServiceName, u8>) -> String {
+    let shares = weights
+        .iter()
+        .map(|(name, weight)| format!("{weight} % of {name}"));
+    shares.collect::<Vec<_>>().join(", ")
 }
 
 /// The release that traffic goes to: while a verdict is waited for, the new one.

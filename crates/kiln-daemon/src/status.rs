@@ -1,28 +1,21 @@
 //! What is running and how it compares with what should be: read-only views.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use kiln_model::instance::{InstanceMountSource, InstanceNetwork, ObservedState, Root};
 use kiln_model::route::RouteMode;
 use kiln_model::spec::{Protocol, RootSetting};
 use kiln_model::{InstanceId, ServiceName};
-use kiln_plan::{Goal, Health, Instance, Phase, Prepared, Releases, World, is_job};
+use kiln_plan::{Goal, Health, Instance, Phase, Prepared, Releases, World};
 
 use crate::api::error::ApiError;
-use crate::api::types::{EnvironmentStatus, Explanation, InstanceStatus, ServiceStatus};
+use crate::api::types::{EnvironmentStatus, Explanation, InstanceStatus, ServiceStatus, Traffic};
 use crate::narrate::phase_name;
 use crate::rollouts;
-use crate::shared::{Shared, blocking};
+use crate::shared::Shared;
 
-/// The view is taken at once; looking into the instances for drift happens in the
-/// returned future.
-pub fn environment(
-    shared: &Arc<Shared>,
-    world: &World,
-    releases: &Releases,
-    report: Vec<String>,
-) -> impl Future<Output = Result<EnvironmentStatus, ApiError>> + use<> {
+/// What the engine itself knows; the rest is [`with_traffic`]'s and [`look_inside`]'s.
+pub fn environment(world: &World, releases: &Releases, report: Vec<String>) -> EnvironmentStatus {
     let goal = world.goal.release().and_then(|n| releases.get(n));
     let mut names: Vec<ServiceName> = goal
         .map(|g| g.release.services.keys().cloned().collect())
@@ -36,21 +29,15 @@ pub fn environment(
         .iter()
         .map(|n| service(world, releases, goal, n))
         .collect();
-    let status = EnvironmentStatus {
+    EnvironmentStatus {
         environment: world.environment.clone(),
         goal: world.goal.release(),
         proven: world.proven,
         serving: rollouts::serving(world),
-        rollout: rollouts::status(world, report),
+        rollout: rollouts::status(world, releases, report),
         watch: rollouts::watch(world),
         services,
         problem: world.ports_failed.clone(),
-    };
-    let shared = shared.clone();
-    async move {
-        blocking(move || look_inside(&shared, status))
-            .await
-            .map_err(ApiError::internal)
     }
 }
 
@@ -66,7 +53,7 @@ fn service(
         .of_service(name)
         .map(|(id, i)| instance(world, releases, goal, id, i))
         .collect();
-    let job = goal.is_some_and(|g| is_job(&g.release, name));
+    let job = goal.is_some_and(|g| g.is_job(name));
     let completed = goal.is_some_and(|g| {
         world.jobs_done.contains(&(g.digest, name.clone())) || kiln_plan::rests(world, g, name, 1)
     });
@@ -127,6 +114,7 @@ fn instance(
             Health::Unhealthy { reason } => format!("unhealthy: {reason}"),
         },
         serving: world.routed(id),
+        traffic: None,
         since: since.0,
         pid: None,
         sealed: released.is_some_and(|r| r.service.kiln.root == RootSetting::Sealed),
@@ -136,8 +124,39 @@ fn instance(
     }
 }
 
+/// What the proxy has counted. A proxy that does not answer is no reason to say nothing.
+pub async fn with_traffic(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentStatus {
+    let proxy = match shared.proxy.status().await {
+        Ok(proxy) => proxy,
+        Err(error) => {
+            tracing::debug!(%error, "the proxy's counters are not known");
+            return status;
+        }
+    };
+    let routed = proxy
+        .environments
+        .get(&status.environment)
+        .into_iter()
+        .flat_map(|e| e.services.values())
+        .flat_map(|s| &s.instances);
+    let counted: BTreeMap<&InstanceId, Traffic> = routed
+        .chain(&proxy.draining)
+        .map(|i| {
+            let traffic = Traffic {
+                served: i.requests.saturating_add(i.connections),
+                in_flight: i.in_flight,
+            };
+            (&i.instance, traffic)
+        })
+        .collect();
+    for instance in status.services.iter_mut().flat_map(|s| &mut s.instances) {
+        instance.traffic = counted.get(&instance.id).copied();
+    }
+    status
+}
+
 /// Compares each running instance with what it was started as.
-fn look_inside(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentStatus {
+pub fn look_inside(shared: &Shared, mut status: EnvironmentStatus) -> EnvironmentStatus {
     for instance in status.services.iter_mut().flat_map(|s| &mut s.instances) {
         if let Some(observed) = shared.runtime.observe(&instance.id) {
             instance.warnings = observed.warnings;

@@ -11,14 +11,18 @@
 
 mod digest;
 mod duration;
+pub mod identity;
 mod ids;
 pub mod image;
 pub mod instance;
 pub mod network;
 pub mod progress;
 pub mod release;
+pub mod rollout;
 pub mod route;
+pub mod secrets;
 pub mod spec;
+pub mod traffic;
 
 pub use digest::{Digest, DigestParseError, Hasher};
 pub use duration::Millis;
@@ -32,3 +36,4 @@ pub use progress::{Progress, ProgressEvent};
 pub use release::{Release, ReleaseRecord};
 pub use route::RoutingTable;
 pub use spec::Spec;
+pub use traffic::Traffic;

@@ -1,7 +1,7 @@
 //! Where traffic goes: the whole of what the proxy is told, as one value. Applying a
 //! table is idempotent; the proxy refuses one of an older generation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
@@ -26,8 +26,20 @@ pub struct ServiceRoute {
     /// Those that take new connections. Draining instances are simply no longer here;
     /// what they still hold goes on until [drained](DrainReport).
     pub backends: Vec<Backend>,
+    /// `None`: all backends are alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<Split>,
     /// Ports known to speak a given protocol; others are recognised from the first bytes.
     pub protocols: BTreeMap<u16, AppProtocol>,
+}
+
+/// Some of the backends get a part of the traffic, the others the rest: HTTP request by
+/// request, everything else connection by connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// Percent.
+    pub weight: u8,
+    pub to: BTreeSet<InstanceId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

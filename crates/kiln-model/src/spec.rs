@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::rollout::{Analysis, CanaryStep, Number, Prometheus, RolloutOptions, Strategy};
 use crate::{Digest, Millis, NetworkName, ProjectName, ServiceName, VolumeName};
 
 /// A whole project.
@@ -26,6 +27,9 @@ pub struct Spec {
     pub bases: BTreeMap<String, DebianBase>,
     /// `x-kiln.debian.mirror`; `None`: the machine's own apt configuration.
     pub debian_mirror: Option<String>,
+    /// `x-kiln.allow_secrets`: places in images that may hold what looks like a secret.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_secrets: Vec<String>,
     /// `develop.watch`, by service. Beside the services, as no release is made of it.
     #[serde(default)]
     pub watch: BTreeMap<ServiceName, Vec<WatchRule>>,
@@ -610,28 +614,6 @@ pub struct KilnOptions {
     /// instance of this service may write to them.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub snapshot: BTreeSet<String>,
-}
-
-/// `x-kiln.rollout`: how instances are replaced, beyond `deploy.update_config` (into which
-/// its `monitor` goes).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RolloutOptions {
-    /// `None`: all at once behind one switch, or what `update_config` says.
-    pub strategy: Option<Strategy>,
-    /// How long old instances stay ready after the switch, for a return at once.
-    pub keep_warm: Option<Millis>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Strategy {
-    /// A few at a time (`parallelism`, or one); old and new serve side by side meanwhile.
-    Rolling,
-    /// All new ones are proven before any traffic moves.
-    BlueGreen,
-    /// The old end before the new begin; callers wait.
-    Recreate,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

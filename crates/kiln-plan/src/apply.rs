@@ -7,7 +7,9 @@ use kiln_model::instance::{ExitStatus, Observed, ObservedState};
 use kiln_model::{InstanceId, Millis};
 
 use crate::effect::{Conclusion, EffectKey, Event};
-use crate::world::{Attempt, Goal, Health, Instance, Layout, Phase, Rollout, RolloutState, World};
+use crate::world::{
+    Attempt, Canary, Goal, Health, Instance, Layout, Marks, Phase, Rollout, RolloutState, World,
+};
 
 /// Takes one event in. Nothing is planned here.
 pub fn apply(world: &mut World, event: Event, now: Millis) {
@@ -73,6 +75,21 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
                 fail_rollout(world, cause.clone(), None);
             }
             world.ports_failed = failed;
+        }
+        Event::Measured { number, traffic } => {
+            // A late answer may be older than the mark that it would be compared with.
+            if number == world.measured.number {
+                world.under_way.remove(&EffectKey::Measure);
+                world.measured.at = Some(now);
+                world.measured.traffic = traffic;
+                if world.marks.start.is_empty() {
+                    world.marks.start = world.measured.traffic.clone();
+                }
+            }
+        }
+        Event::Queried { service, value } => {
+            world.under_way.remove(&EffectKey::Query(service.clone()));
+            world.measured.queried.insert(service, (now, value));
         }
         Event::Drained { id } => {
             world.under_way.remove(&EffectKey::Drain(id.clone()));
@@ -141,8 +158,15 @@ pub(crate) fn fail_rollout(world: &mut World, cause: String, instance: Option<In
 
 /// What failed before the pause is not held against the release any more.
 fn resume(world: &mut World, now: Millis) {
-    let paused = world.rollout.as_mut().and_then(|r| r.paused.take());
-    if let (Some(_), Some(watch)) = (paused, &mut world.watch) {
+    let paused = world.rollout.as_mut().filter(|r| r.paused.is_some());
+    let Some(rollout) = paused else {
+        return;
+    };
+    rollout.paused = None;
+    rollout.canary.since = None;
+    world.marks.start.clear();
+    world.measured.at = None;
+    if let Some(watch) = &mut world.watch {
         watch.begin_anew(now);
     }
 }
@@ -166,6 +190,7 @@ fn desire(world: &mut World, (goal, rollback): (Goal, bool), layout: Layout, now
     world.layout = layout;
     world.attempts.clear();
     world.watch = None;
+    world.marks = Marks::default();
     let from = world.proven;
     world.goal = goal;
     world.rollout = Some(Rollout {
@@ -177,6 +202,7 @@ fn desire(world: &mut World, (goal, rollback): (Goal, bool), layout: Layout, now
         paused: None,
         promoted: false,
         moved: false,
+        canary: Canary::default(),
     });
 }
 
@@ -325,6 +351,10 @@ fn key_instance(key: &EffectKey) -> Option<&InstanceId> {
         | EffectKey::Drain(id)
         | EffectKey::Stop(id)
         | EffectKey::Remove(id) => Some(id),
-        EffectKey::Networks | EffectKey::Route | EffectKey::Conclude => None,
+        EffectKey::Networks
+        | EffectKey::Route
+        | EffectKey::Measure
+        | EffectKey::Query(_)
+        | EffectKey::Conclude => None,
     }
 }

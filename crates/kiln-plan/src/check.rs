@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use kiln_model::ServiceName;
 use kiln_model::route::RouteMode;
 
+use crate::canary;
 use crate::effect::{Effect, Plan};
 use crate::service::is_exclusive;
 use crate::world::{Goal, Releases, World};
@@ -20,6 +21,8 @@ pub enum Violation {
     StoppedWhileServing(String),
     #[error("two instances of `{0}`, which must not overlap, would run at once")]
     TwoWriters(ServiceName),
+    #[error("the new instances of `{0}` would get more traffic than their step says")]
+    TooMuchWeight(ServiceName),
     #[error("the routing table's generation would go back")]
     GenerationWentBack,
 }
@@ -37,6 +40,7 @@ pub fn check(world: &World, releases: &Releases, plan: &Plan) -> Result<(), Viol
                     return Err(Violation::GenerationWentBack);
                 }
                 keeps_serving(world, table)?;
+                keeps_to_the_step(world, releases, table)?;
             }
             Effect::Drain { id, .. } if world.routed(id) => {
                 return Err(Violation::DrainedWhileServing(id.to_string()));
@@ -63,6 +67,27 @@ fn keeps_serving(world: &World, table: &kiln_model::RoutingTable) -> Result<(), 
             .any(|(_, i)| i.phase.ready() && !i.job);
         if route.backends.is_empty() && !waits && has_ready {
             return Err(Violation::NobodyServes(name.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// As long as an old instance is there to take the rest.
+fn keeps_to_the_step(
+    world: &World,
+    releases: &Releases,
+    table: &kiln_model::RoutingTable,
+) -> Result<(), Violation> {
+    let Some(canary) = canary::under_way(world, releases) else {
+        return Ok(());
+    };
+    for (name, route) in &table.services {
+        let Some(weight) = canary.weight(name) else {
+            continue;
+        };
+        let gets = route.split.as_ref().map(|split| split.weight);
+        if gets.is_some_and(|gets| gets > weight) {
+            return Err(Violation::TooMuchWeight(name.clone()));
         }
     }
     Ok(())

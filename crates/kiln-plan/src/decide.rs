@@ -11,7 +11,7 @@ use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
 use crate::handoff::{free_places, making_room, room};
 use crate::probe::probe_plan;
 use crate::routes;
-use crate::service::{batch, drain_limit, is_exclusive, is_job, restarts, stop_of, stops_first};
+use crate::service::{batch, drain_limit, is_exclusive, restarts, stop_of, stops_first};
 use crate::watch::{is_warm, written_off};
 use crate::world::{Goal, Health, Instance, Phase, Prepared, Releases, World};
 
@@ -26,13 +26,17 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
     planner.give_up_waiting_for_outcomes();
     planner.give_up_if_hopeless();
     planner.judge_what_is_watched();
+    planner.judge_while_it_moves();
+    planner.step_canary();
     planner.start_what_is_missing();
+    planner.remember_how_it_was();
     planner.route();
     planner.end_watch();
     planner.retire_what_is_not_wanted();
     planner.act_on_phases();
     planner.conclude();
     planner.record_conclusion();
+    planner.measure();
     planner.wake_for_lost_outcomes();
     planner.plan
 }
@@ -76,7 +80,7 @@ impl<'a> Planner<'a> {
             }
         }
         for (name, released) in &goal.release.services {
-            if is_job(&goal.release, name) {
+            if goal.is_job(name) {
                 self.run_job(number, goal, name, released);
             } else {
                 self.fill(number, goal, name, released);
@@ -94,15 +98,10 @@ impl<'a> Planner<'a> {
 
     /// Copies that ended by themselves and whose policy says to leave it at that.
     fn rest_copies(&mut self, goal: &Prepared, name: &ServiceName, released: &ReleasedService) {
-        let job = is_job(&goal.release, name);
+        let job = goal.is_job(name);
         let revision = goal.revisions.get(name);
         let policy = &released.service.restart;
-        for instance in self
-            .world
-            .instances
-            .values_mut()
-            .filter(|i| &i.service == name)
-        {
+        for (_, instance) in self.world.instances.of_service(name) {
             let Phase::Ended { status, .. } = instance.phase else {
                 continue;
             };
@@ -161,13 +160,15 @@ impl<'a> Planner<'a> {
         name: &ServiceName,
         released: &ReleasedService,
     ) {
+        let well: BTreeSet<u32> = self
+            .current(goal, name)
+            .iter()
+            .filter(|(_, i)| !matches!(i.health, Health::Unhealthy { .. }))
+            .map(|(_, i)| i.index)
+            .collect();
         let mut missing: Vec<u32> = (1..=released.service.replicas)
-            .filter(|index| {
-                !routes::rests(self.world, goal, name, *index)
-                    && !self.current(goal, name).iter().any(|(_, i)| {
-                        i.index == *index && !matches!(i.health, Health::Unhealthy { .. })
-                    })
-            })
+            .filter(|index| !well.contains(index))
+            .filter(|index| !routes::rests(self.world, goal, name, *index))
             .collect();
         if missing.is_empty() {
             missing.extend(self.too_old(goal, name, released));
@@ -488,45 +489,47 @@ impl<'a> Planner<'a> {
     /// What each instance's phase asks for.
     fn act_on_phases(&mut self) {
         let kept = self.kept_for_its_log();
-        for (id, instance) in self.world.instances.clone() {
-            let released = self.releases.service_of(&instance);
-            // A start that is under way ends first, or it would outlive the removal.
-            let starting = self
-                .world
-                .under_way
-                .contains_key(&EffectKey::Start(id.clone()));
-            if starting {
-                continue;
-            }
-            match instance.phase {
-                Phase::Starting => {
-                    if self.world.networks_ready {
-                        self.emit(Effect::Start { id });
-                    }
-                }
-                Phase::Warming { .. } | Phase::Ready { .. } => {
-                    if let Some(released) = released.filter(|_| !instance.job) {
-                        self.emit(Effect::Observe {
-                            id,
-                            probe: probe_plan(released),
-                        });
-                    }
-                }
-                Phase::Draining => {
-                    let limit = self.drain_limit_of(&instance);
-                    self.emit(Effect::Drain { id, limit });
-                }
-                Phase::Stopping => {
-                    let (signal, grace) = stop_of(released);
-                    self.emit(Effect::Stop { id, signal, grace });
-                }
-                // A failed instance is kept until its log has been shown.
-                Phase::Ended { .. } | Phase::Removing if kept.as_ref() == Some(&id) => {}
-                Phase::Ended { .. } | Phase::Removing => {
-                    self.emit(Effect::Remove { id });
-                }
-            }
+        let asked: Vec<Effect> = self
+            .world
+            .instances
+            .iter()
+            // A failed instance is kept until its log has been shown.
+            .filter(|(id, i)| i.phase.alive() || kept.as_ref() != Some(*id))
+            .filter_map(|(id, instance)| self.asked_by(id, instance))
+            .collect();
+        for effect in asked {
+            self.emit(effect);
         }
+    }
+
+    fn asked_by(&self, id: &InstanceId, instance: &Instance) -> Option<Effect> {
+        let under_way = |key: EffectKey| self.world.under_way.contains_key(&key);
+        // A start that is under way ends first, or it would outlive the removal.
+        if under_way(EffectKey::Start(id.clone())) {
+            return None;
+        }
+        let released = self.releases.service_of(instance);
+        let id = id.clone();
+        Some(match instance.phase {
+            Phase::Starting if !self.world.networks_ready => return None,
+            Phase::Starting => Effect::Start { id },
+            Phase::Warming { .. } | Phase::Ready { .. } => {
+                if under_way(EffectKey::Observe(id.clone())) {
+                    return None;
+                }
+                let probe = probe_plan(released.filter(|_| !instance.job)?);
+                Effect::Observe { id, probe }
+            }
+            Phase::Draining => {
+                let limit = self.drain_limit_of(instance);
+                Effect::Drain { id, limit }
+            }
+            Phase::Stopping => {
+                let (signal, grace) = stop_of(released);
+                Effect::Stop { id, signal, grace }
+            }
+            Phase::Ended { .. } | Phase::Removing => Effect::Remove { id },
+        })
     }
 
     /// While an exclusive service is handed over its callers wait, so what the old copy

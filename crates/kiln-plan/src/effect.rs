@@ -1,8 +1,11 @@
 //! What can happen to an environment and what can be done about it.
 
+use std::collections::BTreeMap;
+
 use kiln_model::instance::{ExitStatus, Observed};
 use kiln_model::network::BridgeNetwork;
-use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
+use kiln_model::spec::Prometheus;
+use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName, Traffic};
 use serde::{Deserialize, Serialize};
 
 use crate::probe::ProbePlan;
@@ -72,6 +75,17 @@ pub enum Event {
     Drained {
         id: InstanceId,
     },
+    /// What the proxy has counted of each instance, as asked for by this
+    /// [`Effect::Measure`].
+    Measured {
+        number: u64,
+        traffic: BTreeMap<InstanceId, Traffic>,
+    },
+    /// Prometheus' answer about a service's release.
+    Queried {
+        service: ServiceName,
+        value: Result<f64, String>,
+    },
     Removed {
         id: InstanceId,
     },
@@ -111,6 +125,15 @@ pub enum Effect {
         probe: ProbePlan,
     },
     Route(RoutingTable),
+    /// Ask the proxy what it has counted of these.
+    Measure {
+        number: u64,
+        instances: Vec<InstanceId>,
+    },
+    Query {
+        service: ServiceName,
+        prometheus: Prometheus,
+    },
     /// Tell when nothing uses it any more, or the limit has passed.
     Drain {
         id: InstanceId,
@@ -136,6 +159,8 @@ impl Effect {
             Effect::Start { id } => EffectKey::Start(id.clone()),
             Effect::Observe { id, .. } => EffectKey::Observe(id.clone()),
             Effect::Route(_) => EffectKey::Route,
+            Effect::Measure { .. } => EffectKey::Measure,
+            Effect::Query { service, .. } => EffectKey::Query(service.clone()),
             Effect::Drain { id, .. } => EffectKey::Drain(id.clone()),
             Effect::Stop { id, .. } => EffectKey::Stop(id.clone()),
             Effect::Remove { id } => EffectKey::Remove(id.clone()),
@@ -152,6 +177,8 @@ pub enum EffectKey {
     Start(InstanceId),
     Observe(InstanceId),
     Route,
+    Measure,
+    Query(ServiceName),
     Drain(InstanceId),
     Stop(InstanceId),
     Remove(InstanceId),
@@ -223,7 +250,8 @@ impl Effect {
         const CALL: Millis = Millis(120_000);
         match self {
             Effect::EnsureNetworks { .. } | Effect::Start { .. } | Effect::Remove { .. } => CALL,
-            Effect::Route(_) | Effect::Conclude(_) => Millis(30_000),
+            Effect::Route(_) | Effect::Conclude(_) | Effect::Query { .. } => Millis(30_000),
+            Effect::Measure { .. } => Millis(5_000),
             Effect::Drain { limit, .. } => limit.saturating_add(Millis(30_000)),
             Effect::Stop { grace, .. } => grace.saturating_add(CALL),
             Effect::Observe { probe, .. } => probe.deadline.saturating_add(Millis(30_000)),

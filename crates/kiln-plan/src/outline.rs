@@ -1,10 +1,12 @@
 //! What a rollout would do to each service, for people, before it is begun.
 
 use kiln_model::ServiceName;
+use kiln_model::spec::{CanaryStep, Strategy};
 use serde::{Deserialize, Serialize};
 
+use crate::canary::steps_of;
 use crate::revision::replaced_with;
-use crate::service::{is_exclusive, is_job};
+use crate::service::{is_exclusive, strategy};
 use crate::world::Prepared;
 
 /// How a service gets from one release to another.
@@ -29,6 +31,9 @@ pub struct Step {
     pub service: ServiceName,
     pub action: Action,
     pub why: String,
+    /// Of its traffic, where it moves step by step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<CanaryStep>,
 }
 
 /// Services in the order of their names.
@@ -39,10 +44,15 @@ pub fn outline(from: Option<&Prepared>, to: &Prepared) -> Vec<Step> {
         .keys()
         .map(|name| {
             let (action, why) = step(from, to, name);
+            let steps = match action {
+                Action::Replace => to.release.services.get(name).map_or(&[][..], steps_of),
+                _ => &[],
+            };
             Step {
                 service: name.clone(),
                 action,
                 why,
+                steps: steps.to_vec(),
             }
         })
         .collect();
@@ -56,6 +66,7 @@ pub fn outline(from: Option<&Prepared>, to: &Prepared) -> Vec<Step> {
             service: name.clone(),
             action: Action::Remove,
             why: "it is not in the new release".into(),
+            steps: Vec::new(),
         }));
     }
     steps
@@ -65,7 +76,7 @@ fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, 
     let Some(new) = to.release.services.get(name) else {
         return (Action::Keep, String::new());
     };
-    if is_job(&to.release, name) {
+    if to.is_job(name) {
         return match from.is_some_and(|f| f.digest == to.digest) {
             true => (Action::Keep, String::new()),
             false => (Action::RunJob, "once for each release".into()),
@@ -90,7 +101,12 @@ fn step(from: Option<&Prepared>, to: &Prepared, name: &ServiceName) -> (Action, 
     };
     let rollout = new.service.kiln.rollout.as_ref();
     let warm = rollout.is_some_and(|r| r.keep_warm.is_some());
+    let canary = strategy(new) == Some(&Strategy::Canary);
     match is_exclusive(new) {
+        true if canary => (
+            Action::Handoff,
+            format!("{why}; two copies must not overlap, so that its traffic has no steps"),
+        ),
         true if warm => (
             Action::Handoff,
             format!("{why}; two copies must not overlap, so that none is kept warm"),

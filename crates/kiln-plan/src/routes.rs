@@ -7,13 +7,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::route::{
     AppProtocol, Backend, Name, NetworkNames, Published, RouteMode, RoutingTable, ServiceRoute,
+    Split,
 };
 use kiln_model::spec::{NetworkMode, Port, Protocol};
 use kiln_model::{InstanceId, Millis, NetworkName, ServiceName};
 
+use crate::canary::{self, UnderWay};
 use crate::decide::next_generation;
 use crate::handoff::{can_hand_over, held, making_room};
-use crate::service::{batch, is_job, joins};
+use crate::service::{batch, joins};
 use crate::watch::written_off;
 use crate::world::{Health, Instance, Layout, Phase, Prepared, Releases, World};
 
@@ -58,7 +60,7 @@ pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
     };
     (rollout.moved || !held(world))
         && goal.release.services.iter().all(|(name, released)| {
-            if is_job(&goal.release, name) {
+            if goal.is_job(name) {
                 return world.jobs_done.contains(&(goal.digest, name.clone()));
             }
             let ready = current(world, goal, name)
@@ -77,6 +79,7 @@ pub(crate) fn gate_open(world: &World, releases: &Releases) -> bool {
 pub(crate) fn wanted(world: &World, releases: &Releases, now: Millis) -> RoutingTable {
     let open = gate_open(world, releases);
     let goal = world.goal.release().and_then(|n| releases.get(n));
+    let canary = canary::under_way(world, releases);
     let from = world
         .rollout
         .as_ref()
@@ -87,16 +90,18 @@ pub(crate) fn wanted(world: &World, releases: &Releases, now: Millis) -> Routing
     let mut definitions: BTreeMap<&ServiceName, (&ReleasedService, &Release)> = BTreeMap::new();
     for prepared in goal.into_iter().chain(from) {
         for (name, released) in &prepared.release.services {
-            definitions.insert(name, (released, &prepared.release));
+            match prepared.is_job(name) {
+                true => definitions.remove(name),
+                false => definitions.insert(name, (released, &prepared.release)),
+            };
         }
     }
-    definitions.retain(|name, (_, release)| !is_job(release, name));
     let services = definitions
         .iter()
         .map(|(name, (released, _))| {
             (
                 (*name).clone(),
-                service_route((world, now), (goal, from), name, released, open),
+                service_route((world, now), (goal, from), name, released, (open, canary)),
             )
         })
         .collect();
@@ -124,7 +129,7 @@ fn service_route(
     (goal, from): (Option<&Prepared>, Option<&Prepared>),
     name: &ServiceName,
     released: &ReleasedService,
-    open: bool,
+    (open, canary): (bool, Option<UnderWay<'_>>),
 ) -> ServiceRoute {
     let ready: Vec<(&InstanceId, &Instance)> = world
         .of_service(name)
@@ -142,10 +147,16 @@ fn service_route(
     if old.iter().any(|(_, i)| world.is_current(i, serves)) {
         old.retain(|(_, i)| world.is_current(i, serves));
     }
-    let serving = match () {
-        () if handing_over => Vec::new(),
-        () if !open && !old.is_empty() => old,
-        () => chosen(new, old, released.service.replicas),
+    let replicas = released.service.replicas;
+    let weight = canary.and_then(|c| Some((c.weight(name)?, c.from.revisions.get(name))));
+    let (serving, split) = match weight {
+        _ if handing_over => (Vec::new(), None),
+        _ if !open && !old.is_empty() => (old, None),
+        Some((weight, before)) => {
+            old.retain(|(_, i)| world.is_current(i, before));
+            side_by_side(weight, new, old, replicas)
+        }
+        None => (chosen(new, old, replicas), None),
     };
     let gone = handing_over || !leaving.is_empty();
     let waits = serving.is_empty() && (gone || worth_waiting(world, goal, name));
@@ -160,18 +171,34 @@ fn service_route(
             .into_iter()
             .map(|(id, i)| backend(world, id, i, released))
             .collect(),
+        split,
         protocols: protocols(&released.service.ports),
     }
+}
+
+type Copies<'w> = Vec<(&'w InstanceId, &'w Instance)>;
+
+/// The new copies with their part of the traffic beside the old ones, if there are both.
+fn side_by_side<'w>(
+    weight: u8,
+    new: Copies<'w>,
+    mut old: Copies<'w>,
+    replicas: u32,
+) -> (Copies<'w>, Option<Split>) {
+    old.retain(|(_, i)| !matches!(i.health, Health::Unhealthy { .. }));
+    if new.is_empty() || old.is_empty() || weight >= 100 {
+        return (chosen(new, old, replicas), None);
+    }
+    let mut serving = chosen(new, Vec::new(), replicas);
+    let to = serving.iter().map(|(id, _)| (*id).clone()).collect();
+    serving.extend(old);
+    (serving, Some(Split { weight, to }))
 }
 
 /// The new copies; as long as they are too few, old ones beside them, and those beyond
 /// the wanted count, which are on their way out, too; unhealthy ones only when there is
 /// nothing better.
-fn chosen<'w>(
-    new: Vec<(&'w InstanceId, &'w Instance)>,
-    old: Vec<(&'w InstanceId, &'w Instance)>,
-    replicas: u32,
-) -> Vec<(&'w InstanceId, &'w Instance)> {
+fn chosen<'w>(new: Copies<'w>, old: Copies<'w>, replicas: u32) -> Copies<'w> {
     let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
     let (surplus, new): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.index > replicas);
     let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));

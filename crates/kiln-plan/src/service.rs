@@ -1,5 +1,7 @@
 //! What a service's own definition says about how it may be replaced.
 
+use std::collections::BTreeSet;
+
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::{
     Condition, MountSource, NamespaceMode, NetworkMode, Order, RestartPolicy, Service, ServiceMode,
@@ -9,20 +11,22 @@ use kiln_model::{Millis, ServiceName};
 
 use crate::world::World;
 
-/// Runs once to its end: a job by mode, or what others wait for to complete.
-pub fn is_job(release: &Release, name: &ServiceName) -> bool {
-    let by_mode = release
+/// What runs once to its end: jobs by mode, and what others wait for to complete.
+pub fn jobs(release: &Release) -> BTreeSet<ServiceName> {
+    let by_mode = |(name, s): (&ServiceName, &ReleasedService)| {
+        (s.service.mode == ServiceMode::Job).then(|| name.clone())
+    };
+    let awaited = release.services.values().flat_map(|s| {
+        let all = s.service.depends_on.iter();
+        all.filter(|(_, d)| d.condition == Condition::CompletedSuccessfully)
+            .map(|(name, _)| name.clone())
+    });
+    release
         .services
-        .get(name)
-        .is_some_and(|s| s.service.mode == ServiceMode::Job);
-    by_mode
-        || release.services.values().any(|other| {
-            other
-                .service
-                .depends_on
-                .get(name)
-                .is_some_and(|d| d.condition == Condition::CompletedSuccessfully)
-        })
+        .iter()
+        .filter_map(by_mode)
+        .chain(awaited)
+        .collect()
 }
 
 /// Two copies must not overlap: a single copy that writes to a volume or to a folder

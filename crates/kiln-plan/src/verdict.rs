@@ -2,16 +2,19 @@
 
 use kiln_model::release::{Release, ReleasedService};
 use kiln_model::spec::FailureAction;
-use kiln_model::{InstanceId, ServiceName};
+use kiln_model::{InstanceId, Millis, ServiceName};
 
+use crate::analysis::Opinion;
 use crate::apply::{conclude, fail_rollout};
+use crate::canary;
 use crate::decide::Planner;
 use crate::effect::{Conclusion, Effect};
 use crate::probe::probe_plan;
 use crate::routes;
-use crate::service::{is_job, tries_in_rollout};
+use crate::service::{manner, tries_in_rollout};
+use crate::traffic;
 use crate::watch;
-use crate::world::{Goal, Instance, Phase, Prepared, Rollout, RolloutState, Watch, World};
+use crate::world::{Canary, Goal, Instance, Phase, Prepared, Rollout, RolloutState, Watch, World};
 
 impl Planner<'_> {
     /// A copy of the new release has failed as often as it may: turn back.
@@ -52,23 +55,62 @@ impl Planner<'_> {
         };
         let back = watch.back.and_then(|n| self.releases.get(n));
         for (name, released) in watch::changed(back, to) {
-            let failed = watch::failed(self.world, to, watch.since, name, released);
             let span = watch::span(self.world, &watch, released);
-            let over = self.now >= watch.since.saturating_add(span);
-            let Some((index, cause)) = failed.first().copied() else {
-                continue;
-            };
-            if over || watch::bearable(self.world, released, failed.len()) {
+            if self.now >= watch.since.saturating_add(span) {
                 continue;
             }
+            let failed = watch::failed(self.world, to, watch.since, name, released);
+            let borne = watch::bearable(self.world, released, failed.len());
+            let failure = match failed.first().filter(|_| !borne) {
+                Some((index, cause)) => {
+                    let culprit = watch::culprit(self.world, to, name, *index);
+                    Some(((*cause).to_owned(), culprit))
+                }
+                None => self.bad_traffic((back, to), name, released),
+            };
+            let Some((cause, culprit)) = failure else {
+                continue;
+            };
             let text = format!("service `{name}`, after traffic had moved: {cause}");
-            let culprit = watch::culprit(self.world, to, name, index);
             match (watch::action(self.world, released), &mut self.world.rollout) {
                 (FailureAction::Continue, _) => continue,
                 (FailureAction::Pause, Some(rollout)) => rollout.paused = Some(text),
                 _ => self.turn_back(watch, text, culprit),
             }
             return;
+        }
+    }
+
+    /// Traffic moves a batch at a time, and what has got some of it fails.
+    pub(crate) fn judge_while_it_moves(&mut self) {
+        let rollout = self.world.rollout.as_ref();
+        let moving = rollout.filter(|r| r.proving() && r.moved && !r.rollback);
+        let stepping = canary::under_way(self.world, self.releases).is_some();
+        let moving = moving.filter(|r| r.paused.is_none() && !stepping);
+        let from = moving.and_then(|r| self.releases.get(r.from?));
+        let (Some(from), Some((_, to))) = (from, self.goal()) else {
+            return;
+        };
+        for (name, released) in watch::changed(Some(from), to) {
+            let judged = manner(self.world, released).monitor != Some(Millis(0));
+            let bad = || self.bad_traffic((Some(from), to), name, released);
+            if let Some((cause, culprit)) = judged.then(bad).flatten() {
+                let text = format!("service `{name}`, while traffic moved: {cause}");
+                self.report(None, format!("returning: {text}"));
+                return fail_rollout(self.world, text, culprit);
+            }
+        }
+    }
+
+    fn bad_traffic(
+        &self,
+        (back, to): (Option<&Prepared>, &Prepared),
+        name: &ServiceName,
+        released: &ReleasedService,
+    ) -> Option<(String, Option<InstanceId>)> {
+        match traffic::opinion(self.world, (back, to), name, released)? {
+            Opinion::Bad(why) => Some((why, traffic::culprit(self.world, to, name))),
+            Opinion::Good(_) | Opinion::Few(_) => None,
         }
     }
 
@@ -86,6 +128,7 @@ impl Planner<'_> {
                 paused: None,
                 promoted: false,
                 moved: true,
+                canary: Canary::default(),
             });
         }
         fail_rollout(self.world, cause, instance);
@@ -156,9 +199,15 @@ impl Planner<'_> {
     /// Traffic has moved: nobody waits for a verdict, or it is a good one.
     fn has_stood_the_test(&mut self, rollout: &Rollout) -> bool {
         let paused = rollout.paused.is_some();
+        let stepping = canary::under_way(self.world, self.releases).is_some();
         match rollout.state {
             RolloutState::Returning { .. } => true,
-            RolloutState::Proving if paused => false,
+            RolloutState::Proving if paused || stepping => false,
+            // The last step's verdict is told first.
+            RolloutState::Proving if rollout.canary.ended_at() >= Some(self.now) => {
+                self.wake_at(self.now.saturating_add(Millis(1)));
+                false
+            }
             RolloutState::Proving => {
                 let begun = watch::begins(self.world, self.releases, rollout, self.now);
                 self.world.watch = begun.map(|(watch, _)| watch);
@@ -212,7 +261,7 @@ impl Planner<'_> {
         let returning = matches!(state, RolloutState::Returning { .. });
         routed
             && goal.release.services.iter().all(|(name, released)| {
-                if is_job(&goal.release, name) {
+                if goal.is_job(name) {
                     return returning
                         || self.world.jobs_done.contains(&(goal.digest, name.clone()));
                 }
@@ -244,7 +293,7 @@ fn hopeless(
     released: &ReleasedService,
 ) -> Option<(u32, String)> {
     let over = over(world, goal, name, released);
-    let job = is_job(&goal.release, name);
+    let job = goal.is_job(name);
     let bearable = !job && watch::bearable_unproven(world, released, over.len());
     over.into_iter().next().filter(|_| !bearable)
 }
@@ -256,7 +305,7 @@ pub(crate) fn over(
     name: &ServiceName,
     released: &ReleasedService,
 ) -> Vec<(u32, String)> {
-    let tries = match is_job(&goal.release, name) {
+    let tries = match goal.is_job(name) {
         true => 1,
         false => tries_in_rollout(&released.service.restart),
     };

@@ -6,8 +6,9 @@ use kiln_model::release::ReleasedService;
 use kiln_model::spec::{FailureAction, UpdateConfig};
 use kiln_model::{ReleaseNumber, ServiceName};
 
+use crate::canary;
 use crate::handoff::held;
-use crate::service::{is_exclusive, is_job, manner, restarts, stops_first};
+use crate::service::{is_exclusive, manner, restarts, stops_first};
 use crate::world::{Health, Instance, Phase, Prepared, Releases, Rollout, Watch, World};
 
 /// Where the file says nothing.
@@ -35,7 +36,7 @@ pub(crate) fn changed<'r>(
 ) -> impl Iterator<Item = (&'r ServiceName, &'r ReleasedService)> {
     to.release.services.iter().filter(move |(name, _)| {
         let before = back.and_then(|b| b.revisions.get(*name));
-        before != to.revisions.get(*name) && !is_job(&to.release, name)
+        before != to.revisions.get(*name) && !to.is_job(name)
     })
 }
 
@@ -145,7 +146,9 @@ pub(crate) fn is_warm(
         && instance.index <= old.service.replicas
         && world.is_current(instance, back.revisions.get(service))
         && back.revisions.get(service) != goal.revisions.get(service);
-    fit && !is_exclusive(new) && !stops_first(world, new) && warm_now(world, new, watch, now)
+    let stepping = canary::under_way(world, releases).is_some();
+    let warm = stepping || warm_now(world, new, watch, now);
+    fit && !is_exclusive(new) && !stops_first(world, new) && warm
 }
 
 fn warm_now(world: &World, new: &ReleasedService, watch: Option<Watch>, now: Millis) -> bool {

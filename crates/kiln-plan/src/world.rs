@@ -7,16 +7,17 @@ use std::ops::Range;
 use kiln_model::instance::ExitStatus;
 use kiln_model::network::BridgeNetwork;
 use kiln_model::release::ReleasedService;
-use kiln_model::route::RoutingTable;
+use kiln_model::route::{RoutingTable, ServiceRoute};
 use kiln_model::{
     Digest, EnvironmentName, Generation, InstanceId, Millis, NetworkName, Release, ReleaseNumber,
-    ServiceName,
+    ServiceName, Traffic,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::effect::{Conclusion, EffectKey};
+use crate::instances::Instances;
 use crate::revision;
-use crate::service::backoff;
+use crate::service::{self, backoff};
 
 /// A release with what planning needs of it computed once.
 #[derive(Clone, Debug)]
@@ -24,6 +25,14 @@ pub struct Prepared {
     pub release: Release,
     pub digest: Digest,
     pub revisions: BTreeMap<ServiceName, Digest>,
+    jobs: BTreeSet<ServiceName>,
+}
+
+impl Prepared {
+    /// It runs once for each release, to its end.
+    pub fn is_job(&self, service: &ServiceName) -> bool {
+        self.jobs.contains(service)
+    }
 }
 
 /// The releases a world refers to, by number.
@@ -40,12 +49,14 @@ impl Releases {
     ) -> Result<(), serde_json::Error> {
         let digest = release.digest()?;
         let revisions = revision::of(&release)?;
+        let jobs = service::jobs(&release);
         self.0.insert(
             number,
             Prepared {
                 release,
                 digest,
                 revisions,
+                jobs,
             },
         );
         Ok(())
@@ -81,7 +92,7 @@ pub struct World {
     /// the one before it is kept ready.
     #[serde(default)]
     pub watch: Option<Watch>,
-    pub instances: BTreeMap<InstanceId, Instance>,
+    pub instances: Instances,
     /// Jobs that have succeeded, by the digest of the release they ran for.
     pub jobs_done: BTreeSet<(Digest, ServiceName)>,
     /// Ends and failures since a copy last proved itself, by service and index.
@@ -111,6 +122,32 @@ pub struct World {
     /// Not kept over a restart.
     #[serde(skip)]
     pub under_way: BTreeMap<EffectKey, Millis>,
+    /// What later counts of the proxy's are compared with.
+    #[serde(default)]
+    pub marks: Marks,
+    /// The proxy's last counts. Not kept over a restart.
+    #[serde(skip)]
+    pub measured: Measured,
+}
+
+/// The proxy's counts as they were, for the release on its way or watched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marks {
+    /// When the rollout, or the present step of its canary, began.
+    pub start: BTreeMap<InstanceId, Traffic>,
+    /// How the services that it changes did before any traffic moved.
+    pub before: BTreeMap<ServiceName, Traffic>,
+}
+
+/// What has last been told of traffic.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Counts the questions: only the answer to the latest is believed.
+    pub number: u64,
+    pub at: Option<Millis>,
+    pub traffic: BTreeMap<InstanceId, Traffic>,
+    /// Prometheus' answers in the present step, and when they came.
+    pub queried: BTreeMap<ServiceName, (Millis, Result<f64, String>)>,
 }
 
 /// What should run.
@@ -149,6 +186,36 @@ pub struct Rollout {
     /// Traffic has begun to move.
     #[serde(default)]
     pub moved: bool,
+    /// How far traffic has moved, where it moves step by step.
+    #[serde(default)]
+    pub canary: Canary,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Canary {
+    /// Counts from 0; as many as there are steps: it is through.
+    pub step: u32,
+    /// The proxy has split traffic as the step says since then.
+    pub since: Option<Millis>,
+    /// Of the steps that have ended.
+    pub verdicts: Vec<StepVerdict>,
+}
+
+impl Canary {
+    /// When its last step ended.
+    pub(crate) fn ended_at(&self) -> Option<Millis> {
+        self.verdicts.last().map(|verdict| verdict.at)
+    }
+}
+
+/// How a step of a canary ended, and the numbers that it was judged by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepVerdict {
+    pub at: Millis,
+    /// Percent of each service's traffic.
+    pub weights: BTreeMap<ServiceName, u8>,
+    pub good: bool,
+    pub text: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -330,7 +397,7 @@ impl World {
             proven: None,
             rollout: None,
             watch: None,
-            instances: BTreeMap::new(),
+            instances: Instances::default(),
             jobs_done: BTreeSet::new(),
             attempts: BTreeMap::new(),
             layout: Layout::default(),
@@ -342,6 +409,8 @@ impl World {
             networks_wish: 0,
             concluding: None,
             under_way: BTreeMap::new(),
+            marks: Marks::default(),
+            measured: Measured::default(),
         }
     }
 
@@ -375,6 +444,8 @@ impl World {
             networks_wish,
             concluding,
             under_way: _,
+            marks,
+            measured: _,
         } = self;
         *instances == other.instances
             && *generation == other.generation
@@ -384,6 +455,7 @@ impl World {
             && *rollout == other.rollout
             && *watch == other.watch
             && *concluding == other.concluding
+            && *marks == other.marks
             && *attempts == other.attempts
             && *jobs_done == other.jobs_done
             && *routes == other.routes
@@ -411,7 +483,12 @@ impl World {
         }
         if let Some(rollout) = &mut self.rollout {
             clamp(&mut rollout.started);
+            rollout.canary.since.iter_mut().for_each(clamp);
+            for verdict in &mut rollout.canary.verdicts {
+                clamp(&mut verdict.at);
+            }
         }
+        self.measured.at.iter_mut().for_each(clamp);
         if let Some(watch) = self.watch.as_mut().filter(|w| w.since > now) {
             watch.begin_anew(now);
         }
@@ -449,11 +526,9 @@ impl World {
 
     pub fn of_service<'a>(
         &'a self,
-        service: &'a ServiceName,
-    ) -> impl Iterator<Item = (&'a InstanceId, &'a Instance)> {
-        self.instances
-            .iter()
-            .filter(move |(_, i)| &i.service == service)
+        service: &ServiceName,
+    ) -> impl Iterator<Item = (&'a InstanceId, &'a Instance)> + use<'a> {
+        self.instances.of_service(service)
     }
 
     /// On the way to an earlier release, by wish or after a failure.
@@ -475,12 +550,14 @@ impl World {
 
     /// Instances the proxy sends new traffic to.
     pub fn routed(&self, id: &InstanceId) -> bool {
-        self.routes.as_ref().is_some_and(|table| {
-            table
-                .services
-                .values()
-                .any(|s| s.backends.iter().any(|b| &b.instance == id))
-        })
+        let Some(table) = &self.routes else {
+            return false;
+        };
+        let has = |route: &ServiceRoute| route.backends.iter().any(|b| &b.instance == id);
+        match self.instances.get(id) {
+            Some(instance) => table.services.get(&instance.service).is_some_and(has),
+            None => table.services.values().any(has),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::limits::{
 use crate::pool;
 use crate::prefixed::Prefixed;
 use crate::routes::{Destination, Entry};
+use crate::service::Unit;
 use crate::sniff::{Sniffed, guess, sniff};
 use crate::sockets;
 use crate::stats::Failure;
@@ -234,7 +235,7 @@ async fn dial(destination: &Destination) -> Result<Dialled, Failure> {
     let mut tried: Vec<IpAddr> = Vec::new();
     let mut last = Failure::Connect;
     for _ in 0..CONNECT_ATTEMPTS {
-        let lease = match destination.service.acquire(&tried).await {
+        let lease = match destination.service.acquire(Unit::Connection, &tried).await {
             Ok(lease) => lease,
             Err(Failure::Connect) => return Err(last),
             Err(failure) => return Err(failure),

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use kiln_model::route::{Backend, DrainReport, ServiceRoute};
-use kiln_model::{EnvironmentName, Generation, InstanceId, RoutingTable, ServiceName};
+use kiln_model::{EnvironmentName, Generation, InstanceId, RoutingTable, ServiceName, Traffic};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::Client;
@@ -294,11 +294,7 @@ impl Core {
             let known = services
                 .entry(service.clone())
                 .or_insert_with(|| Service::new(name.clone(), service.clone()));
-            known.set_route(Route {
-                mode: route.mode,
-                backends,
-                protocols: route.protocols.clone(),
-            });
+            known.set_route(Route::new(route, backends));
         }
         let environment = Environment {
             table,
@@ -397,6 +393,13 @@ impl Core {
                 .collect(),
             dns: self.dns.snapshot(),
         }
+    }
+
+    /// What was counted of these instances; those that are not known are left out.
+    pub(crate) async fn traffic(&self, of: &[InstanceId]) -> BTreeMap<InstanceId, Traffic> {
+        let inner = self.inner.lock().await;
+        let known = |id: &InstanceId| Some((id.clone(), inner.instances.get(id)?.counts.traffic()));
+        of.iter().filter_map(known).collect()
     }
 
     /// Closes idle connections to instances which are too old.

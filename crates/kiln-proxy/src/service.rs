@@ -1,4 +1,5 @@
-//! One service: its instances, least in flight first, and the queue while it is parked.
+//! One service: its instances, least in flight first, how its traffic is split between
+//! them, and the queue while it is parked.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -6,7 +7,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-use kiln_model::route::{AppProtocol, RouteMode};
+use kiln_model::route::{AppProtocol, RouteMode, ServiceRoute};
 use kiln_model::{EnvironmentName, InstanceId, ServiceName};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -19,31 +20,96 @@ use crate::status::ServiceStatus;
 
 /// What the table says of a service now.
 pub(crate) struct Route {
-    pub(crate) mode: RouteMode,
-    pub(crate) backends: Vec<Arc<Instance>>,
-    pub(crate) protocols: BTreeMap<u16, AppProtocol>,
+    mode: RouteMode,
+    backends: Vec<Arc<Instance>>,
+    split: Option<Split>,
+    protocols: BTreeMap<u16, AppProtocol>,
+}
+
+struct Split {
+    /// Percent of the turns.
+    weight: u8,
+    to: Vec<Arc<Instance>>,
+    rest: Vec<Arc<Instance>>,
+}
+
+impl Split {
+    /// Whether this turn is one of those that go to `to`. Multiples of the golden ratio
+    /// fill the circle evenly: of any few turns in a row the right part goes there, and
+    /// no rhythm of the callers' meets one of its own.
+    fn takes(&self, turn: usize) -> bool {
+        const GOLDEN: u32 = 0x9E37_79B9;
+        let place = (turn as u32).wrapping_mul(GOLDEN);
+        u64::from(place) * 100 < u64::from(self.weight) << 32
+    }
 }
 
 impl Route {
+    /// As `route` says, whose backends are these instances.
+    pub(crate) fn new(route: &ServiceRoute, backends: Vec<Arc<Instance>>) -> Self {
+        let split = route.split.as_ref().map(|split| {
+            let (to, rest) = backends
+                .iter()
+                .cloned()
+                .partition(|instance| split.to.contains(&instance.id));
+            Split {
+                weight: split.weight,
+                to,
+                rest,
+            }
+        });
+        Self {
+            mode: route.mode,
+            backends,
+            split,
+            protocols: route.protocols.clone(),
+        }
+    }
+
     fn empty() -> Self {
         Self {
             mode: RouteMode::Serve,
             backends: Vec::new(),
+            split: None,
             protocols: BTreeMap::new(),
         }
     }
 
-    /// The instance with the fewest in flight that has not been tried; those which
-    /// refused a connection lately come last. `turn` decides between equals.
+    /// The best instance that has not been tried: of the part whose turn it is, or, rather
+    /// than none, of the other.
     fn pick(&self, tried: &[IpAddr], turn: usize) -> Option<&Arc<Instance>> {
-        let count = self.backends.len().max(1);
-        let start = turn % count;
-        let (before, from) = self.backends.split_at(start.min(self.backends.len()));
-        from.iter()
-            .chain(before)
-            .filter(|instance| !tried.contains(&instance.address))
-            .min_by_key(|instance| (instance.failed_lately(), instance.in_flight()))
+        let Some(split) = &self.split else {
+            return least_loaded(&self.backends, tried, turn);
+        };
+        let (first, second) = match split.takes(turn) {
+            true => (&split.to, &split.rest),
+            false => (&split.rest, &split.to),
+        };
+        least_loaded(first, tried, turn).or_else(|| least_loaded(second, tried, turn))
     }
+}
+
+/// The instance with the fewest in flight that has not been tried; those which refused a
+/// connection lately come last. `turn` decides between equals.
+fn least_loaded<'i>(
+    instances: &'i [Arc<Instance>],
+    tried: &[IpAddr],
+    turn: usize,
+) -> Option<&'i Arc<Instance>> {
+    let count = instances.len().max(1);
+    let (before, from) = instances.split_at((turn % count).min(instances.len()));
+    from.iter()
+        .chain(before)
+        .filter(|instance| !tried.contains(&instance.address))
+        .min_by_key(|instance| (instance.failed_lately(), instance.in_flight()))
+}
+
+/// What an instance is wanted for. Each kind has its own turns: a connection that is made
+/// before it is known what the client speaks must not take a request's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    Request,
+    Connection,
 }
 
 pub(crate) struct Service {
@@ -54,7 +120,8 @@ pub(crate) struct Service {
     waiting: AtomicUsize,
     /// How many of the waiting went on since the route was set.
     released: AtomicU32,
-    turn: AtomicUsize,
+    requests: AtomicUsize,
+    connections: AtomicUsize,
     /// Ports on which HTTP was recognised: a hint for the next connection, no more.
     http_ports: Mutex<HashSet<u16>>,
 }
@@ -68,7 +135,8 @@ impl Service {
             route: watch::Sender::new(Route::empty()),
             waiting: AtomicUsize::new(0),
             released: AtomicU32::new(0),
-            turn: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
+            connections: AtomicUsize::new(0),
             http_ports: Mutex::default(),
         })
     }
@@ -101,8 +169,8 @@ impl Service {
 
     /// An instance for one request or connection, not one of `tried`. Waits while the
     /// service is parked. Where all have been tried: [`Failure::Connect`].
-    pub(crate) async fn acquire(&self, tried: &[IpAddr]) -> Result<Lease, Failure> {
-        if let Some(outcome) = self.try_acquire(tried) {
+    pub(crate) async fn acquire(&self, unit: Unit, tried: &[IpAddr]) -> Result<Lease, Failure> {
+        if let Some(outcome) = self.try_acquire(unit, tried) {
             return outcome;
         }
         let _place = self.wait_place()?;
@@ -119,7 +187,7 @@ impl Service {
                     paced = true;
                     self.pace().await;
                 }
-                if let Some(outcome) = self.try_acquire(tried) {
+                if let Some(outcome) = self.try_acquire(unit, tried) {
                     return outcome;
                 }
                 continue;
@@ -146,13 +214,12 @@ impl Service {
 
     /// `None` while parked. The lease is taken while the route can't change: after
     /// [`set_route`](Self::set_route) returns, nothing goes to who is not in it.
-    fn try_acquire(&self, tried: &[IpAddr]) -> Option<Result<Lease, Failure>> {
+    fn try_acquire(&self, unit: Unit, tried: &[IpAddr]) -> Option<Result<Lease, Failure>> {
         let route = self.route.borrow();
         if matches!(route.mode, RouteMode::Park { .. }) {
             return None;
         }
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        Some(match route.pick(tried, turn) {
+        Some(match route.pick(tried, self.turn(unit, tried)) {
             Some(instance) => Ok(instance.lease()),
             None if route.backends.is_empty() => Err(Failure::NoBackend),
             None => Err(Failure::Connect),
@@ -165,8 +232,19 @@ impl Service {
         if matches!(route.mode, RouteMode::Park { .. }) {
             return None;
         }
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        route.pick(&[], turn).cloned()
+        route.pick(&[], self.turn(Unit::Connection, &[])).cloned()
+    }
+
+    /// Another try takes nobody's turn: those of a split are counted by first tries.
+    fn turn(&self, unit: Unit, tried: &[IpAddr]) -> usize {
+        let turns = match unit {
+            Unit::Request => &self.requests,
+            Unit::Connection => &self.connections,
+        };
+        match tried.is_empty() {
+            true => turns.fetch_add(1, Ordering::Relaxed),
+            false => turns.load(Ordering::Relaxed),
+        }
     }
 
     fn wait_place(&self) -> Result<Place<'_>, Failure> {
@@ -224,7 +302,21 @@ mod tests {
         Route {
             mode,
             backends: backends.to_vec(),
+            split: None,
             protocols: BTreeMap::new(),
+        }
+    }
+
+    /// The last instance gets so many percent.
+    fn split(weight: u8, backends: &[Arc<Instance>]) -> Route {
+        let (to, rest) = backends.split_last().unwrap();
+        Route {
+            split: Some(Split {
+                weight,
+                to: vec![Arc::clone(to)],
+                rest: rest.to_vec(),
+            }),
+            ..route(RouteMode::Serve, backends)
         }
     }
 
@@ -234,16 +326,53 @@ mod tests {
         service.set_route(route(RouteMode::Serve, &backends));
         let mut held = Vec::new();
         for _ in 0..9 {
-            held.push(service.acquire(&[]).await.unwrap());
+            held.push(service.acquire(Unit::Request, &[]).await.unwrap());
         }
         assert!(backends.iter().all(|b| b.in_flight() == 3));
         held.retain(|lease| lease.instance.id != backends[1].id);
         assert_eq!(backends[1].in_flight(), 0);
         let tried = [backends[0].address, backends[2].address];
-        let lease = service.acquire(&tried).await.unwrap();
+        let lease = service.acquire(Unit::Request, &tried).await.unwrap();
         assert_eq!(lease.instance.id, backends[1].id);
         let all: Vec<IpAddr> = backends.iter().map(|b| b.address).collect();
-        assert_eq!(service.acquire(&all).await.err(), Some(Failure::Connect));
+        assert_eq!(
+            service.acquire(Unit::Request, &all).await.err(),
+            Some(Failure::Connect)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_split_gives_each_part_its_share_of_any_hundred_turns() {
+        for weight in [1, 5, 25, 50, 99] {
+            let (service, backends) = (service(), instances(3));
+            service.set_route(split(weight, &backends));
+            for _ in 0..20 {
+                let mut taken = 0;
+                for _ in 0..100 {
+                    // What else takes turns does not change it.
+                    let other = service.acquire(Unit::Connection, &[]).await.unwrap();
+                    let lease = service.acquire(Unit::Request, &[]).await.unwrap();
+                    taken += u8::from(lease.instance.id == backends[2].id);
+                    drop(other);
+                }
+                assert!(taken.abs_diff(weight) <= 2, "{taken} instead of {weight}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_part_that_refuses_is_stood_in_for_by_the_other() {
+        for weight in [1, 99] {
+            let (service, backends) = (service(), instances(2));
+            service.set_route(split(weight, &backends));
+            for (tried, other) in [(0, 1), (1, 0)] {
+                let tried = [backends[tried].address];
+                for _ in 0..50 {
+                    let lease = service.acquire(Unit::Request, &tried).await.unwrap();
+                    assert_eq!(lease.instance.id, backends[other].id);
+                }
+            }
+        }
     }
 
     #[tokio::test]
@@ -252,10 +381,13 @@ mod tests {
         service.set_route(route(RouteMode::Serve, &backends));
         backends[0].connect_failed();
         for _ in 0..4 {
-            let lease = service.acquire(&[]).await.unwrap();
+            let lease = service.acquire(Unit::Request, &[]).await.unwrap();
             assert_eq!(lease.instance.id, backends[1].id);
         }
-        let lease = service.acquire(&[backends[1].address]).await.unwrap();
+        let lease = service
+            .acquire(Unit::Request, &[backends[1].address])
+            .await
+            .unwrap();
         assert_eq!(lease.instance.id, backends[0].id);
     }
 
@@ -266,7 +398,12 @@ mod tests {
         service.set_route(route(RouteMode::Park { limit }, &[]));
         let waiting = tokio::spawn({
             let service = Arc::clone(&service);
-            async move { service.acquire(&[]).await.map(|l| l.instance.id.clone()) }
+            async move {
+                service
+                    .acquire(Unit::Request, &[])
+                    .await
+                    .map(|l| l.instance.id.clone())
+            }
         });
         tokio::time::sleep(Duration::from_millis(900)).await;
         assert_eq!(service.status().waiting, 1);
@@ -274,7 +411,10 @@ mod tests {
         assert_eq!(waiting.await.unwrap().unwrap(), backends[0].id);
 
         service.set_route(route(RouteMode::Park { limit }, &backends));
-        assert_eq!(service.acquire(&[]).await.err(), Some(Failure::ParkTimeout));
+        assert_eq!(
+            service.acquire(Unit::Request, &[]).await.err(),
+            Some(Failure::ParkTimeout)
+        );
         assert_eq!(service.status().waiting, 0);
     }
 
@@ -286,7 +426,7 @@ mod tests {
         let mut waiting = tokio::task::JoinSet::new();
         for _ in 0..=PARK_QUEUE {
             let service = Arc::clone(&service);
-            waiting.spawn(async move { service.acquire(&[]).await.err() });
+            waiting.spawn(async move { service.acquire(Unit::Request, &[]).await.err() });
         }
         let outcomes = waiting.join_all().await;
         let full = |o: &&Option<Failure>| **o == Some(Failure::ParkFull);

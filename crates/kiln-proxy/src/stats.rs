@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use kiln_model::Traffic;
+use kiln_model::traffic::Latency;
+
 use crate::status::{DnsStatus, Failures};
 
 #[derive(Debug, Default)]
@@ -56,25 +59,62 @@ impl FailureCounts {
 }
 
 /// What one instance has done.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct InstanceCounts {
     pub(crate) connections: Counter,
     pub(crate) connect_failures: Counter,
+    /// Requests that were sent to it, and it closed the connection instead of an answer.
+    pub(crate) unanswered: Counter,
+    /// It closed the connection within its answer.
+    pub(crate) broken_off: Counter,
     pub(crate) latency_us: Counter,
     pub(crate) cut: Counter,
     answers: [Counter; 5],
+    latencies: [Counter; Latency::CELLS],
+}
+
+impl Default for InstanceCounts {
+    fn default() -> Self {
+        Self {
+            connections: Counter::default(),
+            connect_failures: Counter::default(),
+            unanswered: Counter::default(),
+            broken_off: Counter::default(),
+            latency_us: Counter::default(),
+            cut: Counter::default(),
+            answers: Default::default(),
+            latencies: std::array::from_fn(|_| Counter::default()),
+        }
+    }
 }
 
 impl InstanceCounts {
-    pub(crate) fn answer(&self, status: http::StatusCode) {
+    /// It has begun to answer, so long after it was asked.
+    pub(crate) fn answer(&self, status: http::StatusCode, latency_us: u64) {
         let class = usize::from(status.as_u16() / 100).saturating_sub(1);
         if let Some(counter) = self.answers.get(class) {
+            counter.add(1);
+        }
+        self.latency_us.add(latency_us);
+        if let Some(counter) = self.latencies.get(Latency::cell(latency_us)) {
             counter.add(1);
         }
     }
 
     pub(crate) fn answers(&self) -> [u64; 5] {
         std::array::from_fn(|class| self.answers.get(class).map_or(0, Counter::get))
+    }
+
+    /// Read one after the other: what is counted meanwhile may be in one and not in another.
+    pub(crate) fn traffic(&self) -> Traffic {
+        let answers = self.answers();
+        let lost = self.unanswered.get() + self.connect_failures.get();
+        let [.., server_errors] = answers;
+        Traffic {
+            requests: answers.iter().sum::<u64>() + self.connections.get() + lost,
+            failed: server_errors + self.broken_off.get() + lost,
+            latency: Latency::new(self.latencies.iter().map(Counter::get).collect()),
+        }
     }
 }
 

@@ -440,3 +440,42 @@ fn exec_joins_the_instance_with_its_rights() {
     let (_, out) = f.exec(&spec.id, &terminal);
     assert!(out.contains("/dev/pts/") && out.contains("xterm"), "{out}");
 }
+
+#[test]
+fn each_instance_has_an_identity_of_its_own_where_the_image_has_an_empty_file() {
+    if !can_run() {
+        return;
+    }
+    let f = Fixture::new();
+    let show = "cd /etc; cat machine-id; head -n 1 ssh/*; stat -c '%a %g' machine-id ssh/*";
+    let of = |spec: &InstanceSpec| f.run(spec).1.lines().map(str::to_owned).collect::<Vec<_>>();
+    let tree = f.tree();
+    let sealed = |tree: &TreePaths| Root::Sealed {
+        tree: tree.clone(),
+        scratch: vec![],
+    };
+    let (one, other) = (f.spec(sealed(&tree), show), f.spec(sealed(&tree), show));
+    let (one, other) = (of(&one), of(&other));
+    let told = ["-----BEGIN OPENSSH PRIVATE KEY-----", "444 50", "640 50"];
+    assert_eq!(one[1..], told);
+    assert_eq!((one[0].len(), other[1..].len()), (32, 3), "{one:?}");
+    assert_ne!(one[0], other[0]);
+    // What may be written to is an ordinary file.
+    let free = f.spec(
+        Root::Unsealed { tree: tree.clone() },
+        &format!("{show}; rm ssh/*"),
+    );
+    assert_eq!(of(&free)[1..], told);
+    // A build is given keys to work with, but no id that would get into what it makes.
+    let mut build = f.spec(f.layered(), show);
+    build.purpose = Purpose::Build;
+    assert_eq!(of(&build), told);
+    // What the user mounts there is the user's.
+    let own = f.files().join("etc");
+    let mut mounted = f.spec(
+        sealed(&tree),
+        "cat /etc/machine-id; cat /etc/ssh/*; echo end",
+    );
+    mounted.mounts.push(bind(own, "/etc"));
+    assert_eq!(of(&mounted), ["end"]);
+}

@@ -23,7 +23,7 @@ use crate::journal;
 use crate::layout::{PathError, Shelf, at, entries, open_lock, read_file, remove_file, try_lock};
 use crate::lease::living;
 use crate::refs::RefError;
-use crate::store::{Store, file_size};
+use crate::store::{Store, allocated, file_size};
 use crate::tree::Kind;
 use crate::trees::LoadTreeError;
 
@@ -38,7 +38,7 @@ pub struct GcReport {
     pub blobs: u64,
     pub trees: u64,
     pub images: u64,
-    /// Bytes of all these, and of unfinished files of dead processes.
+    /// Bytes on disk of all these, and of unfinished files of dead processes.
     pub bytes: u64,
     /// Refs and extra roots that point at nothing.
     pub dangling: Vec<String>,
@@ -89,7 +89,30 @@ impl Marks {
     }
 }
 
+/// What some roots need, to tell what others need beyond it.
+#[derive(Default)]
+pub struct Needs(Marks);
+
 impl Store {
+    /// Bytes on disk that `roots` (as for [`Self::gc`]; those that are not there weigh
+    /// nothing) need beyond what was weighed before.
+    pub fn weigh(&self, needs: &mut Needs, roots: &[Digest]) -> Result<u64, GcError> {
+        let mut marks = Marks::default();
+        for root in roots {
+            self.mark(root, &mut marks)?;
+        }
+        let mut bytes = 0;
+        for shelf in Shelf::ALL {
+            let known = needs.0.on(shelf);
+            for digest in marks.on(shelf).drain() {
+                if known.insert(digest) {
+                    bytes += allocated(&self.layout.path(shelf, &digest))?.unwrap_or(0);
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Removes everything that neither a ref, nor an extra root (digests of manifests,
     /// trees, blobs: those of running instances), nor a living lease protects. With
     /// `dry_run`, only counts.
@@ -283,7 +306,7 @@ fn remove(
     report: &mut GcReport,
 ) -> Result<(), PathError> {
     for (_, path) in garbage {
-        let Some(size) = file_size(&path)? else {
+        let Some(size) = allocated(&path)? else {
             continue;
         };
         if !report.dry_run && !remove_file(&path)? {

@@ -1,6 +1,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -301,7 +301,7 @@ fn clean_session(folder: &Path) -> Result<u64, PathError> {
     };
     let mut bytes = 0;
     for (_, path) in files {
-        bytes += file_size(&path)?.unwrap_or(0);
+        bytes += allocated(&path)?.unwrap_or(0);
         remove_file(&path)?;
     }
     match fs::remove_dir(folder) {
@@ -338,6 +338,16 @@ pub(crate) fn copy(
 pub(crate) fn file_size(path: &Path) -> Result<Option<u64>, PathError> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata.len())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(at("look at", path)(error)),
+    }
+}
+
+/// Bytes that a file takes on disk; `None`: it is not there.
+pub(crate) fn allocated(path: &Path) -> Result<Option<u64>, PathError> {
+    match fs::symlink_metadata(path) {
+        // Linux counts blocks of 512 bytes, whatever the file system's.
+        Ok(metadata) => Ok(Some(metadata.blocks() * 512)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(at("look at", path)(error)),
     }

@@ -51,7 +51,13 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("kiln-testkit", &["kiln-model", "kiln-plan"]),
     (
         "xtask",
-        &["kiln-compose", "kiln-model", "kiln-runtime", "kiln-testkit"],
+        &[
+            "kiln-compose",
+            "kiln-model",
+            "kiln-plan",
+            "kiln-runtime",
+            "kiln-testkit",
+        ],
     ),
 ];
 
@@ -81,6 +87,7 @@ const HELD_BY: &[(&str, &[&str])] = &[
     ("nix", &["kiln-runtime"]),
     ("libc", &["kiln-runtime"]),
     ("seccompiler", &["kiln-runtime"]),
+    ("ring", &["kiln-runtime"]),
     ("rusqlite", &["kiln-daemon"]),
     ("axum", &["kiln-daemon"]),
     ("clap", &["kiln"]),

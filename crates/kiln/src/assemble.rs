@@ -9,11 +9,12 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use kiln_build::build::{BuildRequest, Builder, Difference, Prepared, Synced, prepare};
+use kiln_build::build::{BuildError, BuildRequest, Builder, Difference, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
 use kiln_build::network::{Network, host_resolver};
-use kiln_build::resolve::Resolver;
+use kiln_build::resolve::{ResolveError, Resolver};
+use kiln_build::secrets::{self, Allowed};
 use kiln_build::test::{TestRequest, Tester, Verdict};
 use kiln_compose::Loaded;
 use kiln_model::instance::Scratch;
@@ -28,9 +29,10 @@ use kiln_oci::{BlobWrite, registry};
 use kiln_store::{Image, Store};
 use kiln_trust::SecretStore;
 
+use crate::cache;
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
-use crate::named;
+use crate::{named, ops};
 
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
@@ -46,6 +48,8 @@ pub struct Assembler<'a> {
     resolver: Resolver,
     builder: Builder,
     tester: Tester,
+    /// `x-kiln.allow_secrets`.
+    allowed: Arc<Allowed>,
     /// Images that were there before: building them again is no news.
     had: BTreeSet<Digest>,
 }
@@ -119,6 +123,10 @@ impl<'a> Assembler<'a> {
                 arch: arch.to_owned(),
             },
         };
+        let allowed = Allowed::new(&loaded.spec.allow_secrets);
+        let allowed = Arc::new(allowed.map_err(|cause| {
+            Failure::new(Kind::Input, format!("x-kiln.allow_secrets: {cause}"))
+        })?);
         let resolver = Resolver {
             store: store.clone(),
             debian,
@@ -128,6 +136,7 @@ impl<'a> Assembler<'a> {
             mirror: loaded.spec.debian_mirror.clone(),
             folder: loaded.spec.folder.clone(),
             progress: progress.clone(),
+            allowed: allowed.clone(),
         };
         let builder = Builder {
             store: store.clone(),
@@ -149,6 +158,7 @@ impl<'a> Assembler<'a> {
             .collect();
         Ok(Self {
             had,
+            allowed,
             context,
             loaded,
             store,
@@ -262,6 +272,10 @@ impl<'a> Assembler<'a> {
                 .ok_or_else(|| machine(format!("the image {digest} left the store")))?;
             images.insert(name.clone(), image);
         }
+        // Images that are not built again tell nothing of what is in them.
+        if over.bases.is_empty() {
+            self.tell_unused();
+        }
         let mut candidates = Vec::new();
         for (name, image) in images {
             let Some(service) = self.spec().services.get(&name) else {
@@ -287,6 +301,15 @@ impl<'a> Assembler<'a> {
             (c.name, one)
         });
         Ok((released.collect(), bases))
+    }
+
+    fn tell_unused(&self) {
+        for pattern in self.allowed.used().1 {
+            self.progress.event(ProgressEvent::Warning {
+                task: "x-kiln.allow_secrets".into(),
+                text: format!("`{pattern}` has no effect: nothing secret was found there"),
+            });
+        }
     }
 
     /// The image with what is put over it.
@@ -347,13 +370,33 @@ impl<'a> Assembler<'a> {
             how,
             took: began.elapsed().into(),
         });
+        if !built.as_ref().is_ok_and(|digest| self.had.contains(digest)) {
+            self.keep_cache()?;
+        }
         let digest = built.map_err(build_error)?;
         if !self.had.contains(&digest) {
             let subject = format!("{}/{name}", self.spec().project);
-            self.context
-                .record("build", &subject, &[("digest", digest.to_string())])?;
+            let mut details = vec![("digest", digest.to_string())];
+            let (allowed, _) = self.allowed.used();
+            if !allowed.is_empty() {
+                details.push(("allow_secrets", allowed.join(" ")));
+            }
+            self.context.record("build", &subject, &details)?;
         }
         Ok(digest)
+    }
+
+    /// A failed build has filled the cache, too.
+    fn keep_cache(&self) -> Result<(), Failure> {
+        let running = ops::running_images(self.context)?;
+        let pruned = cache::keep(self.context, &self.store, &running, false)?;
+        if let Some(pruned) = pruned.filter(|pruned| pruned.before > pruned.kept) {
+            self.progress.event(ProgressEvent::Warning {
+                task: "cache".into(),
+                text: cache::told(&pruned),
+            });
+        }
+        Ok(())
     }
 
     /// Every image that a build needs, also what the ONBUILD of others needs.
@@ -394,6 +437,7 @@ impl<'a> Assembler<'a> {
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
+            allowed: self.allowed.clone(),
             cancel: self.cancel.clone(),
         })
     }
@@ -610,10 +654,18 @@ fn input(error: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Input, error.to_string())
 }
 
-fn build_failure(error: kiln_build::resolve::ResolveError) -> Failure {
-    Failure::with_causes(Kind::Build, &error)
+fn build_failure(error: ResolveError) -> Failure {
+    let failure = Failure::with_causes(Kind::Build, &error);
+    match error {
+        ResolveError::Secrets(_) => failure.hint(secrets::HINT),
+        _ => failure,
+    }
 }
 
-fn build_error(error: kiln_build::build::BuildError) -> Failure {
-    Failure::with_causes(Kind::Build, &error)
+fn build_error(error: BuildError) -> Failure {
+    let failure = Failure::with_causes(Kind::Build, &error);
+    match error {
+        BuildError::Secrets(_) => failure.hint(secrets::HINT),
+        _ => failure,
+    }
 }

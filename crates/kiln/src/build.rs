@@ -10,6 +10,7 @@ use kiln_compose::{Loaded, Severity};
 use kiln_model::spec::{Build, ImageSource};
 use kiln_oci::Reference;
 
+use crate::cache;
 use crate::check::verdict;
 use crate::cli::BuildArgs;
 use crate::context::Context;
@@ -23,6 +24,9 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     }
     context.need_root()?;
     context.make_root()?;
+    if args.prune {
+        return cache::empty(context);
+    }
     let _lease = context.store()?.lease().map_err(machine)?;
     if args.verify {
         return verify(context, args).await;

@@ -23,6 +23,13 @@ pub struct Cli {
         global = true
     )]
     pub root: PathBuf,
+    /// The most that the build cache may take on disk, such as 10GiB
+    ///
+    /// Kept after every image that is built, and by `kiln gc`: what saves the least time for
+    /// its size goes first, the sooner the longer it was not used. Default: a tenth of the
+    /// file system, at most 20 GiB.
+    #[arg(long, env = "KILN_CACHE_SIZE", global = true, value_name = "SIZE", value_parser = bytes)]
+    pub cache_size: Option<u64>,
     /// Print JSON for machines: results as one value, progress as one event a line
     #[arg(long, global = true)]
     pub json: bool,
@@ -57,10 +64,10 @@ pub fn in_order(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             None => &mut before,
         };
         to.push(word);
-        // `--root DIR` is the only other one with a value.
+        // The others with a value.
         let alone = match of_project {
             Some((long, _)) => text == *long || text.len() == 2,
-            None => text == "--root",
+            None => text == "--root" || text == "--cache-size",
         };
         if alone {
             to.extend(words.next());
@@ -106,7 +113,7 @@ pub enum Command {
     Rollout(RolloutArgs),
     /// List the images in the store
     Images,
-    /// Remove what no retained release or running instance needs
+    /// Remove what no retained release or running instance needs; cut the build cache
     Gc(GcArgs),
     /// Check every byte of the store against its digest
     Fsck(FsckArgs),
@@ -233,6 +240,11 @@ pub struct BuildArgs {
     /// Exit code 4: something differs.
     #[arg(long, conflicts_with = "check")]
     pub verify: bool,
+    /// Build nothing: take the build cache away, or what is beyond --cache-size if that is given
+    ///
+    /// What a release keeps, or a build under way needs, stays.
+    #[arg(long, conflicts_with_all = ["check", "verify", "explain"])]
+    pub prune: bool,
     /// Say of each instruction that was not taken from the cache why it was not
     #[arg(long)]
     pub explain: bool,
@@ -309,7 +321,8 @@ pub struct RolloutArgs {
 
 #[derive(Subcommand, Clone, Copy, Debug)]
 pub enum RolloutCommand {
-    /// Show how far it is, and what the release is still held to
+    /// Show how far it is, a canary's steps and how they ended, and what the release is still
+    /// held to
     Status,
     /// Move no more traffic and give no verdict until it is resumed
     Pause,
@@ -317,8 +330,8 @@ pub enum RolloutCommand {
     Resume,
     /// Give it up: what served before serves again
     Abort,
-    /// Wait no longer for the verdict: the release that has taken over is proven, and the
-    /// old instances go
+    /// Take no more steps, and wait no longer for the verdict: the release takes all traffic
+    /// and is proven, and the old instances go
     Promote,
 }
 
@@ -616,6 +629,11 @@ pub enum DaemonCommand {
         #[arg(long)]
         print: bool,
     },
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let bytes = kiln_compose::parse_bytes(text)?;
+    u64::try_from(bytes).map_err(|_| "a size must not be negative".into())
 }
 
 #[cfg(test)]

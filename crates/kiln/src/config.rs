@@ -260,7 +260,7 @@ async fn print_write_sets(context: &Context, project: &str) -> Result<(), Failur
         return Ok(());
     };
     // Before the first release, or without a daemon, nothing has been learned yet.
-    let Ok(status) = context.client.status(&environment).await else {
+    let Ok(status) = context.client.brief(&environment).await else {
         return Ok(());
     };
     let Some(number) = status.goal else {

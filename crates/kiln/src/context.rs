@@ -25,6 +25,8 @@ const DAEMON_START_LIMIT: Duration = Duration::from_secs(15);
 
 pub struct Context {
     pub root: PathBuf,
+    /// `--cache-size`.
+    pub cache_size: Option<u64>,
     pub json: bool,
     pub shown: Shown,
     pub client: Client,
@@ -36,6 +38,7 @@ impl Context {
         Ok(Self {
             client: Client::new(&root),
             root,
+            cache_size: cli.cache_size,
             json: cli.json,
             shown: shown(cli),
         })

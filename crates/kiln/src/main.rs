@@ -7,12 +7,14 @@ mod output;
 
 mod assemble;
 mod build;
+mod cache;
 mod check;
 mod cli;
 mod config;
 mod context;
 mod failure;
 mod init;
+mod live;
 mod machine;
 mod named;
 mod ops;
@@ -23,6 +25,7 @@ mod rollout;
 mod see;
 mod snapshots;
 mod steer;
+mod terminal;
 mod up;
 mod watch;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_daemon::api::types::{
     EnvironmentStatus, ExecNotice, InstanceStatus, NetworkRequest, ServiceStatus,
@@ -14,7 +14,9 @@ use kiln_model::release::Outcome;
 use kiln_model::{Digest, EnvironmentName, InstanceId};
 use kiln_runtime::log::{Reader, Record, Stream};
 use kiln_runtime::{ExecIo, ExecSpec};
+use kiln_store::{GcError, GcReport, Store};
 
+use crate::cache;
 use crate::cli::{ExecArgs, FsckArgs, GcArgs, LogsArgs, NetworksCommand};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
@@ -23,6 +25,8 @@ use crate::progress::human_bytes;
 
 /// Between looks for new lines and new instances.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long another collection is waited for.
+const BUSY: Duration = Duration::from_secs(10);
 
 pub async fn logs(context: &Context, args: &LogsArgs) -> Result<(), Failure> {
     let environment = context.environment(&args.project)?;
@@ -31,7 +35,7 @@ pub async fn logs(context: &Context, args: &LogsArgs) -> Result<(), Failure> {
     let mut known = BTreeSet::new();
     let mut first = true;
     loop {
-        let status = context.client.status(&environment).await?;
+        let status = context.client.brief(&environment).await?;
         for id in chosen(&status, &args.service) {
             if !known.insert(id.clone()) {
                 continue;
@@ -147,7 +151,7 @@ async fn instance_of(
     environment: &EnvironmentName,
     target: &str,
 ) -> Result<InstanceId, Failure> {
-    let status = context.client.status(environment).await?;
+    let status = context.client.brief(environment).await?;
     meant(&status.services, target).ok_or_else(|| {
         Failure::new(
             Kind::Conflict,
@@ -263,18 +267,25 @@ pub async fn gc(context: &Context, args: &GcArgs) -> Result<(), Failure> {
         }
     }
     if !args.dry_run {
-        kiln_build::exec::sweep(&context.root.join("cache"), &*context.runtime()?)
-            .map_err(|e| Failure::with_causes(Kind::Machine, &e))?;
+        sweep(context)?;
     }
-    let running = running_images(context)?;
-    let report = store
-        .gc(&running, args.dry_run)
+    let mut roots = running_images(context)?;
+    let cache = cache::keep(context, &store, &roots, args.dry_run)?;
+    roots.extend(cache::layers(context, &store)?);
+    let report = collect(&store, &roots, args.dry_run)
+        .await
         .map_err(|e| Failure::new(Kind::Conflict, e.to_string()))?;
     if !args.dry_run {
         context.record("gc", "store", &[("bytes", report.bytes.to_string())])?;
     }
     if context.json {
-        return output::json(&report);
+        let mut all = serde_json::to_value(&report).map_err(machine)?;
+        all["cache"] = serde_json::to_value(&cache).map_err(machine)?;
+        return output::json(&all);
+    }
+    match &cache {
+        Some(pruned) => outln!("{}", cache::told(pruned)),
+        None => outln!("build cache: in use by a build, which keeps it to its cap"),
     }
     let verb = if args.dry_run {
         "would remove"
@@ -298,7 +309,7 @@ async fn superfluous(
     environment: &EnvironmentName,
     keep: usize,
 ) -> Result<Vec<u64>, Failure> {
-    let status = context.client.status(environment).await?;
+    let status = context.client.brief(environment).await?;
     let releases = context.client.releases(environment).await?;
     let mut in_use: BTreeSet<u64> = status
         .goal
@@ -329,7 +340,24 @@ async fn superfluous(
         .collect())
 }
 
-fn running_images(context: &Context) -> Result<Vec<Digest>, Failure> {
+/// A build that measures its cache collects for a moment: that is waited for.
+async fn collect(store: &Store, roots: &[Digest], dry_run: bool) -> Result<GcReport, GcError> {
+    let begun = Instant::now();
+    loop {
+        match store.gc(roots, dry_run) {
+            Err(GcError::Busy) if begun.elapsed() < BUSY => tokio::time::sleep(LOOK_EVERY).await,
+            other => return other,
+        }
+    }
+}
+
+/// Takes away what killed builds and tests have left.
+pub fn sweep(context: &Context) -> Result<(), Failure> {
+    kiln_build::exec::sweep(&cache::folder(context), &*context.runtime()?)
+        .map_err(|e| Failure::with_causes(Kind::Machine, &e))
+}
+
+pub fn running_images(context: &Context) -> Result<Vec<Digest>, Failure> {
     let runtime = context.runtime()?;
     Ok(runtime
         .list()

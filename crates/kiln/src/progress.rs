@@ -2,13 +2,15 @@
 //! All of it goes to standard error (JSON events too: results own standard output).
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use clap::ValueEnum;
 use kiln_model::progress::Finish;
 use kiln_model::{Millis, Progress, ProgressEvent};
+
+use crate::terminal::{Block, size};
 
 /// Rows of running tasks shown at once on a terminal.
 const ROWS: usize = 12;
@@ -98,7 +100,7 @@ struct Terminal {
 #[derive(Default)]
 struct Screen {
     running: BTreeMap<String, Row>,
-    drawn: usize,
+    block: Block,
 }
 
 struct Row {
@@ -153,15 +155,7 @@ impl Progress for Terminal {
 impl Screen {
     /// Prints `line` above the running rows and draws those anew.
     fn draw(&mut self, line: Option<&str>) {
-        let width = terminal_width();
-        let mut out = String::new();
-        if self.drawn > 0 {
-            out.push_str(&format!("\x1b[{}A\x1b[J", self.drawn));
-        }
-        if let Some(line) = line {
-            out.push_str(line);
-            out.push('\n');
-        }
+        let (width, _) = size();
         let rows: Vec<String> = self
             .running
             .iter()
@@ -173,21 +167,8 @@ impl Screen {
                 format!("{text:.room$} {secs:.1}s")
             })
             .collect();
-        for row in &rows {
-            out.push_str(&row.replace(['\n', '\r', '\x1b'], " "));
-            out.push('\n');
-        }
-        self.drawn = rows.len();
-        let mut stderr = std::io::stderr().lock();
-        // A terminal that has gone away must not end the work.
-        let _ = stderr
-            .write_all(out.as_bytes())
-            .and_then(|()| stderr.flush());
+        self.block.draw(line, &rows);
     }
-}
-
-fn terminal_width() -> usize {
-    rustix::termios::tcgetwinsize(std::io::stderr()).map_or(80, |size| usize::from(size.ws_col))
 }
 
 fn amount(done: u64, total: Option<u64>, bytes: bool) -> String {

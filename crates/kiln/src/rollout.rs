@@ -9,6 +9,7 @@ use kiln_model::EnvironmentName;
 
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind};
+use crate::live::Live;
 
 /// How a rollout ended.
 enum End {
@@ -29,12 +30,13 @@ pub async fn follow(
     after: u64,
 ) -> Result<(), Failure> {
     let interrupted = Arc::new(AtomicBool::new(false));
+    let live = Live::begin(context, environment);
     let mut end = None;
     let mut seen = after;
     loop {
         let followed = context.client.events(environment, seen, true, |event| {
             seen = event.id;
-            show(context, &event);
+            show(context, live.as_ref(), &event);
             end = ended(event);
             end.is_none()
         });
@@ -48,11 +50,13 @@ pub async fn follow(
                 if interrupted.swap(true, Ordering::SeqCst) {
                     return Err(left_alone(environment));
                 }
-                errln!("giving up; Ctrl-C again leaves the rollout to the daemon");
+                let text = "giving up; Ctrl-C again leaves the rollout to the daemon";
+                say(live.as_ref(), text);
                 context.client.abandon(environment, &who()).await?;
             }
         }
     }
+    drop(live);
     let interrupted = interrupted.load(Ordering::SeqCst);
     match end {
         Some(End::Succeeded(text)) => {
@@ -105,7 +109,7 @@ fn ended(event: EventRecord) -> Option<End> {
     }
 }
 
-fn show(context: &Context, event: &EventRecord) {
+fn show(context: &Context, live: Option<&Live>, event: &EventRecord) {
     if context.json {
         if let Ok(line) = serde_json::to_string(event) {
             errln!("{line}");
@@ -114,17 +118,25 @@ fn show(context: &Context, event: &EventRecord) {
     }
     match &event.kind {
         EventKind::Succeeded | EventKind::Failed { .. } | EventKind::Paused => {}
-        EventKind::Warning => errln!("warning: {}", event.text),
+        EventKind::Warning => say(live, &format!("warning: {}", event.text)),
         EventKind::Instance { phase } => {
             // What every instance passes through says nothing; its milestones do.
             if matches!(
                 phase.as_str(),
                 "starting" | "ready" | "draining" | "ended" | "gone"
             ) {
-                errln!("  {}", event.text);
+                say(live, &format!("  {}", event.text));
             }
         }
-        EventKind::Note | EventKind::Rollout => errln!("{}", event.text),
+        EventKind::Note | EventKind::Rollout => say(live, &event.text),
+    }
+}
+
+/// A line above the live view, where there is one.
+fn say(live: Option<&Live>, text: &str) {
+    match live {
+        Some(live) => live.line(text),
+        None => errln!("{text}"),
     }
 }
 
@@ -152,6 +164,12 @@ pub fn print_outline(context: &Context, answer: &ReleaseAnswer) -> Result<(), Fa
             format!(" ({})", line.why)
         };
         outln!("  {} {}{why}", line.action, line.service);
+        for step in &line.steps {
+            outln!("    {} % of its traffic for {}", step.weight, step.duration);
+        }
+        if !line.steps.is_empty() {
+            outln!("    then all of it");
+        }
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! `rollout`: how far one is, and a word in it.
 
-use kiln_daemon::api::types::EnvironmentStatus;
-use kiln_model::{Millis, ReleaseNumber};
+use std::collections::BTreeMap;
+
+use kiln_daemon::api::types::{CanaryStatus, EnvironmentStatus};
+use kiln_model::{Millis, ReleaseNumber, ServiceName};
 
 use crate::cli::{RolloutArgs, RolloutCommand};
 use crate::context::{Context, who};
@@ -16,7 +18,7 @@ pub async fn rollout(context: &Context, args: &RolloutArgs) -> Result<(), Failur
         RolloutCommand::Resume => "resume",
         RolloutCommand::Promote => "promote",
         RolloutCommand::Abort => {
-            let status = context.client.status(&environment).await?;
+            let status = context.client.brief(&environment).await?;
             if status.rollout.is_none() {
                 return Err(Failure::new(
                     Kind::Conflict,
@@ -34,7 +36,7 @@ pub async fn rollout(context: &Context, args: &RolloutArgs) -> Result<(), Failur
 
 async fn status(context: &Context, args: &RolloutArgs) -> Result<(), Failure> {
     let environment = context.environment_at(&args.at).await?;
-    let status = context.client.status(&environment).await?;
+    let status = context.client.brief(&environment).await?;
     if context.json {
         let answer = serde_json::json!({
             "serving": status.serving, "rollout": status.rollout, "watch": status.watch,
@@ -53,6 +55,30 @@ pub fn release(number: Option<ReleaseNumber>) -> String {
     number.map_or("nothing".into(), |n| format!("release {n}"))
 }
 
+fn print_canary(canary: &CanaryStatus) {
+    let shares = |weights: &BTreeMap<ServiceName, u8>| {
+        let shares = weights
+            .iter()
+            .map(|(name, weight)| format!("{weight} % of {name}"));
+        shares.collect::<Vec<_>>().join(", ")
+    };
+    for (at, verdict) in canary.verdicts.iter().enumerate() {
+        let word = if verdict.good { "good" } else { "bad" };
+        let (step, weights) = (at + 1, shares(&verdict.weights));
+        outln!("  step {step} ({weights}) was {word}: {}", verdict.text);
+    }
+    if let (Some(step), Some(steps)) = (canary.step, canary.steps) {
+        let when = match canary.verdict_in {
+            Some(left) => format!("judged in {}", Millis(left)),
+            None => "traffic is about to move".into(),
+        };
+        outln!(
+            "  step {step} of {steps}: {}, {when}",
+            shares(&canary.weights)
+        );
+    }
+}
+
 /// What is under way, and what the last switch is still held to.
 pub fn print(status: &EnvironmentStatus) {
     if let Some(rollout) = &status.rollout {
@@ -65,6 +91,9 @@ pub fn print(status: &EnvironmentStatus) {
             }
             (None, None) if rollout.state == "watching" => {}
             (None, None) => outln!("  rolling out {to}"),
+        }
+        if let Some(canary) = &rollout.canary {
+            print_canary(canary);
         }
         for line in &rollout.report {
             outln!("  · {line}");

@@ -120,7 +120,7 @@ async fn unchanged(
     if context.json {
         return output::json(answer);
     }
-    let status = context.client.status(environment).await?;
+    let status = context.client.brief(environment).await?;
     let ill: Vec<String> = status
         .services
         .iter()
@@ -135,7 +135,7 @@ async fn unchanged(
 }
 
 pub async fn print_urls(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
-    let status = context.client.status(environment).await?;
+    let status = context.client.brief(environment).await?;
     if context.json {
         return output::json(&status);
     }

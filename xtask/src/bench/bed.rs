@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Failure;
 use crate::cargo::{program, repository};
 
-pub const REPLICAS: usize = 3;
+pub const REPLICAS: u32 = 3;
 /// For the daemon, and then the proxy, to end when measuring is over.
 const END_LIMIT: Duration = Duration::from_secs(15);
 
@@ -58,12 +58,12 @@ impl Bed {
     }
 
     /// `init`: busybox has no handler for SIGTERM, which a first process then ignores.
-    fn compose(&self, revision: u64) -> String {
+    fn compose(&self, revision: u64, replicas: u32) -> String {
         format!(
             "name: bench\n\
              x-kiln:\n  bases:\n    busybox: {{suite: {}, packages: [busybox-static], distroless: true}}\n\
              services:\n  web:\n    build: .\n    init: true\n    environment: {{REVISION: \"{revision}\"}}\n    \
-             ports: [\"{}:8000\"]\n    deploy: {{replicas: {REPLICAS}}}\n    \
+             ports: [\"{}:8000\"]\n    deploy: {{replicas: {replicas}}}\n    \
              x-kiln: {{ready: {{http: {{port: 8000, path: /}}}}}}\n",
             self.suite, self.address
         )
@@ -71,12 +71,39 @@ impl Bed {
 
     /// Writes the project with this revision in its environment, and puts it in place.
     pub fn up(&self, revision: u64) -> Result<String, Failure> {
-        fs::write(
-            self.folder.path().join("project/compose.yaml"),
-            self.compose(revision),
-        )?;
-        let project = self.folder.path().join("project").display().to_string();
-        self.kiln(&["up", &project])
+        self.up_with(revision, REPLICAS)
+    }
+
+    /// Puts a release with this page in place.
+    pub fn page(&self, text: &str) -> Result<String, Failure> {
+        fs::write(self.folder.path().join("project/index.html"), text)?;
+        self.up(0)
+    }
+
+    /// A command that goes on by itself.
+    pub fn begin(&self, words: &[&str]) -> Result<Child, Failure> {
+        let mut command = self.command(words);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(command.spawn()?)
+    }
+
+    /// More or fewer copies of the same.
+    pub fn scale(&self, replicas: u32) -> Result<String, Failure> {
+        self.up_with(0, replicas)
+    }
+
+    pub fn status(&self) -> Result<String, Failure> {
+        self.kiln(&["status", &self.project()])
+    }
+
+    fn up_with(&self, revision: u64, replicas: u32) -> Result<String, Failure> {
+        let compose = self.compose(revision, replicas);
+        fs::write(self.folder.path().join("project/compose.yaml"), compose)?;
+        self.kiln(&["up", &self.project()])
+    }
+
+    fn project(&self) -> String {
+        self.folder.path().join("project").display().to_string()
     }
 
     /// What kiln prints to stdout.
@@ -121,7 +148,7 @@ impl Drop for Bed {
     /// Nothing of a measurement may stay: instances, networks, the daemon, the proxy.
     fn drop(&mut self) {
         let processes = self.processes().unwrap_or_default();
-        let project = self.folder.path().join("project").display().to_string();
+        let project = self.project();
         for words in [vec!["down", &project], vec!["daemon", "stop"]] {
             if let Err(error) = self.kiln(&words) {
                 eprintln!("warning: cleaning up: {error}");
@@ -155,7 +182,7 @@ fn wait_for_end(pid: u32) {
 }
 
 /// A port that nobody listens on just now.
-fn free_address() -> Result<SocketAddr, Failure> {
+pub fn free_address() -> Result<SocketAddr, Failure> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 

@@ -35,7 +35,7 @@ pub fn idle(bed: &Bed, runs: usize) -> Result<Row, Failure> {
 }
 
 /// KiB, from the `Pss:` line of `/proc/<pid>/smaps_rollup`.
-fn proportional(pid: u32) -> Result<u64, Failure> {
+pub fn proportional(pid: u32) -> Result<u64, Failure> {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));

@@ -5,10 +5,15 @@
 //! the machine decides those. A request that failed is an error, whatever the machine.
 
 mod bed;
+mod behind;
 mod compose;
+mod copy;
 mod memory;
 mod peers;
+mod plan;
 mod replace;
+mod rollback;
+mod scale;
 mod start;
 mod table;
 
@@ -17,12 +22,15 @@ use std::time::{Duration, Instant};
 
 use bed::Bed;
 use kiln_testkit::load::Mode;
+use replace::Subject;
 use table::{Row, Samples};
 
 type Failure = Box<dyn std::error::Error>;
 
 /// Runs of each measure, unless told otherwise.
 const RUNS: usize = 20;
+/// Who else replaces instances under load.
+const BEHIND: &str = "podman run --replace behind haproxy";
 /// Connections of a keep-alive load.
 const CONNECTIONS: usize = 16;
 
@@ -31,7 +39,9 @@ struct Options {
     only: Option<String>,
 }
 
-const NAMES: [&str; 6] = ["compose", "up", "start", "replace", "memory", "peers"];
+const NAMES: [&str; 10] = [
+    "compose", "copy", "plan", "up", "start", "replace", "rollback", "memory", "scale", "peers",
+];
 /// Passes over the corpus of compose files: each is a process for every file.
 const PASSES: usize = 3;
 
@@ -43,6 +53,10 @@ impl Options {
         };
         let mut words = words.iter();
         while let Some(word) = words.next() {
+            if NAMES.contains(&word.as_str()) {
+                options.only = Some(word.clone());
+                continue;
+            }
             let value = words.next().ok_or(format!("{word} needs a value"))?;
             match word.as_str() {
                 "--runs" => {
@@ -52,9 +66,7 @@ impl Options {
                         .filter(|runs| *runs > 0)
                         .ok_or(format!("--runs {value}: not a number above 0"))?;
                 }
-                "--only" if NAMES.contains(&value.as_str()) => options.only = Some(value.clone()),
-                "--only" => return Err(format!("--only {value}: one of {}", NAMES.join(", "))),
-                _ => return Err(format!("{word}: --runs N or --only NAME")),
+                _ => return Err(format!("{word}: --runs N or one of {}", NAMES.join(", "))),
             }
         }
         Ok(options)
@@ -92,8 +104,16 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
         rows.push(compose::large(options.runs)?);
         rows.extend(compose::corpus(&bed::kiln()?, PASSES)?);
     }
+    if options.wants("plan") {
+        eprintln!("plan: {} runs", options.runs);
+        rows.extend(plan::steps(options.runs)?);
+    }
+    if options.wants("copy") {
+        eprintln!("copy: {} runs", options.runs);
+        rows.extend(copy::rows(options.runs)?);
+    }
     match options.only.as_deref() {
-        Some("compose") => Ok(()),
+        Some("compose" | "copy" | "plan") => Ok(()),
         _ => measure_running(options, rows),
     }
 }
@@ -121,23 +141,61 @@ fn measure_running(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure
     }
     let mut failed = 0;
     if options.wants("replace") {
-        let keep_alive = Mode::KeepAlive {
-            connections: CONNECTIONS,
-        };
-        for (name, mode) in [
-            ("new connections", Mode::NewConnection),
-            ("keep-alive", keep_alive),
-        ] {
-            eprintln!("replace, {name}: {} runs", options.runs);
-            let (row, failures) = replace::under_load(&bed, name, mode, options.runs)?;
-            rows.push(row);
-            failed += failures;
-        }
+        failed = replacements(&bed, options.runs, rows)?;
+    }
+    if options.wants("rollback") {
+        eprintln!("rollback: {} runs", options.runs);
+        rows.push(rollback::first_byte(&bed, options.runs)?);
+    }
+    if options.wants("scale") {
+        eprintln!("scale: {} runs", options.runs);
+        rows.extend(scale::instances(&bed, options.runs)?);
     }
     if failed > 0 {
         return Err(format!("{failed} requests failed while instances were replaced").into());
     }
     Ok(())
+}
+
+/// kiln's, and those of others who can be run; how many of kiln's requests failed.
+fn replacements(bed: &Bed, runs: usize, rows: &mut Vec<Row>) -> Result<u64, Failure> {
+    let keep_alive = Mode::KeepAlive {
+        connections: CONNECTIONS,
+    };
+    let loads = [
+        ("new connections", Mode::NewConnection),
+        ("keep-alive", keep_alive),
+    ];
+    let mut others = behind::Podman::new();
+    let mut failed = 0;
+    for (name, mode) in loads {
+        eprintln!("replace, {name}: {runs} runs");
+        let mut kiln = Subject {
+            who: "kiln",
+            address: bed.address,
+            aim: Some(Duration::from_secs(1)),
+            replace: &mut |revision| replace::by_kiln(bed, revision),
+        };
+        let (row, failures) = replace::under_load(&mut kiln, name, mode, runs)?;
+        rows.push(row);
+        failed += failures;
+        match &mut others {
+            Ok(podman) => {
+                let mut podman = Subject {
+                    who: BEHIND,
+                    address: podman.address,
+                    aim: None,
+                    replace: &mut |revision| podman.replace_all(revision),
+                };
+                rows.push(replace::under_load(&mut podman, name, mode, runs)?.0);
+            }
+            Err(why) => {
+                let what = format!("replacing instances, {name}");
+                rows.push(Row::not_run(&what, BEHIND, &why.to_string()));
+            }
+        }
+    }
+    Ok(failed)
 }
 
 /// `kiln up` when nothing has changed, as a whole process.

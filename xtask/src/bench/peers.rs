@@ -34,7 +34,7 @@ pub fn first_byte(runs: usize) -> Vec<Row> {
         .collect()
 }
 
-fn installed(name: &str) -> Result<(), Failure> {
+pub fn installed(name: &str) -> Result<(), Failure> {
     match program(name).arg("--version").output() {
         Ok(_) => Ok(()),
         Err(_) => Err(format!("{name} is not installed").into()),
@@ -42,7 +42,7 @@ fn installed(name: &str) -> Result<(), Failure> {
 }
 
 /// A root file system with one static program, which others must be able to enter.
-fn root(folder: &Path) -> Result<PathBuf, Failure> {
+pub fn root(folder: &Path) -> Result<PathBuf, Failure> {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
         .find(|path| Path::new(path).exists());
@@ -155,7 +155,7 @@ fn once(command: &mut Command) -> Result<Duration, Failure> {
 }
 
 /// The last line of what a program that failed has said.
-fn said(output: &std::process::Output) -> Result<(), Failure> {
+pub fn said(output: &std::process::Output) -> Result<(), Failure> {
     if output.status.success() {
         return Ok(());
     }

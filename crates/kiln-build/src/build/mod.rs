@@ -20,6 +20,7 @@ use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_runtime::Runtime;
 use kiln_store::Store;
 
+use crate::cache;
 use crate::containerfile::{self, Containerfile, Kind, ParseErrors, Span, mount};
 use crate::context::source::ContextSource;
 use crate::context::{self, Context, ContextError};
@@ -29,6 +30,7 @@ use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
 use crate::lint::BadDirective;
 use crate::network::Network;
 use crate::remote::Pins;
+use crate::secrets::{Allowed, Refused};
 pub use check::{Checked, check};
 use stages::Run;
 pub use sync::Synced;
@@ -62,6 +64,8 @@ pub struct BuildRequest {
     pub ssh: BTreeMap<String, PathBuf>,
     /// What ADD takes from elsewhere is pinned to; learns.
     pub pins: Arc<Mutex<Pins>>,
+    /// What may be in the image although it looks like a secret; learns.
+    pub allowed: Arc<Allowed>,
     /// Setting it ends the build.
     pub cancel: Arc<AtomicBool>,
 }
@@ -85,6 +89,8 @@ pub enum BuildError {
     Evaluate { file: String, cause: EvaluateError },
     #[error(transparent)]
     Step(Box<StepError>),
+    #[error("{0}")]
+    Secrets(Refused),
     #[error(transparent)]
     Context(#[from] ContextError),
     #[error("{file}: {span}")]
@@ -353,6 +359,7 @@ impl Builder {
             cause,
         };
         let _lease = self.store.lease().map_err(|e| keep(Box::new(e)))?;
+        let _in_use = cache::in_use(&self.cache).map_err(|e| keep(Box::new(e)))?;
         for warning in &prepared.file.warnings {
             self.progress.event(ProgressEvent::Warning {
                 task: format!("build {}", prepared.request.name),

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
-use kiln_model::Digest;
+use kiln_model::secrets::Finder;
 use kiln_model::spec::Build;
+use kiln_model::{Digest, ProgressEvent};
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
 
 use super::image::Image;
@@ -19,6 +20,7 @@ use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
 use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
 use crate::graph::{self, Origin};
+use crate::secrets::{self, Given, Located, Refused};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
 const MAX_AT_ONCE: usize = 8;
@@ -32,6 +34,7 @@ pub(super) struct Run<'a> {
     folders: BTreeMap<String, Arc<ContextSource>>,
     /// By their place in the file.
     built: Vec<OnceLock<Built>>,
+    finder: Finder,
 }
 
 /// Stages that are still to be built.
@@ -93,6 +96,7 @@ impl<'a> Run<'a> {
             hosts: hosts(&request.build)?,
             shm_size: request.build.shm_size,
             secrets: &request.secrets,
+            given: Given::new(&request.secrets),
             pins: request.pins.clone(),
             ssh: &request.ssh,
             cancel: &request.cancel,
@@ -110,6 +114,7 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|_| OnceLock::new())
                 .collect(),
+            finder: Finder::default(),
         })
     }
 
@@ -118,6 +123,7 @@ impl<'a> Run<'a> {
         let last = self.prepared.graph.stages.last().map(|needed| needed.index);
         let target = last.and_then(|index| self.built[index].take());
         let target = target.ok_or(BuildError::Lost)?;
+        self.judge(target.building.findings)?;
         let mut document = target.document;
         let labels = self.prepared.request.build.labels.clone();
         document.config.labels.extend(labels);
@@ -125,6 +131,43 @@ impl<'a> Run<'a> {
         document.diff_ids = target.building.layers.iter().map(|l| l.diff_id).collect();
         document.config.platform = self.prepared.request.platform.clone();
         Ok((document, target.building.layers))
+    }
+
+    /// Refuses an image with secrets in it, and says what each instance gets of its own.
+    fn judge(&self, mut findings: Vec<Located>) -> Result<(), BuildError> {
+        let request = &self.prepared.request;
+        let labels = secrets::in_labels(&self.finder, &request.build.labels);
+        findings.extend(labels.into_iter().map(|finding| Located {
+            finding,
+            span: Span::default(),
+            instruction: "build.labels".into(),
+        }));
+        let tell = |text| {
+            self.builder.progress.event(ProgressEvent::Warning {
+                task: self.site.task.clone(),
+                text,
+            });
+        };
+        let mut told = BTreeSet::new();
+        findings.retain(|found| {
+            let finding = &found.finding;
+            let text = match (finding.made_anew, request.allowed.allows(finding)) {
+                (true, _) => finding.told_anew(),
+                (false, true) => finding.told_allowed(),
+                (false, false) => return true,
+            };
+            if told.insert(text.clone()) {
+                tell(text);
+            }
+            false
+        });
+        match findings.is_empty() {
+            true => Ok(()),
+            false => Err(BuildError::Secrets(Refused {
+                file: self.prepared.file_name.clone(),
+                findings,
+            })),
+        }
     }
 
     /// Builds every needed stage. After a failure no other one is begun, and those that
@@ -234,6 +277,7 @@ impl<'a> Run<'a> {
                 building: Building {
                     files: image.files,
                     layers: image.layers,
+                    findings: Vec::new(),
                 },
                 document: image.document,
                 args: BTreeMap::new(),
@@ -254,6 +298,7 @@ impl<'a> Run<'a> {
                     building: Building {
                         files: stage.building.files.clone(),
                         layers: stage.building.layers.clone(),
+                        findings: stage.building.findings.clone(),
                     },
                     document: stage.document.clone(),
                     args: stage.args.clone(),
@@ -308,6 +353,8 @@ impl<'a> Run<'a> {
             let done = self.site.step(&mut built.building, step, &place, &find);
             layer = done.map_err(BuildError::Step)?.layer;
         }
+        let said = secrets::in_instruction(&self.finder, &step.history);
+        built.building.find(step, said);
         built.document.history.push(History {
             created: Some(timestamp(self.prepared.request.epoch)),
             created_by: Some(step.history.clone()),
@@ -420,6 +467,7 @@ fn nothing() -> Built {
         building: Building {
             files: Files::empty(),
             layers: Vec::new(),
+            findings: Vec::new(),
         },
         document: ConfigDocument::default(),
         args: BTreeMap::new(),

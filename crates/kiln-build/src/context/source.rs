@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_model::Digest;
@@ -20,6 +21,8 @@ pub struct ContextSource {
     store: Arc<Store>,
     /// Nanoseconds since the epoch, when the build began.
     now: i128,
+    /// Files whose content was read.
+    read: AtomicUsize,
 }
 
 impl ContextSource {
@@ -31,7 +34,13 @@ impl ContextSource {
             cache,
             store,
             now,
+            read: AtomicUsize::new(0),
         }
+    }
+
+    /// How many files' contents were read so far.
+    pub fn files_read(&self) -> usize {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// Writes what was learned. It is a cache: a failure is told, and costs time only.
@@ -66,6 +75,7 @@ impl ContextSource {
             )
             .open(self.context.host_path(path))
             .map_err(|e| fail(Box::new(e)))?;
+        self.read.fetch_add(1, Ordering::Relaxed);
         let meta = file.metadata().map_err(|e| fail(Box::new(e)))?;
         if !meta.is_file() {
             return Err(fail("it is no plain file any more".into()));
@@ -120,5 +130,62 @@ impl Source for ContextSource {
             EntryKind::Device => return Err(FilesError::Device(shown(path))),
         };
         Ok((meta, shape))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::context::ignore::Patterns;
+
+    const FILES: usize = 10_000;
+    const SECOND: i128 = 1_000_000_000;
+
+    /// Takes every file of a context, as a COPY does; gives how many were read.
+    fn take(context: &Path, root: &Path, store: &Arc<Store>, later: i128) -> usize {
+        let scanned = Context::scan(context, &Patterns::default()).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
+        let now = now.as_nanos() as i128 + later;
+        let source = ContextSource::new(scanned, root, store.clone(), now);
+        for folder in source.names(&[]) {
+            for name in source.names(std::slice::from_ref(&folder)) {
+                source.entry(&[folder.clone(), name]).unwrap();
+            }
+        }
+        source.save().unwrap();
+        source.files_read()
+    }
+
+    #[test]
+    fn of_ten_thousand_files_only_the_one_that_changed_is_read_again() {
+        let (context, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = Arc::new(Store::open(root.path()).unwrap());
+        let path = |n: usize| context.path().join(format!("{}/{n}", n / 100));
+        for n in 0..FILES {
+            fs::create_dir_all(path(n).parent().unwrap()).unwrap();
+            fs::write(path(n), format!("{n:05}")).unwrap();
+        }
+        let take = |later| take(context.path(), root.path(), &store, later);
+        // Just written, they may change again unseen: nothing is remembered of them.
+        assert_eq!(take(-10 * SECOND), FILES);
+        assert_eq!(take(10 * SECOND), FILES);
+        assert_eq!(take(10 * SECOND), 0);
+        // Of the same size, with its old time put back: the time of that can't be.
+        let settled = fs::metadata(path(4711)).unwrap().modified().unwrap();
+        fs::write(path(4711), "other").unwrap();
+        let file = fs::File::options().write(true).open(path(4711)).unwrap();
+        file.set_modified(settled).unwrap();
+        assert_eq!(take(20 * SECOND), 1);
+        assert_eq!(take(20 * SECOND), 0);
+        // Another file in its place is another inode.
+        fs::write(path(1), "new").unwrap();
+        fs::rename(path(1), path(2)).unwrap();
+        assert_eq!(take(30 * SECOND), 1);
+        // What has left the store is read again.
+        fs::remove_file(store.object_path(&Digest::of("00003"))).unwrap();
+        assert_eq!(take(30 * SECOND), 1);
     }
 }

@@ -3,6 +3,8 @@
 
 use std::io;
 
+use kiln_model::identity;
+
 use super::edit::Edit;
 
 /// Removed with all that is in them.
@@ -67,9 +69,10 @@ pub fn clean(edit: &Edit, configured: bool) -> io::Result<()> {
     if configured {
         edit.folder("run/lock", 0o1777)?;
     }
-    for name in edit.names("etc/ssh")? {
-        if name.starts_with("ssh_host_") {
-            edit.remove(&format!("etc/ssh/{name}"))?;
+    // Each instance is given its own; an empty file says where.
+    for (path, _) in identity::PLACES {
+        if edit.read(path)?.is_some_and(|content| !content.is_empty()) {
+            edit.overwrite(path, b"")?;
         }
     }
     // Log files stay where a package made them (with their owners), without content.

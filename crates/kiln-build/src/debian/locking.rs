@@ -15,6 +15,7 @@ use super::index::{self, IndexError, Universe};
 use super::lists::{self, ListsError, ListsRequest};
 use super::resolve::{self, Request, ResolveError};
 use super::sources::{self, Archive, SourcesError};
+use crate::cache;
 use crate::lock::{ArchiveKind, Lock, LockedBase, LockedPackage};
 
 /// Why a base's packages could not be settled or had.
@@ -280,6 +281,11 @@ pub async fn files(
         .iter()
         .filter(|p| !fetcher.has(&expected(p)))
         .collect();
+    for package in packages {
+        if fetcher.has(&expected(package)) {
+            cache::used(&fetcher.path(&package.sha256));
+        }
+    }
     if !missing.is_empty() {
         let archives = archives(asked, machine)?;
         let total = missing.iter().map(|p| p.size).sum();

@@ -36,6 +36,7 @@ pub mod sources;
 pub mod verify;
 pub mod version;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -49,10 +50,12 @@ use kiln_oci::BlobWrite;
 pub use self::base::{BaseError, ScriptRun};
 pub use self::image::{ImageBlobs, ImageError};
 pub use self::locking::{Asked, LockingError, Machine};
+use crate::cache;
+use crate::held::Held;
 use crate::lock::{Lock, LockedPackage};
 
 /// Counts changes in how kiln builds bases: a higher number rebuilds all of them.
-const BUILD_FORMAT: u32 = 1;
+const BUILD_FORMAT: u32 = 2;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a base could not be composed.
@@ -169,6 +172,10 @@ async fn compose_inner(
         name: name(),
         source: Box::new(source),
     };
+    let _in_use = cache::in_use(&ctx.cache).map_err(|source| DebianError::Cache {
+        path: ctx.cache.clone(),
+        source,
+    })?;
     let folder = locking::cache_folder(&ctx.cache);
     let fetcher = fetch::Fetcher::new(ctx.client.clone(), folder.clone()).map_err(|source| {
         DebianError::Fetch {
@@ -200,7 +207,7 @@ async fn compose_inner(
         ),
     });
     let (ctx, base, task) = (ctx.clone(), asked.base.clone(), name());
-    let image = tokio::task::spawn_blocking(move || build(&ctx, &task, &base, &files, &folder))
+    let image = tokio::task::spawn_blocking(move || build(&ctx, &task, &base, &files))
         .await
         .map_err(|_| DebianError::Ended { name: name() })??;
     remember(&record, &image)?;
@@ -230,9 +237,11 @@ fn key(ctx: &DebianContext, base: &DebianBase, packages: &[LockedPackage]) -> St
 fn recorded(record: &Path, blobs: &dyn BlobWrite) -> Option<ImageBlobs> {
     let image: ImageBlobs = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
     let all = [image.manifest, image.config, image.layer];
-    all.iter()
-        .all(|digest| blobs.contains(digest).unwrap_or(false))
-        .then_some(image)
+    let there = |digest| blobs.contains(digest).unwrap_or(false);
+    all.iter().all(there).then(|| {
+        cache::used(record);
+        image
+    })
 }
 
 fn remember(record: &Path, image: &ImageBlobs) -> Result<(), DebianError> {
@@ -253,13 +262,12 @@ fn build(
     name: &str,
     base: &DebianBase,
     files: &[base::PackageFile],
-    folder: &Path,
 ) -> Result<ImageBlobs, DebianError> {
-    let scratch = tempfile::Builder::new()
-        .prefix(".root-")
-        .tempdir_in(folder)
+    let scratch = crate::exec::scratch(&ctx.cache)
+        .map_err(io::Error::other)
+        .and_then(|folder| Held::new(&folder, sandbox::PREFIX))
         .map_err(|source| DebianError::Cache {
-            path: folder.into(),
+            path: ctx.cache.clone(),
             source,
         })?;
     let run = (!base.distroless).then_some(&*ctx.run_scripts);

@@ -1,7 +1,7 @@
 //! The sandbox maintainer scripts run in, in the runtime's own words.
 
 use std::collections::BTreeMap;
-use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -10,18 +10,22 @@ use kiln_model::instance::{
     Root, SharedNamespaces,
 };
 use kiln_model::spec::Logging;
-use kiln_model::{Digest, InstanceId, InstanceSpec, Millis};
+use kiln_model::{InstanceId, InstanceSpec, Millis};
 use kiln_runtime::Runtime;
 
 use super::RunScripts;
 use super::base::ScriptRun;
 
+/// Before the six letters and digits that a base's folder and instance are named by.
+pub(crate) const PREFIX: &str = "base-";
+
 /// Runs maintainer scripts as instances of `runtime`; setting `cancel` kills them.
 pub fn runner(runtime: Arc<Runtime>, cancel: Arc<AtomicBool>) -> Arc<RunScripts> {
     Arc::new(move |run, on_line| {
-        // The root's folder is new for every build, and so is this name.
-        let folder = Digest::of(run.upper.as_os_str().as_bytes());
-        let id = InstanceId::new(format!("base-{}", folder.short()))?;
+        // The folder is new for every build, and whoever finds it abandoned knows by its
+        // name what may still run in it.
+        let folder = run.upper.parent().and_then(Path::file_name);
+        let id = InstanceId::new(folder.unwrap_or_default().to_string_lossy())?;
         let status =
             runtime.run_to_end(&instance(run, id), &mut |_, line| on_line(line), &cancel)?;
         Ok(status)

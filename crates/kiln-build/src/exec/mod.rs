@@ -38,9 +38,10 @@ use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
 use crate::network::{Network, NetworkError};
+use crate::secrets::{self, Given, Located};
 use layer::{LayerError, LayerRef};
 use reason::{Inputs, Reasons};
-use state::{Files, Key, StepCache};
+use state::{Files, Key, Made, StepCache};
 pub(crate) use sweep::VERIFY_PREFIX;
 pub use sweep::sweep;
 
@@ -162,6 +163,8 @@ pub struct Site<'a> {
     pub shm_size: Option<u64>,
     /// By id.
     pub secrets: &'a BTreeMap<String, Vec<u8>>,
+    /// The same, to be looked for in layers.
+    pub given: Given,
     /// What remote sources are pinned to; learns.
     pub pins: Arc<std::sync::Mutex<crate::remote::Pins>>,
     /// Sockets of ssh agents, by id.
@@ -194,6 +197,8 @@ pub enum Taken {
 pub struct Building {
     pub files: Arc<Files>,
     pub layers: Vec<LayerRef>,
+    /// What its instructions have brought that may not be in an image.
+    pub findings: Vec<Located>,
 }
 
 /// Where a step stands.
@@ -216,6 +221,7 @@ pub struct Done {
 /// What people are told of a step.
 struct Told<'a> {
     task: &'a str,
+    step: &'a Step,
     reasons: Reasons,
 }
 
@@ -237,6 +243,7 @@ impl Site<'_> {
         let begun = Instant::now();
         let told = Told {
             task: &task,
+            step,
             reasons: Reasons::new(&self.cache, &self.build, step, place),
         };
         let result = self.carry_out(building, step, &told, find);
@@ -320,10 +327,10 @@ impl Site<'_> {
             true => None,
             false => steps.get(&key, &self.store),
         };
-        if let Some(layer) = known {
-            building.advance(key, layer.clone(), None);
+        if let Some(made) = known {
+            building.advance(key, made.clone(), None, told.step);
             return Ok(Done {
-                layer,
+                layer: made.layer,
                 cached: true,
             });
         }
@@ -335,22 +342,27 @@ impl Site<'_> {
                 false => told.reasons.why(&key, &inputs),
             },
         });
+        let begun = Instant::now();
         let before = building.files.tree(&self.store)?;
         let after = make(&building.files)?;
         let scratch = self.scratch()?;
-        let layer = layer::write(&before, &after, &self.store, &scratch)?;
+        let made = Made {
+            findings: secrets::in_tree(&before, &after, &self.store, &self.given)?,
+            layer: layer::write(&before, &after, &self.store, &scratch)?,
+            took: begun.elapsed().into(),
+        };
         steps
-            .put(&key, layer.clone())
+            .put(&key, made.clone())
             .map_err(|cause| ExecError::Scratch {
-                path: self.cache.join("steps"),
+                path: self.cache.join(StepCache::FOLDER),
                 cause,
             })?;
         if let Err(cause) = told.reasons.remember(key, inputs) {
             tracing::debug!(%cause, "an instruction's inputs were not remembered");
         }
-        building.advance(key, layer.clone(), Some(after));
+        building.advance(key, made.clone(), Some(after), told.step);
         Ok(Done {
-            layer,
+            layer: made.layer,
             cached: false,
         })
     }
@@ -373,15 +385,28 @@ impl Building {
     fn advance(
         &mut self,
         key: Digest,
-        layer: Option<LayerRef>,
+        made: Made,
         tree: Option<kiln_store::tree::Tree>,
+        step: &Step,
     ) {
-        self.files = match (tree, &layer) {
+        self.files = match (tree, &made.layer) {
             (Some(tree), _) => Files::given(key, tree),
             (None, Some(layer)) => Files::layer(key, self.files.clone(), layer.digest),
             // Nothing changed, but what comes next may still depend on it.
             (None, None) => self.files.clone(),
         };
-        self.layers.extend(layer);
+        self.layers.extend(made.layer);
+        self.find(step, made.findings);
+    }
+
+    /// Remembers what an instruction has brought.
+    pub(crate) fn find(&mut self, step: &Step, findings: Vec<secrets::Finding>) {
+        let instruction = step.history.split(' ').next().unwrap_or_default();
+        self.findings
+            .extend(findings.into_iter().map(|finding| Located {
+                finding,
+                span: step.span,
+                instruction: instruction.to_owned(),
+            }));
     }
 }

@@ -13,6 +13,7 @@ use super::state::{Files, Key};
 use super::unfold::unfold;
 use super::work::Work;
 use super::{ExecError, Find, Site, Taken};
+use crate::cache;
 use crate::containerfile::Span;
 use crate::containerfile::mount::{Mount, MountKind, Sharing};
 use crate::context::ignore::Patterns;
@@ -239,7 +240,11 @@ impl Site<'_> {
         };
         let path = match mount.sharing {
             Sharing::Private => work.folder(&format!("private-{name}"))?,
-            _ => self.cache_folder(&["mounts", &name])?,
+            _ => {
+                let path = self.cache_folder(&["mounts", &name])?;
+                cache::used(&path);
+                path
+            }
         };
         let fail = |cause| ExecError::Scratch {
             path: path.clone(),

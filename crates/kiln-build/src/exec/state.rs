@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use kiln_model::instance::TreePaths;
-use kiln_model::{Digest, Hasher};
+use kiln_model::{Digest, Hasher, Millis};
 use kiln_oci::blob::BlobWrite;
 use kiln_store::Store;
 use kiln_store::tree::Tree;
@@ -18,8 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use super::ExecError;
 use super::layer::LayerRef;
+use crate::cache;
+use crate::secrets::Finding;
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Files known by their key.
 pub struct Files {
@@ -136,11 +138,28 @@ impl Key {
     }
 }
 
+/// What came of a step.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Made {
+    /// `None`: it changed nothing.
+    pub layer: Option<LayerRef>,
+    /// What is in the layer that may not be in an image.
+    pub findings: Vec<Finding>,
+    pub took: Millis,
+}
+
 /// What is remembered of a step.
 #[derive(Serialize, Deserialize)]
 struct Record {
     format: u32,
-    layer: Option<LayerRef>,
+    made: Made,
+}
+
+/// What a file of the cache says; `None`: nothing that this kiln understands.
+pub(crate) fn remembered(path: &Path) -> Option<Made> {
+    let bytes = fs::read(path).ok()?;
+    let record: Record = serde_json::from_slice(&bytes).ok()?;
+    (record.format == FORMAT).then_some(record.made)
 }
 
 /// The steps' results: `cache/steps/<key>.json`. A result whose layer has left the store
@@ -150,9 +169,12 @@ pub struct StepCache {
 }
 
 impl StepCache {
+    /// Below the builder's cache folder.
+    pub const FOLDER: &str = "steps";
+
     pub fn new(cache: &Path) -> Self {
         Self {
-            folder: cache.join("steps"),
+            folder: cache.join(Self::FOLDER),
         }
     }
 
@@ -160,23 +182,25 @@ impl StepCache {
         self.folder.join(format!("{}.json", key.hex()))
     }
 
-    /// `None`: unknown; `Some(None)`: known to change nothing.
-    pub fn get(&self, key: &Digest, store: &Store) -> Option<Option<LayerRef>> {
-        let bytes = fs::read(self.path(key)).ok()?;
-        let record: Record = serde_json::from_slice(&bytes).ok()?;
-        let known = record.format == FORMAT
-            && match &record.layer {
-                Some(layer) => store.contains(&layer.digest).unwrap_or(false),
-                None => true,
-            };
-        known.then_some(record.layer)
+    /// `None`: unknown.
+    pub fn get(&self, key: &Digest, store: &Store) -> Option<Made> {
+        let path = self.path(key);
+        let made = remembered(&path)?;
+        let known = match &made.layer {
+            Some(layer) => store.contains(&layer.digest).unwrap_or(false),
+            None => true,
+        };
+        if known {
+            cache::used(&path);
+        }
+        known.then_some(made)
     }
 
-    pub fn put(&self, key: &Digest, layer: Option<LayerRef>) -> io::Result<()> {
+    pub fn put(&self, key: &Digest, made: Made) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let record = Record {
             format: FORMAT,
-            layer,
+            made,
         };
         let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
         io::Write::write_all(&mut file, &serde_json::to_vec(&record)?)?;

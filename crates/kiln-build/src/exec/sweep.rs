@@ -1,5 +1,5 @@
-//! Takes away what builds that were killed have left: running commands, their folders, and
-//! the networks of their processes.
+//! Takes away what builds and tests that were killed have left: running commands and
+//! programs, their folders, and the networks of their processes.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use kiln_runtime::net::root_tag;
 
 use super::{ExecError, scratch, work};
 use crate::held::{self, Held};
-use crate::network;
+use crate::{debian, network, test};
 
 /// Before the six letters and digits of a cache that is used once.
 pub(crate) const VERIFY_PREFIX: &str = "verify-";
@@ -17,10 +17,14 @@ pub(crate) const VERIFY_PREFIX: &str = "verify-";
 /// one look into a folder.
 pub fn sweep(cache: &Path, runtime: &Runtime) -> Result<(), ExecError> {
     let scratch = scratch(cache)?;
-    let left = held::abandoned(
-        &scratch,
-        &[work::PREFIX, network::FOLDER_PREFIX, VERIFY_PREFIX],
-    );
+    let prefixes = [
+        work::PREFIX,
+        debian::sandbox::PREFIX,
+        test::PREFIX,
+        network::FOLDER_PREFIX,
+        VERIFY_PREFIX,
+    ];
+    let left = held::abandoned(&scratch, &prefixes);
     let (networks, works): (Vec<_>, Vec<_>) = left
         .map_err(|cause| ExecError::Scratch {
             path: scratch,

@@ -1,5 +1,6 @@
 //! What a RUN has written into its overlay's upper folder, taken into the stage's tree:
-//! without the traces of the sandbox, of this machine and of the time it ran at.
+//! without the traces of the sandbox, of this machine and of the time it ran at. Files that
+//! tell one machine from another ([`kiln_model::identity`]) are taken in empty.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,12 +9,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use kiln_model::identity;
 use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
 use kiln_store::Store;
-use kiln_store::tree::{Tree, TreeEditError};
+use kiln_store::tree::{Kind, Tree, TreeEditError};
 
 use crate::files::{Meta, Shape};
 use crate::rootfs::node;
+
+const MACHINE_ID: &[u8] = b"etc/machine-id";
+const DBUS_ID: &[u8] = b"var/lib/dbus/machine-id";
 
 /// Longest list of extended attribute names, and longest value, in bytes (Linux).
 const XATTR_BYTES: usize = 64 << 10;
@@ -72,8 +77,10 @@ pub fn take(
     made: &[Vec<u8>],
 ) -> Result<(), UpperError> {
     let mut links: BTreeMap<(u64, u64), Vec<u8>> = BTreeMap::new();
+    let mut machine_id = false;
     for Change { path, kind } in scan_upper(upper)? {
         let name = path.as_os_str().as_bytes();
+        machine_id |= name == DBUS_ID && kind == ChangeKind::File;
         if is_sandbox(name) || (kind != ChangeKind::Deleted && is_trace(name)) {
             continue;
         }
@@ -99,7 +106,15 @@ pub fn take(
             }
             links.insert(inode, name.to_vec());
         }
-        let shape = shape(&full, &stat, store, &path)?;
+        let identity = identity::at(name).is_some() && stat.is_file();
+        if identity && is_empty_file(tree, name, &stat) {
+            // It was made for this RUN alone.
+            continue;
+        }
+        let shape = match identity {
+            true => keep(&mut io::empty(), store, &path)?,
+            false => shape(&full, &stat, store, &path)?,
+        };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
             uid: stat.uid(),
@@ -108,6 +123,16 @@ pub fn take(
             xattrs: xattrs(&full).map_err(read)?,
         };
         tree.insert(name, node(meta, shape))?;
+    }
+    if machine_id && tree.get(MACHINE_ID).is_none() {
+        // dbus then takes the machine's, which each instance has one of its own of.
+        let meta = Meta {
+            mode: 0o444,
+            mtime: times.epoch,
+            ..Meta::default()
+        };
+        let empty = keep(&mut io::empty(), store, Path::new("etc/machine-id"))?;
+        tree.insert(MACHINE_ID, node(meta, empty))?;
     }
     sweep(tree, made)
 }
@@ -120,7 +145,7 @@ fn sweep(tree: &mut Tree, made: &[Vec<u8>]) -> Result<(), UpperError> {
             Some(node) if node.is_dir() => tree
                 .children(path)
                 .is_ok_and(|mut children| children.next().is_none()),
-            Some(node) => matches!(node.kind, kiln_store::tree::Kind::File { size: 0, .. }),
+            Some(node) => matches!(node.kind, Kind::File { size: 0, .. }),
         };
         if empty {
             tree.remove(path)?;
@@ -155,14 +180,25 @@ fn shape(
             rdev: stat.rdev(),
         }
     } else {
-        let mut file = fs::File::open(full).map_err(read)?;
-        let (digest, size) = store
-            .put_object(&mut file)
-            .map_err(|cause| UpperError::Keep {
-                path: path.to_owned(),
-                cause: Box::new(cause),
-            })?;
-        Shape::File { digest, size }
+        keep(&mut fs::File::open(full).map_err(read)?, store, path)?
+    })
+}
+
+fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Shape, UpperError> {
+    let kept = store.put_object(content);
+    let (digest, size) = kept.map_err(|cause| UpperError::Keep {
+        path: path.to_owned(),
+        cause: Box::new(cause),
+    })?;
+    Ok(Shape::File { digest, size })
+}
+
+/// Is this in the tree an empty file of the same owner and mode?
+fn is_empty_file(tree: &Tree, path: &[u8], stat: &fs::Metadata) -> bool {
+    tree.get(path).is_some_and(|node| {
+        let own = (node.meta.mode, node.meta.uid, node.meta.gid);
+        matches!(node.kind, Kind::File { size: 0, .. })
+            && own == (stat.mode() & 0o7777, stat.uid(), stat.gid())
     })
 }
 
@@ -205,7 +241,7 @@ fn is_sandbox(path: &[u8]) -> bool {
 
 /// What Debian's tools leave behind and differs each time: it stays as it was before.
 fn is_trace(path: &[u8]) -> bool {
-    const FILES: [&[u8]; 22] = [
+    const FILES: [&[u8]; 21] = [
         b"var/log/dpkg.log",
         b"var/log/alternatives.log",
         b"var/log/bootstrap.log",
@@ -224,9 +260,8 @@ fn is_trace(path: &[u8]) -> bool {
         b"var/lib/dpkg/statoverride-old",
         b"var/lib/dpkg/lock",
         b"var/lib/dpkg/lock-frontend",
-        b"var/lib/dbus/machine-id",
+        DBUS_ID,
         b"var/lib/systemd/random-seed",
-        b"etc/machine-id",
         b"etc/.pwd.lock",
     ];
     const BACKUPS: [&[u8]; 6] = [

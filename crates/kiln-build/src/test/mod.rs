@@ -32,7 +32,13 @@ use kiln_runtime::Runtime;
 use kiln_store::Store;
 use serde::{Deserialize, Serialize};
 
+use crate::cache;
+use crate::held::Held;
+
 const FORMAT: u32 = 3;
+
+/// Before the six letters and digits that a test's folder and instance are named by.
+pub(crate) const PREFIX: &str = "test-";
 
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(20);
@@ -208,7 +214,10 @@ impl Tester {
 
     /// The verdict of an earlier test of exactly this.
     pub fn known(&self, request: &TestRequest) -> Option<Verdict> {
-        read(&self.remembered(request)?)
+        let path = self.remembered(request)?;
+        let verdict = read(&path)?;
+        cache::used(&path);
+        Some(verdict)
     }
 
     fn remembered(&self, request: &TestRequest) -> Option<PathBuf> {
@@ -531,15 +540,9 @@ impl TestFailure {
 
 /// The program's writable layer, gone with the test, with those folders of `always` in it
 /// that the image lacks.
-fn work(
-    scratch: &Path,
-    tree: &kiln_store::tree::Tree,
-    always: &[&str],
-) -> std::io::Result<tempfile::TempDir> {
+fn work(scratch: &Path, tree: &kiln_store::tree::Tree, always: &[&str]) -> std::io::Result<Held> {
     fs::create_dir_all(scratch)?;
-    let folder = tempfile::Builder::new()
-        .prefix("test-")
-        .tempdir_in(scratch)?;
+    let folder = Held::new(scratch, PREFIX)?;
     for name in ["upper", "work"] {
         let path = folder.path().join(name);
         fs::DirBuilder::new().mode(0o755).create(&path)?;

@@ -123,6 +123,7 @@ impl World {
             epoch: 0,
             ssh: BTreeMap::new(),
             pins: Arc::default(),
+            allowed: Arc::default(),
             cancel: Arc::new(AtomicBool::new(false)),
         }
     }

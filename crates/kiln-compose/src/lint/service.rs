@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use kiln_model::secrets::{self, Finder};
+
 use super::fix::{Fix, read_only_fix};
 use super::rules::by_id;
 use super::{Finding, is_local};
@@ -10,7 +12,6 @@ use crate::diag::{Code, Diagnostic};
 use crate::node::{Map, Node};
 use crate::project::Project;
 use crate::span::{Sources, Span};
-use crate::units;
 use crate::values;
 
 pub(super) struct Lint<'a> {
@@ -252,17 +253,20 @@ impl Lint<'_> {
         let build = self.node.at(&["build", "args"]);
         let own = self.node.get("environment");
         let mut seen = BTreeSet::new();
+        let finder = Finder::default();
         for (node, place) in own
             .map(|node| (node, "environment"))
             .into_iter()
             .chain(build.map(|node| (node, "build.args")))
         {
             for (key, value, span) in pairs(node) {
-                if is_secret(&key, &value) && seen.insert((place, key.clone())) {
+                if let Some(kind) = secrets::in_variable(&finder, &key, &value)
+                    && seen.insert((place, key.clone()))
+                {
                     self.find(
                         "secret-in-environment",
                         span,
-                        &format!("{place}: `{key}` looks like a secret"),
+                        &format!("{place}: `{key}` looks like a secret ({kind})"),
                         "make it a file: `secrets:`, and `…_FILE` where the program knows it",
                         None,
                     );
@@ -334,29 +338,4 @@ fn pairs(node: &Node) -> Vec<(String, String, Span)> {
             .collect(),
         _ => vec![],
     }
-}
-
-/// By its name; a path to a file, a switch or a number is none.
-fn is_secret(key: &str, value: &str) -> bool {
-    const WORDS: [&str; 9] = [
-        "PASSWORD",
-        "PASSWD",
-        "SECRET",
-        "TOKEN",
-        "API_KEY",
-        "APIKEY",
-        "PRIVATE_KEY",
-        "ACCESS_KEY",
-        "CREDENTIALS",
-    ];
-    let key = key.to_ascii_uppercase();
-    let harmless = value.is_empty()
-        || value.starts_with('/')
-        || units::parse_bool(value).is_some()
-        || matches!(value, "yes" | "no")
-        || value.parse::<u16>().is_ok_and(|_| key.ends_with("LENGTH"))
-        || key.ends_with("_FILE")
-        || key.ends_with("_PATH")
-        || key.ends_with("_URL");
-    !harmless && WORDS.iter().any(|word| key.contains(word))
 }

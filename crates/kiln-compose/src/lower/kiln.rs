@@ -23,6 +23,7 @@ const SHORTEST_AGE: Millis = Millis(10_000);
 pub(super) struct ProjectExtension {
     pub bases: BTreeMap<String, DebianBase>,
     pub mirror: Option<String>,
+    pub allow_secrets: Vec<String>,
     /// For services that say nothing themselves.
     pub rollout: Option<Rollout>,
 }
@@ -68,7 +69,8 @@ impl Lowering<'_> {
         let Some(node) = self.project.tree.get("x-kiln") else {
             return out;
         };
-        for (key, value) in self.known(node, "x-kiln", &["bases", "debian", "rollout"]) {
+        let known = ["bases", "debian", "allow_secrets", "rollout"];
+        for (key, value) in self.known(node, "x-kiln", &known) {
             match key {
                 "bases" => {
                     for (name, base) in value.as_map().into_iter().flatten() {
@@ -77,6 +79,9 @@ impl Lowering<'_> {
                     }
                 }
                 "rollout" => out.rollout = Some(self.rollout(value, "x-kiln.rollout")),
+                "allow_secrets" => {
+                    out.allow_secrets = self.strings(value, "x-kiln.allow_secrets");
+                }
                 _ => {
                     for (_, mirror) in self.known(value, "x-kiln.debian", &["mirror"]) {
                         out.mirror = self.string(mirror, "x-kiln.debian.mirror");
@@ -127,7 +132,7 @@ impl Lowering<'_> {
         base
     }
 
-    fn string(&mut self, node: &Node, path: &str) -> Option<String> {
+    pub(super) fn string(&mut self, node: &Node, path: &str) -> Option<String> {
         let text = node.text();
         if text.is_none() {
             self.wrong(
@@ -172,7 +177,7 @@ impl Lowering<'_> {
         )
     }
 
-    fn number<T: TryFrom<i64>>(&mut self, node: &Node, path: &str) -> Option<T> {
+    pub(super) fn number<T: TryFrom<i64>>(&mut self, node: &Node, path: &str) -> Option<T> {
         let number = values::integer(node)
             .and_then(|n| T::try_from(n).map_err(|_| format!("{n} is out of range")));
         self.take(number.map_err(|what| format!("{path}: {what}")), node.span)
@@ -291,7 +296,7 @@ impl Lowering<'_> {
         exec
     }
 
-    fn list<'n>(&mut self, node: &'n Node, path: &str) -> &'n [Node] {
+    pub(super) fn list<'n>(&mut self, node: &'n Node, path: &str) -> &'n [Node] {
         match &node.value {
             Value::Seq(seq) => seq,
             _ => {

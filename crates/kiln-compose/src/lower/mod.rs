@@ -1,6 +1,7 @@
 //! A resolved project becomes a [`Spec`]. Whatever the Spec cannot carry, or kiln refuses, is
 //! an error with its key and place: nothing is dropped in silence.
 
+mod analysis;
 mod build;
 mod kiln;
 mod network;
@@ -68,6 +69,7 @@ pub fn lower(
         secrets: lowering.file_sources("secrets"),
         bases: extension.bases,
         debian_mirror: extension.mirror,
+        allow_secrets: extension.allow_secrets,
         watch: Default::default(),
     };
     for (name, node) in project.services() {

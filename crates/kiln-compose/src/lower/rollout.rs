@@ -21,15 +21,28 @@ impl Lowering<'_> {
         let mut out = Rollout::default();
         if node.as_str().is_some() {
             out.options.strategy = self.strategy(node, path);
+            if out.options.strategy == Some(Strategy::Canary) {
+                let what = format!("{path}: a canary needs `steps`");
+                let hint = "{strategy: canary, steps: [{weight: 5, duration: 1m}]}";
+                let wrong = Diagnostic::error(Code::Schema, node.span, what);
+                self.diagnostics.push(wrong.hint(hint));
+            }
             return out;
         }
-        for (key, value) in self.known(node, path, &["strategy", "keep_warm", "monitor"]) {
+        let known = ["strategy", "keep_warm", "monitor", "steps", "analysis"];
+        for (key, value) in self.known(node, path, &known) {
             let here = format!("{path}.{key}");
             match key {
                 "strategy" => out.options.strategy = self.strategy(value, &here),
                 "keep_warm" => out.options.keep_warm = self.span_of_time(value, &here),
+                "steps" => out.options.steps = self.steps(value, &here),
+                "analysis" => out.options.analysis = Some(self.analysis(value, &here)),
                 _ => out.monitor = self.span_of_time(value, &here),
             }
+        }
+        let canary = out.options.strategy == Some(Strategy::Canary);
+        if canary && node.get("steps").is_none() {
+            self.wrong(node.span, format!("{path}: a canary needs `steps`"));
         }
         out
     }
@@ -39,13 +52,13 @@ impl Lowering<'_> {
             Some("rolling") => return Some(Strategy::Rolling),
             Some("blue-green") => return Some(Strategy::BlueGreen),
             Some("recreate") => return Some(Strategy::Recreate),
+            Some("canary") => return Some(Strategy::Canary),
             Some("handoff") => {
                 "a handoff is chosen by itself; `x-kiln.exclusive: true` asks for it"
             }
-            Some("canary") => "canary is to come; use `blue-green` with `monitor`",
             _ => "leave it out for all at once behind one switch",
         };
-        let what = format!("{path} is `rolling`, `blue-green` or `recreate`");
+        let what = format!("{path} is `rolling`, `blue-green`, `canary` or `recreate`");
         self.diagnostics
             .push(Diagnostic::error(Code::Schema, node.span, what).hint(hint));
         None
@@ -73,6 +86,9 @@ fn contradictions(service: &Service) -> Vec<&'static str> {
     let warm = rollout.is_some_and(|r| r.keep_warm.is_some());
     let batches = update.parallelism.is_some_and(|n| n > 0);
     let mut found = Vec::new();
+    if strategy != Some(&Strategy::Canary) {
+        found.extend(without_a_canary(service));
+    }
     let mut note = |wrong: bool, what| {
         if wrong {
             found.push(what);
@@ -90,6 +106,18 @@ fn contradictions(service: &Service) -> Vec<&'static str> {
          take out `stop-first` or `recreate`",
     );
     match strategy {
+        Some(Strategy::Canary) => {
+            note(
+                update.order == last,
+                "the strategy `canary` keeps the old instances beside the new; \
+                 update_config.order says stop-first",
+            );
+            note(
+                batches,
+                "the strategy `canary` starts all new instances before traffic moves; take out \
+                 update_config.parallelism",
+            );
+        }
         Some(Strategy::Recreate) => {
             note(
                 update.order == first,
@@ -124,4 +152,22 @@ fn contradictions(service: &Service) -> Vec<&'static str> {
         ),
     }
     found
+}
+
+/// Keys that nothing would come of.
+fn without_a_canary(service: &Service) -> impl Iterator<Item = &'static str> {
+    let rollout = service.kiln.rollout.as_ref();
+    let analysis = rollout.and_then(|r| r.analysis.as_ref());
+    let steps = rollout
+        .is_some_and(|r| !r.steps.is_empty())
+        .then_some("x-kiln.rollout.steps are a canary's: say `strategy: canary`");
+    let prometheus = analysis.is_some_and(|a| a.prometheus.is_some()).then_some(
+        "x-kiln.rollout.analysis.prometheus is asked at the end of a canary's steps: \
+         say `strategy: canary`",
+    );
+    let unwatched = service.update.monitor == Some(Millis(0));
+    let unused = (analysis.is_some() && unwatched).then_some(
+        "x-kiln.rollout.analysis judges the time after the switch, which `monitor: 0` takes away",
+    );
+    [steps, prometheus, unused].into_iter().flatten()
 }

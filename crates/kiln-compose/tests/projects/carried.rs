@@ -5,9 +5,9 @@ use std::path::Path;
 use kiln_compose::ConfigFormat;
 use kiln_model::Millis;
 use kiln_model::spec::{
-    Check, FailureAction, FileSource, HealthTest, HealthcheckSetting, Hook, ImageSource,
-    MountSource, NetworkMode, PullPolicy, Ready, RestartPolicy, RootSetting, Seccomp, Strategy,
-    WatchAction,
+    Analysis, CanaryStep, Check, FailureAction, FileSource, HealthTest, HealthcheckSetting, Hook,
+    ImageSource, MountSource, NetworkMode, Number, Prometheus, PullPolicy, Ready, RestartPolicy,
+    RolloutOptions, RootSetting, Seccomp, Strategy, WatchAction,
 };
 
 use super::*;
@@ -17,6 +17,7 @@ name: shop
 x-kiln:
   rollout: blue-green
   debian: {mirror: "http://mirror.example/debian"}
+  allow_secrets: [/app/tests/*.pem, BUILD_TOKEN]
   bases:
     python: {suite: bookworm, packages: [python3], env: {PATH: /usr/bin}}
     tiny: {suite: trixie, packages: busybox-static, distroless: true}
@@ -289,6 +290,8 @@ fn mounts_files_networks_and_x_kiln_are_carried_over() {
         loaded.spec.debian_mirror.as_deref(),
         Some("http://mirror.example/debian")
     );
+    let allowed = ["/app/tests/*.pem", "BUILD_TOKEN"];
+    assert_eq!(loaded.spec.allow_secrets, allowed);
 }
 
 #[test]
@@ -529,4 +532,38 @@ fn limits_of_nothing_are_printed_as_docker_compose_prints_them() {
         json["services"]["a"]["ulimits"]["nofile"],
         serde_json::json!({})
     );
+}
+
+#[test]
+fn a_canary_with_all_that_it_is_judged_by() {
+    let text = "services: {a: {image: x, x-kiln: {rollout: {strategy: canary, \
+        steps: [{weight: 5%, duration: 30s}, {weight: 25, duration: 1m}], \
+        analysis: {max_error_rate: 1%, max_error_rate_increase: 0.005, max_latency_p99: 250ms, \
+        max_latency_p99_increase: 20%, min_requests: 50, \
+        prometheus: {url: 'http://127.0.0.1:9090/', query: up, max: 0.5}}}}}}";
+    let loaded = one(text);
+    let rollout = loaded.spec.services["a"].kiln.rollout.clone().unwrap();
+    let step = |weight, seconds| CanaryStep {
+        weight,
+        duration: Millis::from_secs(seconds),
+    };
+    let expected = RolloutOptions {
+        strategy: Some(Strategy::Canary),
+        keep_warm: None,
+        steps: vec![step(5, 30), step(25, 60)],
+        analysis: Some(Analysis {
+            max_error_rate: Some(10_000),
+            max_error_rate_increase: Some(5_000),
+            max_latency_p99: Some(Millis(250)),
+            max_latency_p99_increase: Some(200_000),
+            min_requests: Some(50),
+            prometheus: Some(Prometheus {
+                url: "http://127.0.0.1:9090".into(),
+                query: "up".into(),
+                min: None,
+                max: Number::new(0.5),
+            }),
+        }),
+    };
+    assert_eq!(rollout, expected);
 }

@@ -94,9 +94,31 @@ fn unknown_x_kiln_keys_are_errors_and_other_extensions_are_not() {
 #[test]
 fn strategies_that_contradict_the_rest_are_errors() {
     for (keys, says) in [
-        ("x-kiln: {rollout: canary}", "is `rolling`"),
+        ("x-kiln: {rollout: canary}", "needs `steps`"),
+        ("x-kiln: {rollout: {strategy: canary}}", "needs `steps`"),
         ("x-kiln: {rollout: {strategy: handoff}}", "is `rolling`"),
-        ("x-kiln: {rollout: {steps: [5%]}}", "unknown key `steps`"),
+        (
+            "x-kiln: {rollout: {steps: [{weight: 5%, duration: 1m}]}}",
+            "say `strategy: canary`",
+        ),
+        (
+            "x-kiln: {rollout: {analysis: {prometheus: {url: 'http://p', query: up, min: 1}}}}",
+            "say `strategy: canary`",
+        ),
+        (
+            "x-kiln: {rollout: {monitor: 0s, analysis: {max_error_rate: 1%}}}",
+            "takes away",
+        ),
+        (
+            "x-kiln: {rollout: {strategy: canary, steps: [{weight: 5, duration: 1m}]}}, \
+             deploy: {update_config: {order: stop-first}}",
+            "stop-first",
+        ),
+        (
+            "x-kiln: {rollout: {strategy: canary, steps: [{weight: 5, duration: 1m}]}}, \
+             deploy: {update_config: {parallelism: 2}}",
+            "parallelism",
+        ),
         ("x-kiln: {exclusive: true}, scale: 2", "several replicas"),
         ("x-kiln: {max_age: 1s}", "too short"),
         ("x-kiln: {snapshot: true}", "no named volume"),
@@ -128,6 +150,55 @@ fn strategies_that_contradict_the_rest_are_errors() {
         ),
     ] {
         let text = format!("services: {{a: {{image: x, {keys}}}}}");
+        let found = errors(&[("compose.yaml", &text)]);
+        assert_eq!(found.len(), 1, "{keys}: {found:#?}");
+        assert!(found[0].message.contains(says), "{keys}: {found:#?}");
+    }
+}
+
+#[test]
+fn steps_and_limits_that_make_no_sense_are_errors() {
+    let step = "steps: [{weight: 5, duration: 1m}]";
+    for (keys, says) in [
+        ("steps: [{weight: 5}]", "`duration` is missing"),
+        ("steps: [{duration: 1m}]", "`weight` is missing"),
+        ("steps: [{weight: 0, duration: 1m}]", "from 1 to 100"),
+        ("steps: [{weight: 101%, duration: 1m}]", "from 1 to 100"),
+        ("steps: [{weight: 5, duration: 0s}]", "longer than nothing"),
+        (
+            "steps: [{weight: 5, duration: 1m}, {weight: 5, duration: 1m}]",
+            "more than the step's before",
+        ),
+        ("analysis: {max_error_rate: much}", "a share like `1%`"),
+        ("analysis: {max_error_rate: -1%}", "a share like `1%`"),
+        ("analysis: {max_latency_p99: 0s}", "longer than nothing"),
+        ("analysis: {max_errors: 1}", "unknown key `max_errors`"),
+        ("analysis: {min_requests: -1}", "out of range"),
+        (
+            "analysis: {prometheus: {query: up, min: 1}}",
+            "`url` is missing",
+        ),
+        (
+            "analysis: {prometheus: {url: 'http://p', min: 1}}",
+            "`query` is missing",
+        ),
+        (
+            "analysis: {prometheus: {url: 'http://p', query: up}}",
+            "a limit is missing",
+        ),
+        (
+            "analysis: {prometheus: {url: 'https://p', query: up, min: 1}}",
+            "plain HTTP",
+        ),
+        (
+            "analysis: {prometheus: {url: 'http://p', query: up, max: .inf}}",
+            "number",
+        ),
+    ] {
+        let more = if keys.starts_with("steps") { "" } else { step };
+        let text = format!(
+            "services: {{a: {{image: x, x-kiln: {{rollout: {{strategy: canary, {keys}, {more}}}}}}}}}"
+        );
         let found = errors(&[("compose.yaml", &text)]);
         assert_eq!(found.len(), 1, "{keys}: {found:#?}");
         assert!(found[0].message.contains(says), "{keys}: {found:#?}");

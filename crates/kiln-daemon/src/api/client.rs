@@ -61,6 +61,13 @@ impl Client {
             .await
     }
 
+    /// Without a look into the instances (pid, drift, warnings): cheap enough to ask for
+    /// several times a second.
+    pub async fn brief(&self, e: &EnvironmentName) -> Result<EnvironmentStatus, ClientError> {
+        let path = format!("/v1/environments/{e}?brief=true");
+        self.call(Method::GET, &path, None::<&()>).await
+    }
+
     pub async fn releases(&self, e: &EnvironmentName) -> Result<Vec<ReleaseLine>, ClientError> {
         self.call(
             Method::GET,

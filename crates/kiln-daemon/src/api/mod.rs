@@ -32,7 +32,8 @@ use self::types::{
     Explanation, ReleaseAnswer, ReleaseLine, ReleaseRequest, RollbackRequest,
 };
 use crate::engine::{self, EngineHandle, Message};
-use crate::shared::Shared;
+use crate::shared::{Shared, blocking};
+use crate::status;
 
 /// A release of thousands of services stays far below this.
 const LARGEST_BODY: usize = 64 << 20;
@@ -160,18 +161,31 @@ async fn shut_down(State(api): State<Api>) -> Json<()> {
     Json(())
 }
 
+#[derive(Deserialize, utoipa::IntoParams)]
+struct StatusQuery {
+    /// Leave out what takes a look into each instance: pid, drift and warnings.
+    #[serde(default)]
+    brief: bool,
+}
+
 #[utoipa::path(get, path = "/v1/environments/{environment}",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), StatusQuery),
     responses((status = 200, body = EnvironmentStatus), (status = 404, body = ApiErrorBody)))]
 async fn environment(
     State(api): State<Api>,
     Path(name): Path<String>,
+    Query(query): Query<StatusQuery>,
 ) -> Result<Json<EnvironmentStatus>, ApiError> {
     let status = api
         .engine(&name)?
         .ask(|reply| Message::Status { reply })
         .await?;
-    Ok(Json(status))
+    let status = status::with_traffic(&api.shared, status).await;
+    if query.brief {
+        return Ok(Json(status));
+    }
+    let whole = blocking(move || status::look_inside(&api.shared, status)).await;
+    Ok(Json(whole.map_err(ApiError::internal)?))
 }
 
 #[utoipa::path(get, path = "/v1/environments/{environment}/releases",

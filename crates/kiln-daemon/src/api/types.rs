@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kiln_model::network::Subnet;
 use kiln_model::release::{Outcome, Reason};
+use kiln_model::spec::CanaryStep;
 use kiln_model::{
     Digest, EnvironmentName, InstanceId, Millis, NetworkName, Release, ReleaseNumber, ServiceName,
 };
@@ -60,6 +61,10 @@ pub struct OutlineLine {
     pub service: ServiceName,
     pub action: String,
     pub why: String,
+    /// Of its traffic, where it moves step by step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<Object>)]
+    pub steps: Vec<CanaryStep>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -136,13 +141,41 @@ pub struct RolloutStatus {
     pub to: Option<ReleaseNumber>,
     #[schema(value_type = Option<u64>)]
     pub from: Option<ReleaseNumber>,
-    /// `proving`, `moving` (traffic), `watching`, `paused`, `returning`.
+    /// `proving`, `moving` (traffic), `canary` (it moves step by step), `watching`, `paused`,
+    /// `returning`.
     pub state: String,
     /// Why it waits for `kiln rollout resume`, `promote` or `abort`.
     pub paused: Option<String>,
     /// Why it turns back, if it does.
     pub failed: Option<String>,
     pub report: Vec<String>,
+    /// Where traffic moves step by step.
+    #[serde(default)]
+    pub canary: Option<CanaryStatus>,
+}
+
+/// How far traffic has moved, and how the steps so far ended.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct CanaryStatus {
+    /// Counts from 1; `None`: there is no step any more.
+    pub step: Option<usize>,
+    pub steps: Option<usize>,
+    /// Percent of each service's traffic that the new instances get.
+    #[schema(value_type = Object)]
+    pub weights: BTreeMap<ServiceName, u8>,
+    /// Milliseconds until the step is judged; `None`: traffic is not yet split so.
+    pub verdict_in: Option<u64>,
+    pub verdicts: Vec<StepVerdictLine>,
+}
+
+/// How a canary's step ended.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct StepVerdictLine {
+    #[schema(value_type = Object)]
+    pub weights: BTreeMap<ServiceName, u8>,
+    pub good: bool,
+    /// The numbers that it was judged by.
+    pub text: String,
 }
 
 /// A release is judged by how it does, or the one before is kept ready.
@@ -183,6 +216,9 @@ pub struct InstanceStatus {
     pub phase: String,
     pub health: String,
     pub serving: bool,
+    /// What the proxy has counted; unknown where nothing was ever sent to it.
+    #[serde(default)]
+    pub traffic: Option<Traffic>,
     /// Milliseconds since the epoch.
     pub since: u64,
     pub pid: Option<u32>,
@@ -192,6 +228,15 @@ pub struct InstanceStatus {
     /// How it differs from its release, in words; empty: not at all.
     pub drift: Vec<String>,
     pub warnings: Vec<String>,
+}
+
+/// What one instance did for its callers, since the proxy first knew it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Traffic {
+    /// Requests (HTTP) and connections (everything else) that came to it.
+    pub served: u64,
+    /// Of these, what it holds now.
+    pub in_flight: u64,
 }
 
 /// A line of an environment's history.

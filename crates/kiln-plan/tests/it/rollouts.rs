@@ -255,7 +255,11 @@ fn what_shares_a_namespace_or_restarts_with_a_service_is_replaced_with_it() {
         }
         assert_eq!(before[3], after[3]);
         let joined = |outside: &Outside| {
-            let side = &outside.world.instances[&ids(outside, "side")[0]];
+            let side = &outside
+                .world
+                .instances
+                .get(&ids(outside, "side")[0])
+                .unwrap();
             (side.joined[&name("vpn")].clone(), ids(outside, "vpn"))
         };
         let (with, vpn) = joined(&outside);
@@ -356,7 +360,7 @@ fn a_service_that_becomes_a_single_writer_keeps_no_surplus_copy() {
     outside.happened(Event::Exited { id: first, status });
     outside.settle();
     let left = only(&outside, "db");
-    assert_eq!(outside.world.instances[&left].index, 1);
+    assert_eq!(outside.world.instances.get(&left).unwrap().index, 1);
 }
 
 #[test]

@@ -110,6 +110,10 @@ pub struct Outside {
     pub stubborn: Option<u32>,
     /// Services that had a backend, or let callers wait, in every table since they had one.
     pub gaps: Vec<String>,
+    /// What the proxy has counted: requests and failures.
+    pub traffic: BTreeMap<InstanceId, (u64, u64)>,
+    /// What Prometheus answers.
+    pub value: Result<f64, String>,
 }
 
 impl Outside {
@@ -127,6 +131,8 @@ impl Outside {
             jobs_fail: false,
             stubborn: None,
             gaps: vec![],
+            traffic: BTreeMap::new(),
+            value: Err("nobody answers".into()),
         }
     }
 
@@ -189,7 +195,7 @@ impl Outside {
             Effect::Start { id } => {
                 self.running.insert(id.clone());
                 self.started.push(id.clone());
-                let job = self.world.instances[&id].job;
+                let job = self.world.instances.get(&id).unwrap().job;
                 self.happened(Event::Started { id: id.clone() });
                 if job {
                     self.running.remove(&id);
@@ -228,6 +234,24 @@ impl Outside {
                     table,
                     failed: None,
                 });
+            }
+            Effect::Measure { number, instances } => {
+                let counted = |id: InstanceId| {
+                    let (requests, failed) = self.traffic.get(&id).copied().unwrap_or_default();
+                    let latency = traffic::Latency::default();
+                    let traffic = Traffic {
+                        requests,
+                        failed,
+                        latency,
+                    };
+                    (id, traffic)
+                };
+                let traffic = instances.into_iter().map(counted).collect();
+                self.happened(Event::Measured { number, traffic });
+            }
+            Effect::Query { service, .. } => {
+                let value = self.value.clone();
+                self.happened(Event::Queried { service, value });
             }
             Effect::Drain { id, .. } => self.happened(Event::Drained { id }),
             Effect::Stop { id, .. } => {
@@ -294,7 +318,7 @@ impl Outside {
         for effect in lost.into_iter().take(half) {
             match effect {
                 // A job is over by the time anyone looks.
-                Effect::Start { id } if !self.world.instances[&id].job => {
+                Effect::Start { id } if !self.world.instances.get(&id).unwrap().job => {
                     self.running.insert(id);
                 }
                 Effect::Stop { id, .. } => {
@@ -326,7 +350,7 @@ impl Outside {
         table.services[&name(service)]
             .backends
             .iter()
-            .map(|b| self.world.instances[&b.instance].revision)
+            .map(|b| self.world.instances.get(&b.instance).unwrap().revision)
             .collect()
     }
 }

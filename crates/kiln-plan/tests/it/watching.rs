@@ -8,7 +8,7 @@ use kiln_plan::{Conclusion, Effect, Event, Goal, Phase, RolloutState};
 use crate::support::{Outside, name, only, released, revision, shop};
 
 /// One service `web` with as many copies.
-fn web(version: &str, replicas: u32, change: impl FnOnce(&mut Service)) -> Release {
+pub fn web(version: &str, replicas: u32, change: impl FnOnce(&mut Service)) -> Release {
     let mut release = shop(version);
     let web = released(&format!("web {version}"), |s| {
         s.replicas = replicas;
@@ -23,33 +23,33 @@ fn monitor(seconds: u64) -> impl Fn(&mut Service) {
     move |s| s.update.monitor = Some(Millis::from_secs(seconds))
 }
 
-fn ids(outside: &Outside, number: u64) -> Vec<InstanceId> {
+pub fn ids(outside: &Outside, number: u64) -> Vec<InstanceId> {
     let of = outside.world.instances.iter();
     of.filter(|(_, i)| i.release == ReleaseNumber(number))
         .map(|(id, _)| id.clone())
         .collect()
 }
 
-fn routed(outside: &Outside) -> Vec<InstanceId> {
+pub fn routed(outside: &Outside) -> Vec<InstanceId> {
     let table = outside.world.routes.as_ref().unwrap();
     let backends = &table.services[&name("web")].backends;
     backends.iter().map(|b| b.instance.clone()).collect()
 }
 
-fn crash(outside: &mut Outside, id: &InstanceId) {
+pub fn crash(outside: &mut Outside, id: &InstanceId) {
     outside.running.remove(id);
     let status = ExitStatus::Code(3);
     let id = id.clone();
     outside.happened(Event::Exited { id, status });
 }
 
-fn proven(number: u64) -> Conclusion {
+pub fn proven(number: u64) -> Conclusion {
     let release = ReleaseNumber(number);
     Conclusion::Proven { release }
 }
 
 /// Release 1, then this one until nothing is left to do at once.
-fn second(first: Release, second: Release) -> Outside {
+pub fn second(first: Release, second: Release) -> Outside {
     let mut outside = Outside::new(7);
     outside.up(1, first);
     outside.settle();
@@ -58,7 +58,7 @@ fn second(first: Release, second: Release) -> Outside {
     outside
 }
 
-fn wait(outside: &mut Outside, millis: u64) {
+pub fn wait(outside: &mut Outside, millis: u64) {
     outside.now += millis;
     outside.happened(Event::Tick);
     outside.carry_all_out();
@@ -70,7 +70,7 @@ fn until_the_verdict_the_old_ones_are_ready_without_traffic() {
     assert_eq!(outside.concluded, [proven(1)]);
     let (old, new) = (ids(&outside, 1), ids(&outside, 2));
     assert_eq!((old.len(), routed(&outside)), (3, new));
-    let ready = |id| outside.world.instances[id].phase.ready();
+    let ready = |id| outside.world.instances.get(id).unwrap().phase.ready();
     assert!(old.iter().all(ready));
     wait(&mut outside, 29_000);
     assert_eq!((outside.concluded.len(), ids(&outside, 1).len()), (1, 3));
@@ -316,6 +316,7 @@ fn a_rollback_while_the_old_ones_are_warm_starts_nothing() {
         s.kiln.rollout = Some(RolloutOptions {
             strategy: Some(Strategy::BlueGreen),
             keep_warm: Some(Millis::from_secs(600)),
+            ..RolloutOptions::default()
         });
     };
     let mut outside = second(web("1", 2, warm), web("2", 2, warm));
@@ -337,8 +338,8 @@ fn a_rollback_while_the_old_ones_are_warm_starts_nothing() {
 fn what_was_warm_gets_no_traffic_when_the_next_release_comes() {
     let warm = |s: &mut Service| {
         s.kiln.rollout = Some(RolloutOptions {
-            strategy: None,
             keep_warm: Some(Millis::from_secs(600)),
+            ..RolloutOptions::default()
         });
     };
     let mut outside = second(web("1", 2, warm), web("2", 2, warm));
@@ -347,7 +348,7 @@ fn what_was_warm_gets_no_traffic_when_the_next_release_comes() {
     outside.up(3, web("3", 2, warm));
     while ids(&outside, 3)
         .iter()
-        .any(|id| !outside.world.instances[id].phase.ready())
+        .any(|id| !outside.world.instances.get(id).unwrap().phase.ready())
     {
         assert_eq!(routed(&outside), serving);
         outside.carry_one_out();
@@ -412,7 +413,7 @@ fn strategies_say_how_many_move_at_once() {
         let change = |s: &mut Service| {
             s.kiln.rollout = Some(RolloutOptions {
                 strategy: Some(strategy.clone()),
-                keep_warm: None,
+                ..RolloutOptions::default()
             });
         };
         for seed in 1..30 {
@@ -470,10 +471,10 @@ fn a_crash_of_the_caller_does_not_end_the_watch() {
     outside.carry_all_out();
     assert_eq!(ids(&outside, 1), old);
     let new = ids(&outside, 2);
-    assert!(
-        new.iter()
-            .all(|id| matches!(outside.world.instances[id].phase, Phase::Ready { .. }))
-    );
+    assert!(new.iter().all(|id| matches!(
+        outside.world.instances.get(id).unwrap().phase,
+        Phase::Ready { .. }
+    )));
     crash(&mut outside, &new[0]);
     outside.settle();
     assert_eq!(routed(&outside), old);

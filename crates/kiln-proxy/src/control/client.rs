@@ -1,10 +1,11 @@
 //! The client's side of the control socket.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_model::route::DrainReport;
-use kiln_model::{EnvironmentName, InstanceId, Millis, RoutingTable};
+use kiln_model::{EnvironmentName, InstanceId, Millis, RoutingTable, Traffic};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -85,6 +86,18 @@ impl Client {
     pub async fn status(&self) -> Result<Status, ClientError> {
         match self.ask(&Request::Status).await? {
             Answer::Status(status) => Ok(*status),
+            answer => Err(self.unexpected(&answer)),
+        }
+    }
+
+    /// What was counted of these instances since the proxy has known them; those that it
+    /// does not know are left out.
+    pub async fn traffic(
+        &self,
+        of: Vec<InstanceId>,
+    ) -> Result<BTreeMap<InstanceId, Traffic>, ClientError> {
+        match self.ask(&Request::Traffic(of)).await? {
+            Answer::Traffic(traffic) => Ok(traffic),
             answer => Err(self.unexpected(&answer)),
         }
     }

@@ -3,8 +3,10 @@
 pub mod client;
 pub(crate) mod server;
 
+use std::collections::BTreeMap;
+
 use kiln_model::route::DrainReport;
-use kiln_model::{EnvironmentName, InstanceId, Millis, RoutingTable};
+use kiln_model::{EnvironmentName, InstanceId, Millis, RoutingTable, Traffic};
 use serde::{Deserialize, Serialize};
 
 use crate::listeners::Wanted;
@@ -26,6 +28,8 @@ pub enum Request {
     },
     RemoveEnvironment(EnvironmentName),
     Status,
+    /// What was counted of these instances.
+    Traffic(Vec<InstanceId>),
     Ports,
     /// Copies of all listening sockets, sent beside the answer. Changes nothing.
     TakeOver,
@@ -47,6 +51,7 @@ pub enum Answer {
     Drained(DrainReport),
     Done,
     Status(Box<Status>),
+    Traffic(BTreeMap<InstanceId, Traffic>),
     Ports(Ports),
     /// What the descriptors before this line are for, in their order.
     Sockets(Vec<Wanted>),

@@ -223,6 +223,7 @@ async fn answer(host: &Host, request: Request, stream: &UnixStream) -> Answer {
             .await
             .map(Answer::Drained),
         Request::Status => Ok(Answer::Status(Box::new(core.status().await))),
+        Request::Traffic(of) => Ok(Answer::Traffic(core.traffic(&of).await)),
         Request::Ports => Ok(Answer::Ports(core.ports().await)),
         Request::TakeOver => Ok(sockets(core, stream).await),
         Request::Retire => Ok(retire(host).await),

@@ -208,6 +208,7 @@ impl InstanceBody {
             Poll::Ready(Some(Err(error))) => {
                 if let Some(held) = self.held.take() {
                     held.service.failures.count(Failure::HalfAnswer);
+                    held.lease.instance.counts.broken_off.add(1);
                 }
                 Poll::Ready(Some(Err(io::Error::other(error))))
             }

@@ -24,6 +24,7 @@ use crate::instance::{Instance, Lease};
 use crate::limits::{CONNECT_ATTEMPTS, POOL_AGE, POOL_AGE_UNREPEATABLE};
 use crate::pool;
 use crate::routes::Destination;
+use crate::service::Unit;
 use crate::stats::Failure;
 use crate::tunnel::{Content, tunnel};
 
@@ -224,7 +225,7 @@ async fn send(
     let mut last = Failure::Connect;
     let mut fresh = false;
     for _ in 0..CONNECT_ATTEMPTS {
-        let lease = match destination.service.acquire(&tried).await {
+        let lease = match destination.service.acquire(Unit::Request, &tried).await {
             Ok(lease) => Arc::new(lease),
             Err(Failure::Connect) => return Err(last),
             Err(failure) => return Err(failure),
@@ -274,7 +275,12 @@ async fn send(
             Err(mut error) => {
                 tracing::debug!(error = %error.error(), instance = %instance.id, "not answered");
                 last = Failure::NoAnswer;
-                request = error.take_message().or(copy).ok_or(Failure::NoAnswer)?;
+                let again = error.take_message().or(copy);
+                // A kept connection that it had closed already says nothing against it.
+                if again.is_none() || !reused {
+                    instance.counts.unanswered.add(1);
+                }
+                request = again.ok_or(Failure::NoAnswer)?;
                 fresh = true;
             }
         }
@@ -323,8 +329,7 @@ fn copy(request: &Request<InBody>) -> Request<InBody> {
 
 fn record(instance: &Instance, response: &Response<Incoming>, begun: Instant) {
     let latency = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-    instance.counts.latency_us.add(latency);
-    instance.counts.answer(response.status());
+    instance.counts.answer(response.status(), latency);
 }
 
 /// Both sides have agreed: from here on bytes are passed on. The instance keeps it in

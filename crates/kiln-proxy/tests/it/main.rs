@@ -5,6 +5,7 @@ mod control;
 mod dns;
 mod handover;
 mod http;
+mod split;
 mod support;
 mod swap;
 mod tcp;

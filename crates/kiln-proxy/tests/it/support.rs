@@ -16,9 +16,9 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use kiln_model::route::{AppProtocol, Backend, Published, RouteMode, ServiceRoute};
+use kiln_model::route::{AppProtocol, Backend, Published, RouteMode, ServiceRoute, Split};
 use kiln_model::spec::Protocol;
-use kiln_model::{Generation, InstanceId, Millis, RoutingTable};
+use kiln_model::{Generation, InstanceId, Millis, RoutingTable, Traffic};
 use kiln_proxy::{Applied, Client, ProxyConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -168,6 +168,26 @@ impl Proxy {
         assert_eq!(applied.failed, []);
     }
 
+    /// As [`serve`](Self::serve), with so many percent to the last of them.
+    pub async fn split(&mut self, weight: u8, instances: &[&Instance]) {
+        let to = instances.iter().rev().take(1);
+        *self.web() = ServiceRoute {
+            split: Some(Split {
+                weight,
+                to: to.map(|i| i.id.clone()).collect(),
+            }),
+            protocols: self.web().protocols.clone(),
+            ..route(instances)
+        };
+        self.apply().await;
+    }
+
+    pub async fn traffic(&self, instance: &Instance) -> Traffic {
+        let of = vec![instance.id.clone()];
+        let traffic = self.client.traffic(of).await.unwrap();
+        traffic.get(&instance.id).cloned().unwrap_or_default()
+    }
+
     pub async fn park(&mut self, limit: Millis) {
         self.web().backends.clear();
         self.web().mode = RouteMode::Park { limit };
@@ -217,6 +237,7 @@ pub fn route(instances: &[&Instance]) -> ServiceRoute {
     ServiceRoute {
         mode: RouteMode::Serve,
         backends: instances.iter().map(|i| i.backend()).collect(),
+        split: None,
         protocols: BTreeMap::new(),
     }
 }
@@ -341,7 +362,8 @@ fn full(text: impl Into<Bytes>) -> Body {
 }
 
 /// `/echo`: the body comes back as it comes. `/slow?ms`: waits. `/headers`: tells the
-/// request. `/trailers`: a body and a trailer. `/half`: breaks off. `/ws`: echoes frames.
+/// request. `/trailers`: a body and a trailer. `/half`: breaks off. `/fail`: 500.
+/// `/crash`: closes the connection. `/ws`: echoes frames.
 async fn respond(
     mut request: Request<Incoming>,
     name: String,
@@ -359,6 +381,13 @@ async fn respond(
             *response.status_mut() = StatusCode::PAYLOAD_TOO_LARGE;
             response
         }
+        "/fail" => {
+            let mut response = Response::new(full("fails as asked"));
+            *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+            response
+        }
+        // No answer at all.
+        "/crash" => panic!("crashes as asked"),
         "/slow" => {
             tokio::time::sleep(Duration::from_millis(query.parse().unwrap())).await;
             Response::new(full("slow"))

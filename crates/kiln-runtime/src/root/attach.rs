@@ -23,6 +23,8 @@ const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
 const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
 const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
 const NOEXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
+/// What kiln puts in a place of its own.
+pub(super) const READ_ONLY_FILE: u64 = RDONLY | NOSUID | NODEV | NOEXEC;
 
 pub(super) struct Attacher<'a> {
     pub spec: &'a InstanceSpec,
@@ -42,12 +44,12 @@ impl Attacher<'_> {
                 fs::write(&path, text).map_err(stage_error(&path))?;
                 fs::set_permissions(&path, Permissions::from_mode(0o644))
                     .map_err(stage_error(&path))?;
-                self.bind(&path, target, false, RDONLY | NOSUID | NODEV | NOEXEC, None)
+                self.bind(&path, target, false, READ_ONLY_FILE, None)
             }
         }
     }
 
-    fn next_file(&mut self) -> PathBuf {
+    pub(super) fn next_file(&mut self) -> PathBuf {
         self.count += 1;
         self.stage.path(&format!("files/{}", self.count))
     }
@@ -85,8 +87,7 @@ impl Attacher<'_> {
                 chown(&copy, Some(*uid), Some(*gid)).map_err(stage_error(&copy))?;
                 fs::set_permissions(&copy, Permissions::from_mode(*mode & 0o7777))
                     .map_err(stage_error(&copy))?;
-                let attributes = RDONLY | NOSUID | NODEV | NOEXEC;
-                self.bind(&copy, &mount.target, false, attributes, None)
+                self.bind(&copy, &mount.target, false, READ_ONLY_FILE, None)
             }
             InstanceMountSource::Tmpfs {
                 size,
@@ -176,7 +177,7 @@ impl Attacher<'_> {
         Ok(view)
     }
 
-    fn bind(
+    pub(super) fn bind(
         &mut self,
         source: &Path,
         target: &str,

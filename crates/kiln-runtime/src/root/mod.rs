@@ -10,6 +10,7 @@ pub mod share;
 pub mod tree;
 
 mod attach;
+mod identity;
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -98,6 +99,7 @@ pub fn assemble(
     for step in &plan.steps {
         builder.attach(step)?;
     }
+    builder.identities()?;
     Ok(builder.late)
 }
 

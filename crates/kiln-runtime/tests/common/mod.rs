@@ -67,7 +67,7 @@ impl Fixture {
         let dir = self
             .root
             .join(format!("files-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        for sub in ["bin", "etc", "data/sub", "tmp", "var"] {
+        for sub in ["bin", "etc/ssh", "data/sub", "tmp", "var"] {
             std::fs::create_dir_all(dir.join(sub)).unwrap();
         }
         std::fs::set_permissions(dir.join("tmp"), PermissionsExt::from_mode(0o1777)).unwrap();
@@ -89,6 +89,12 @@ impl Fixture {
             "root:x:0:\nweb:x:34:\nssl:x:50:web\n",
         )
         .unwrap();
+        for (identity, mode) in [("machine-id", 0o444), ("ssh/ssh_host_ed25519_key", 0o640)] {
+            let path = dir.join("etc").join(identity);
+            std::fs::write(&path, "").unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            std::os::unix::fs::chown(&path, None, Some(50)).unwrap();
+        }
         std::fs::write(dir.join("data/file"), "from the image\n").unwrap();
         std::fs::write(dir.join("data/sub/other"), "other\n").unwrap();
         std::os::unix::fs::symlink("/tmp", dir.join("var/link")).unwrap();

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Frame;
+use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::HOST;
 use hyper::{Request, Response};
@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use super::{Answered, Failure, Load, Moments, Report, in_time, next};
 
-type Body = http_body_util::combinators::UnsyncBoxBody<Bytes, std::convert::Infallible>;
+pub(super) type Body = http_body_util::combinators::UnsyncBoxBody<Bytes, std::convert::Infallible>;
 
 /// One request on a connection of its own.
 pub(super) async fn one(load: &Load) -> Result<Answered, Failure> {
@@ -66,7 +66,10 @@ async fn connect(load: &Load) -> Result<SendRequest<Body>, Failure> {
 async fn exchange(load: &Load, sender: &mut SendRequest<Body>) -> Result<Answered, Failure> {
     let request = request(load).map_err(|_| Failure::Generator)?;
     let response = sender.send_request(request).await;
-    let response = response.map_err(|_| Failure::NoAnswer)?;
+    read(load, response.map_err(|_| Failure::NoAnswer)?).await
+}
+
+pub(super) async fn read(load: &Load, response: Response<Incoming>) -> Result<Answered, Failure> {
     let answered = answered(&response);
     let body = response.into_body().collect().await;
     let body = body.map_err(|_| Failure::HalfAnswer)?.to_bytes();
@@ -92,7 +95,7 @@ fn request(load: &Load) -> Result<Request<Body>, hyper::http::Error> {
         .body(body(load))
 }
 
-fn body(load: &Load) -> Body {
+pub(super) fn body(load: &Load) -> Body {
     let bytes = Bytes::from(load.body.clone());
     let Some(size) = load.chunked else {
         return http_body_util::Full::new(bytes).boxed_unsync();

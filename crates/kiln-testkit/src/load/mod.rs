@@ -15,6 +15,7 @@
 //! # }
 //! ```
 
+mod h2;
 mod http;
 mod latency;
 mod report;
@@ -65,6 +66,9 @@ pub enum Mode {
     /// On so many connections, one request at a time on each. A connection that the
     /// server has closed between two requests is opened again; that is no failure.
     KeepAlive { connections: usize },
+    /// HTTP/2 with prior knowledge: all requests on so many connections, at once. One that
+    /// the server ends with GOAWAY is opened again; what was sent before has to be answered.
+    Http2 { connections: usize },
     /// Numbered messages, each of which has to come back before the next one, on so many
     /// connections which have to last. Ends of connections are told in
     /// [`Report::closed_websockets`]; then another one is opened.
@@ -123,7 +127,9 @@ impl Load {
         let load = Arc::new(self);
         let begun = Instant::now();
         let mut report = match load.mode {
-            Mode::NewConnection | Mode::Tcp => one_task_each(&load, until).await,
+            Mode::NewConnection | Mode::Tcp | Mode::Http2 { .. } => {
+                one_task_each(&load, until).await
+            }
             Mode::KeepAlive { connections } => workers(&load, connections, until).await,
             Mode::Websocket { connections } => workers(&load, connections, until).await,
         };
@@ -151,17 +157,23 @@ async fn one_task_each(load: &Arc<Load>, until: impl Future<Output = ()>) -> Rep
     let mut report = Report::default();
     let mut running = JoinSet::new();
     let mut ticks = load.ticks();
+    let connections = match load.mode {
+        Mode::Http2 { connections } => connections,
+        _ => 0,
+    };
+    let pool = Arc::new(h2::Pool::new(connections));
     loop {
         tokio::select! {
             biased;
             () = &mut until => break,
             Some(done) = running.join_next() => record_joined(&mut report, done),
             moment = ticks.tick() => {
-                let load = Arc::clone(load);
+                let (load, pool) = (Arc::clone(load), Arc::clone(&pool));
                 running.spawn(async move {
                     let outcome = in_time(&load, moment, async {
                         match load.mode {
                             Mode::Tcp => tcp::exchange(&load).await,
+                            Mode::Http2 { .. } => pool.exchange(&load).await,
                             _ => http::one(&load).await,
                         }
                     });
@@ -173,6 +185,7 @@ async fn one_task_each(load: &Arc<Load>, until: impl Future<Output = ()>) -> Rep
     while let Some(done) = running.join_next().await {
         record_joined(&mut report, done);
     }
+    report.connections += pool.opened.load(std::sync::atomic::Ordering::Relaxed);
     report
 }
 

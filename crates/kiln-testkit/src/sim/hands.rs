@@ -39,6 +39,8 @@ impl Sim {
             }
             Effect::Start { id } => Some(self.start(id)?),
             Effect::Route(table) => self.route(table)?,
+            Effect::Measure { number, instances } => self.measure(number, &instances),
+            Effect::Query { service, .. } => Some(self.query(service)),
             Effect::Drain { id, limit } => self.begin_drain(id, limit.0)?,
             Effect::Stop { id, grace, .. } => self.stop(id, grace.0)?,
             Effect::Remove { id } => self.remove(id)?,
@@ -56,7 +58,7 @@ impl Sim {
         Ok(())
     }
 
-    fn fail(&mut self, key: EffectKey) {
+    pub(super) fn fail(&mut self, key: EffectKey) {
         let cause = "it went wrong".into();
         self.tell(PAUSE, Event::Failed { key, cause });
     }
@@ -153,6 +155,7 @@ impl Sim {
             retired: false,
             drained: false,
             in_flight: Default::default(),
+            traffic: Default::default(),
         };
         let behaviour = self.project.behaviour(&released.image.digest);
         Some((process, behaviour))
@@ -206,6 +209,11 @@ impl Sim {
                 if let Some(route) = table.services.values_mut().next_back() {
                     route.backends.clear();
                     route.mode = RouteMode::Serve;
+                }
+            }
+            Some(Plant::HeavyCanary) => {
+                for split in table.services.values_mut().filter_map(|r| r.split.as_mut()) {
+                    split.weight = split.weight.saturating_mul(2).min(100);
                 }
             }
             Some(Plant::NoParking) => {
@@ -278,7 +286,7 @@ impl Sim {
     }
 
     /// By wish, not on its way back, by `update_config`.
-    fn settled_rollout(&self) -> bool {
+    pub(super) fn settled_rollout(&self) -> bool {
         let rollout = self.keeper.as_ref().and_then(|k| k.world.rollout.as_ref());
         rollout.is_some_and(|r| !r.rollback && !r.promoted)
     }
@@ -370,7 +378,11 @@ impl Sim {
                 let event = sick(&id);
                 self.after(left(plan.deadline.0), Item::Observe(life, id, event));
             }
-            Behaviour::Good { boot } | Behaviour::Ends { boot, .. } if !proven => {
+            Behaviour::Good { boot }
+            | Behaviour::Ends { boot, .. }
+            | Behaviour::Fails { boot, .. }
+                if !proven =>
+            {
                 let event = Event::Ready { id: id.clone() };
                 self.after(ready(boot), Item::Observe(life, id, event));
             }

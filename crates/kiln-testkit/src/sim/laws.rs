@@ -40,6 +40,8 @@ pub enum Broken {
     NotKeptWarm(InstanceId),
     #[error("release {0} failed after the switch and did not return")]
     NotReturned(u64),
+    #[error("the new instances of `{0}` got more of its traffic than their step says")]
+    TooMuchWeight(ServiceName),
     #[error("`{0}` serves for longer than it may")]
     TooOld(InstanceId),
     #[error("how release {0} ended was not recorded")]
@@ -95,4 +97,12 @@ pub enum Plant {
     NothingWarm,
     /// Instances never get older.
     NoAge,
+    /// The new instances get twice the part that their step says.
+    HeavyCanary,
+    /// The proxy does not know of parts.
+    IgnoreSplit,
+    /// The proxy does not count failures.
+    CountNoFailure,
+    /// A canary's step never gets older.
+    EndlessStep,
 }

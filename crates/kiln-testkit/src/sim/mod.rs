@@ -15,9 +15,11 @@ mod outside;
 mod project;
 mod rng;
 mod run;
+mod traffic;
 
+use kiln_model::ServiceName;
 use kiln_model::release::Outcome;
-use kiln_plan::{Goal, is_job};
+use kiln_plan::{Goal, RolloutState, jobs};
 
 pub use laws::{Broken, Plant};
 pub use run::Summary;
@@ -119,6 +121,10 @@ fn whole(sim: &mut Sim) -> Result<(), Broken> {
     nothing_is_dropped(sim)?;
     nothing_gets_too_old(sim)?;
     a_failure_is_returned_from(sim)?;
+    sim.busy = true;
+    bad_traffic_is_returned_from(sim)?;
+    a_canary_survives_a_crash(sim)?;
+    sim.busy = false;
     if sim.rng.permille(500) {
         sim.down()?;
         rest(sim, "taking everything down", settled)?;
@@ -179,13 +185,51 @@ fn nothing_gets_too_old(sim: &mut Sim) -> Result<(), Broken> {
 
 /// From a good release to one of which a service ends soon after its switch, and back.
 fn a_failure_is_returned_from(sim: &mut Sim) -> Result<(), Broken> {
-    let before = sim.keeper.as_ref().and_then(|k| k.world.proven);
     let Some(spoilt) = sim.project.spoil(&mut sim.rng) else {
         return Ok(());
     };
+    is_returned_from(sim, spoilt, "a release that fails after its switch")
+}
+
+/// A release whose answers are errors never ends as what serves.
+fn bad_traffic_is_returned_from(sim: &mut Sim) -> Result<(), Broken> {
+    // What the last phase has left is good again.
+    sim.up(true)?;
+    rest(sim, "a good release again", settled)?;
+    let Some(spoilt) = sim.project.change_traffic(&mut sim.rng, true) else {
+        return Ok(());
+    };
+    is_returned_from(sim, spoilt, "a release that answers with errors")
+}
+
+/// The daemon dies while traffic moves step by step, and the next one comes to the end.
+fn a_canary_survives_a_crash(sim: &mut Sim) -> Result<(), Broken> {
+    sim.up(true)?;
+    rest(sim, "a good release once more", settled)?;
+    if sim.project.change_traffic(&mut sim.rng, false).is_none() {
+        return Ok(());
+    }
     let release = sim.project.release().map_err(run::simulator)?;
     sim.roll_out(release, false)?;
-    rest(sim, "a release that fails after its switch", decided)?;
+    // Or to its end, where it has no steps.
+    let proving = |sim: &Sim| {
+        let rollout = sim.keeper.as_ref().and_then(|k| k.world.rollout.as_ref());
+        rollout.is_some_and(|r| r.state == RolloutState::Proving && r.canary.since.is_none())
+    };
+    let until = sim.now + PATIENCE_MS;
+    while proving(sim) && sim.now < until {
+        sim.advance()?;
+    }
+    sim.crash();
+    rest(sim, "a canary with a crash", settled)?;
+    all_is_well(sim)
+}
+
+fn is_returned_from(sim: &mut Sim, spoilt: ServiceName, what: &str) -> Result<(), Broken> {
+    let before = sim.keeper.as_ref().and_then(|k| k.world.proven);
+    let release = sim.project.release().map_err(run::simulator)?;
+    sim.roll_out(release, false)?;
+    rest(sim, what, decided)?;
     let newest = sim.disk.outcomes.keys().next_back().copied();
     let newest = newest.map_or(0, |n| n.0);
     let back = sim.keeper.as_ref().and_then(|k| k.world.goal.release());
@@ -341,8 +385,9 @@ fn none_was_called_proven_wrongly(sim: &Sim) -> Result<(), Broken> {
         let Some(release) = sim.disk.content(*number) else {
             continue;
         };
+        let jobs = jobs(release);
         let hopeless = release.services.iter().find(|(name, s)| {
-            let job = is_job(release, name);
+            let job = jobs.contains(*name);
             sim.project.behaviour(&s.image.digest).hopeless(job)
         });
         if let Some((name, _)) = hopeless {

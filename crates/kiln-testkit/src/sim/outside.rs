@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
-use kiln_model::route::{RouteMode, RoutingTable};
-use kiln_model::{Digest, InstanceId, Millis, ServiceName};
+use kiln_model::route::{RouteMode, RoutingTable, ServiceRoute, Split};
+use kiln_model::{Digest, InstanceId, Millis, ServiceName, Traffic};
 
 use super::laws::Broken;
 
@@ -24,6 +24,8 @@ pub struct Process {
     pub retired: bool,
     pub drained: bool,
     pub in_flight: BTreeSet<u64>,
+    /// As the proxy counts.
+    pub traffic: Traffic,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +85,11 @@ pub struct Outside {
     highest_sent: u64,
     /// Planted: callers who wait are forgotten when the table changes.
     pub forgetful: bool,
+    /// Planted: all backends get the same.
+    pub even: bool,
+    /// Callers that were sent on while a split was in force with somebody running in both
+    /// its parts: all of them, and those to the part.
+    shares: BTreeMap<ServiceName, (Split, u64, u64)>,
     /// Requests that nobody answered, by service.
     pub lost: BTreeMap<ServiceName, u64>,
     pub requests: BTreeMap<u64, Request>,
@@ -175,9 +182,11 @@ impl Outside {
             };
             let service = process.service.clone();
             for request in std::mem::take(&mut process.in_flight) {
+                process.traffic.requests += 1;
+                process.traffic.failed += 1;
                 self.requests.remove(&request);
                 self.tally.broken_off += 1;
-                self.loses(&service);
+                *self.lost.entry(service.clone()).or_default() += 1;
             }
         }
     }
@@ -300,21 +309,16 @@ impl Outside {
             self.loses(service);
             return None;
         };
-        let best = route
-            .backends
-            .iter()
-            .filter_map(|b| Some((&b.instance, self.processes.get(&b.instance)?)))
-            .filter(|(_, p)| p.running())
-            .min_by_key(|(_, p)| p.in_flight.len())
-            .map(|(id, _)| id.clone());
-        let held = match (best, route.mode) {
+        let (mode, parks) = (route.mode, route.backends.is_empty());
+        let best = self.choose(service, &route.clone());
+        let held = match (best, mode) {
             (Some(id), _) => {
                 if let Some(process) = self.processes.get_mut(&id) {
                     process.in_flight.insert(number);
                 }
                 Held::By(id)
             }
-            (None, RouteMode::Park { limit }) if route.backends.is_empty() => {
+            (None, RouteMode::Park { limit }) if parks => {
                 self.tally.parked += 1;
                 Held::Parked {
                     until: now + limit.0,
@@ -331,14 +335,77 @@ impl Outside {
         Some(number)
     }
 
-    /// Who works on it is done.
-    pub fn answer(&mut self, number: u64) {
+    /// The one that runs and has the least to do, of the part whose turn it is.
+    fn choose(&mut self, service: &ServiceName, route: &ServiceRoute) -> Option<InstanceId> {
+        let running = |to: Option<bool>| {
+            let part = |id: &InstanceId| route.split.as_ref().map(|s| s.to.contains(id));
+            route
+                .backends
+                .iter()
+                .filter(|b| to.is_none() || part(&b.instance) == to)
+                .filter_map(|b| Some((&b.instance, self.processes.get(&b.instance)?)))
+                .filter(|(_, p)| p.running())
+                .min_by_key(|(_, p)| p.in_flight.len())
+                .map(|(id, _)| id.clone())
+        };
+        let Some(split) = &route.split else {
+            self.shares.remove(service);
+            return running(None);
+        };
+        let (Some(part), Some(rest)) = (running(Some(true)), running(Some(false))) else {
+            return running(None);
+        };
+        let any = running(None);
+        let fresh = || (split.clone(), 0, 0);
+        let share = self.shares.entry(service.clone()).or_insert_with(fresh);
+        if share.0 != *split {
+            *share = fresh();
+        }
+        let weight = u64::from(split.weight);
+        let turn = (share.1 + 1) * weight / 100 > share.1 * weight / 100;
+        let chosen = match turn {
+            _ if self.even => any?,
+            true => part,
+            false => rest,
+        };
+        share.1 += 1;
+        share.2 += u64::from(split.to.contains(&chosen));
+        Some(chosen)
+    }
+
+    /// Of any number of callers no more than the part's weight were sent to it.
+    ///
+    /// # Errors
+    /// When more were.
+    pub fn keeps_to_the_weights(&self) -> Result<(), Broken> {
+        let over = self.shares.iter().find(|(_, (split, all, part))| {
+            let few = 100;
+            part * 100 > all * u64::from(split.weight) + few
+        });
+        match over {
+            Some((service, _)) => Err(Broken::TooMuchWeight(service.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Who works on a request.
+    pub fn worker(&self, number: u64) -> Option<&Process> {
+        match &self.requests.get(&number)?.held {
+            Held::By(id) => self.processes.get(id),
+            Held::Parked { .. } => None,
+        }
+    }
+
+    /// Who works on it is done, and says that it went well, or not.
+    pub fn answer(&mut self, number: u64, well: bool) {
         let Some(request) = self.requests.get(&number) else {
             return;
         };
         if let Held::By(id) = &request.held {
             if let Some(process) = self.processes.get_mut(id) {
                 process.in_flight.remove(&number);
+                process.traffic.requests += 1;
+                process.traffic.failed += u64::from(!well);
             }
             self.requests.remove(&number);
             self.tally.answered += 1;
@@ -375,6 +442,7 @@ impl Outside {
         self.proxy_up = false;
         for process in self.processes.values_mut() {
             process.in_flight.clear();
+            process.traffic = Traffic::default();
         }
         self.tally.broken_off += self.requests.len() as u64;
         self.requests.clear();

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use kiln_model::release::{Release, ReleasedImage, ReleasedService};
 use kiln_model::spec::{
-    Condition, Dependency, FailureAction, HealthTest, Healthcheck, HealthcheckSetting, Mount,
-    MountSource, NetworkMode, Order, RestartPolicy, RolloutOptions, Service, ServiceMode, Strategy,
-    UpdateConfig,
+    Analysis, CanaryStep, Condition, Dependency, FailureAction, HealthTest, Healthcheck,
+    HealthcheckSetting, Mount, MountSource, NetworkMode, Number, Order, Prometheus, RestartPolicy,
+    RolloutOptions, Service, ServiceMode, Strategy, UpdateConfig,
 };
 use kiln_model::{Digest, ImageConfig, Millis, ServiceName};
 
@@ -33,6 +33,11 @@ pub enum Behaviour {
         after: u64,
         boot: u64,
     },
+    /// Ready and well, but so many of a thousand answers are errors.
+    Fails {
+        boot: u64,
+        permille: u64,
+    },
     /// A job's.
     Done {
         after: u64,
@@ -48,7 +53,7 @@ impl Behaviour {
             Behaviour::Ends { after, boot } => after < boot,
             // A program without a port is taken for ready after a second.
             Behaviour::Done { code, after } => code != 0 && (job || after < 900),
-            Behaviour::Good { .. } | Behaviour::Sickens { .. } => false,
+            Behaviour::Good { .. } | Behaviour::Sickens { .. } | Behaviour::Fails { .. } => false,
         }
     }
 
@@ -148,6 +153,12 @@ impl Project {
             for service in self.services.values_mut() {
                 let age = &mut service.service.kiln.max_age;
                 *age = age.map(|_| Millis(rng.between(300_000, LONGEST_AGE)));
+                let rollout = service.service.kiln.rollout.as_mut();
+                if let Some(analysis) = rollout.and_then(|r| r.analysis.as_mut()) {
+                    // What nobody can judge would wait for somebody.
+                    analysis.min_requests = None;
+                    analysis.prometheus = None;
+                }
             }
             for name in names {
                 let bad = self
@@ -289,9 +300,50 @@ impl Project {
         self.new_image(rng, &name, true);
     }
 
+    /// One server gets a program whose answers are errors, or a good one, and, if it can,
+    /// its traffic moves step by step.
+    pub fn change_traffic(&mut self, rng: &mut Rng, fails: bool) -> Option<ServiceName> {
+        let (name, service) = self.one_server(rng)?;
+        let update = &mut service.service.update;
+        update.monitor = rng.permille(500).then_some(Millis(20_000));
+        update.failure_action = None;
+        let options = rng.permille(600).then(|| RolloutOptions {
+            strategy: Some(Strategy::Canary),
+            steps: steps(rng),
+            ..RolloutOptions::default()
+        });
+        service.service.kiln.rollout = options;
+        let boot = rng.between(5, 300);
+        let behaviour = match fails {
+            true => Behaviour::Fails {
+                boot,
+                permille: rng.between(500, 1_000),
+            },
+            false => Behaviour::Good { boot },
+        };
+        let image = service.image.digest;
+        self.behaviours.insert(image, behaviour);
+        Some(name)
+    }
+
     /// One server gets a program that ends soon after it has proven itself, with a watch
     /// that is long enough to see it.
     pub fn spoil(&mut self, rng: &mut Rng) -> Option<ServiceName> {
+        let (name, service) = self.one_server(rng)?;
+        let update = &mut service.service.update;
+        update.monitor = rng.permille(500).then_some(Millis(20_000));
+        update.failure_action = None;
+        update.max_failure_ratio = None;
+        let boot = rng.between(5, 300);
+        let after = boot + 2_000 + rng.below(2_000);
+        let ends = Behaviour::Ends { after, boot };
+        let image = service.image.digest;
+        self.behaviours.insert(image, ends);
+        Some(name)
+    }
+
+    /// With a new image.
+    fn one_server(&mut self, rng: &mut Rng) -> Option<(ServiceName, &mut ReleasedService)> {
         let servers: Vec<ServiceName> = self
             .services
             .iter()
@@ -301,15 +353,7 @@ impl Project {
         let name = rng.pick(&servers).cloned()?;
         self.new_image(rng, &name, true);
         let service = self.services.get_mut(&name)?;
-        let update = &mut service.service.update;
-        update.monitor = rng.permille(500).then_some(Millis(20_000));
-        update.failure_action = None;
-        update.max_failure_ratio = None;
-        let boot = rng.between(5, 300);
-        let after = boot + 2_000 + rng.below(2_000);
-        let ends = Behaviour::Ends { after, boot };
-        self.behaviours.insert(service.image.digest, ends);
-        Some(name)
+        Some((name, service))
     }
 
     fn new_image(&mut self, rng: &mut Rng, name: &ServiceName, good: bool) {
@@ -339,7 +383,11 @@ fn behaviour(rng: &mut Rng, job: bool, good: bool) -> Behaviour {
             code: i32::from(!good),
         },
         (false, true) => Behaviour::Good { boot },
-        (false, false) => match rng.below(6) {
+        (false, false) => match rng.below(7) {
+            6 => Behaviour::Fails {
+                boot,
+                permille: rng.between(200, 1_000),
+            },
             0 => Behaviour::StartFails,
             5 => Behaviour::HookFails,
             1 => Behaviour::NeverReady,
@@ -366,6 +414,56 @@ fn depend(service: &mut Service, other: &ServiceName, condition: Condition) {
         required: true,
     };
     service.depends_on.insert(other.clone(), dependency);
+}
+
+fn rollout(rng: &mut Rng) -> RolloutOptions {
+    let strategy = match rng.below(5) {
+        0 => Strategy::Rolling,
+        1 => Strategy::BlueGreen,
+        2 => Strategy::Recreate,
+        _ => Strategy::Canary,
+    };
+    let steps = match strategy {
+        Strategy::Canary => steps(rng),
+        _ => Vec::new(),
+    };
+    RolloutOptions {
+        strategy: Some(strategy),
+        keep_warm: rng.permille(500).then(|| Millis(rng.below(60_000))),
+        steps,
+        analysis: rng.permille(500).then(|| analysis(rng)),
+    }
+}
+
+/// Weights that rise, as in compose files.
+fn steps(rng: &mut Rng) -> Vec<CanaryStep> {
+    let mut weight = 0;
+    let mut step = |_| {
+        weight += rng.between(1, 33) as u8;
+        CanaryStep {
+            weight,
+            duration: Millis(rng.between(500, 10_000)),
+        }
+    };
+    let steps = (1..=3).map(&mut step).collect::<Vec<_>>();
+    let count = rng.between(1, 3) as usize;
+    steps.into_iter().take(count).collect()
+}
+
+fn analysis(rng: &mut Rng) -> Analysis {
+    let limit = rng.between(10_000, 100_000) as u32;
+    Analysis {
+        max_error_rate: rng.permille(500).then_some(limit),
+        max_error_rate_increase: rng.permille(500).then_some(limit),
+        min_requests: rng.permille(300).then(|| rng.between(1, 40)),
+        prometheus: rng.permille(200).then(|| Prometheus {
+            url: "http://127.0.0.1:9090".into(),
+            query: "failures".into(),
+            min: None,
+            max: Number::new(0.5),
+        }),
+        ..Analysis::default()
+    }
 }
 
 /// What a file may say about how a service is kept and replaced.
@@ -415,14 +513,7 @@ fn settings(released: &mut ReleasedService, rng: &mut Rng) {
         monitor: rng.permille(500).then(|| Millis(rng.below(20_000))),
         ..UpdateConfig::default()
     });
-    service.kiln.rollout = rng.permille(300).then(|| RolloutOptions {
-        strategy: Some(match rng.below(3) {
-            0 => Strategy::Rolling,
-            1 => Strategy::BlueGreen,
-            _ => Strategy::Recreate,
-        }),
-        keep_warm: rng.permille(500).then(|| Millis(rng.below(60_000))),
-    });
+    service.kiln.rollout = rng.permille(400).then(|| rollout(rng));
     service.kiln.max_age = match stops_first(service) {
         true => None,
         false => rng

@@ -4,9 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kiln_model::{InstanceId, Millis, ReleaseNumber, RoutingTable, ServiceName};
-use kiln_plan::{
-    Conclusion, Effect, Event, Goal, Keeper, Phase, Plan, Refused, TRY_AGAIN, World, is_job,
-};
+use kiln_plan::{Conclusion, Effect, Event, Goal, Keeper, Phase, Plan, Refused, TRY_AGAIN, World};
 
 use super::laws::{Broken, Plant};
 use super::memory::Disk;
@@ -81,7 +79,7 @@ pub(super) struct Sim {
     pub plant: Option<Plant>,
     pub restless: bool,
     /// The daemon's clock against true time; changes only between its lives.
-    skew: i64,
+    pub skew: i64,
     pub summary: Summary,
     pub trace: VecDeque<String>,
     pub broken: Option<Broken>,
@@ -96,6 +94,11 @@ pub(super) struct Sim {
     pub told_unwell: BTreeSet<InstanceId>,
     /// What was proven when the last release was wanted, unless somebody has had a say since.
     pub undisturbed: Option<ReleaseNumber>,
+    /// Many callers come while a release is judged.
+    pub busy: bool,
+    /// The release that got a part of a service's traffic first, when, and what the clock
+    /// was wrong by then.
+    pub canary: Option<(ReleaseNumber, u64, i64)>,
 }
 
 impl Sim {
@@ -125,9 +128,12 @@ impl Sim {
             told_ended: BTreeSet::new(),
             told_unwell: BTreeSet::new(),
             undisturbed: None,
+            busy: false,
+            canary: None,
         };
         sim.outside.proxy_up = true;
         sim.outside.forgetful = plant == Some(Plant::LoseParked);
+        sim.outside.even = plant == Some(Plant::IgnoreSplit);
         sim.disk.lies.set(plant == Some(Plant::LyingDisk));
         sim.after(0, Item::Command);
         sim.after(0, Item::Arrive);
@@ -164,6 +170,7 @@ impl Sim {
         self.happen(item)?;
         self.outside.give_up_waiting(self.now);
         self.outside.all_accounted_for()?;
+        self.outside.keeps_to_the_weights()?;
         match self.broken.take() {
             Some(broken) => Err(broken),
             None => Ok(()),
@@ -186,7 +193,7 @@ impl Sim {
             }
             Item::Ends(id, code) => self.ends(&id, code),
             Item::Arrive => self.arrive(),
-            Item::Answer(number) => self.outside.answer(number),
+            Item::Answer(number) => self.answer(number),
             Item::Command => self.command()?,
             Item::Fault => self.fault()?,
             Item::DaemonStarts => self.start_daemon()?,
@@ -287,6 +294,11 @@ impl Sim {
                     }
                 }
             }
+            Some(Plant::EndlessStep) => {
+                if let Some(rollout) = &mut world.rollout {
+                    rollout.canary.since = None;
+                }
+            }
             Some(Plant::NothingWarm) => {
                 if let (Some(watch), Some(_)) = (&mut world.watch, &world.rollout) {
                     watch.back = None;
@@ -328,6 +340,7 @@ impl Sim {
                     let table = self.planted_table(table);
                     self.outside.sent(&table)?;
                     self.none_has_ended(&table)?;
+                    self.keeps_to_the_steps(&table)?;
                     self.sent = self.wanted();
                     self.begin(Effect::Route(table));
                 }
@@ -389,7 +402,7 @@ impl Sim {
         goal.release
             .services
             .keys()
-            .filter(|n| !is_job(&goal.release, n))
+            .filter(|n| !goal.is_job(n))
             .cloned()
             .collect()
     }
@@ -464,7 +477,12 @@ impl Sim {
     }
 
     fn arrive(&mut self) {
-        let gap = self.rng.between(20, 1_500);
+        let judged = self.keeper.as_ref().map(|k| &k.world);
+        let judged = judged.is_some_and(|w| w.rollout.is_some() || w.watch.is_some());
+        let gap = match self.busy && judged {
+            true => self.rng.between(2, 20),
+            false => self.rng.between(20, 1_500),
+        };
         self.after(gap, Item::Arrive);
         let services: Vec<ServiceName> = self
             .outside

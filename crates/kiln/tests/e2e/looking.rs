@@ -411,3 +411,25 @@ fn a_process_that_is_not_from_the_image_is_drift() {
     let drift = first_instance(&status)["drift"].to_string();
     assert!(drift.contains("/data/sleep"), "{status}");
 }
+
+#[test]
+fn a_terminal_shows_old_and_new_side_by_side() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("live", &Page::default());
+    project.up().ok();
+    let slow = Page {
+        before: "sleep 3",
+        ..Page::default()
+    };
+    project.write("run", &slow.program());
+    let shown = project.run_on_a_terminal("up").ok().stdout;
+    let both = shown
+        .lines()
+        .find(|l| l.contains("live-web-1 ready") && l.contains("live-web-2 "));
+    assert!(both.is_some_and(|l| l.starts_with("web")), "{shown}");
+    assert!(shown.contains("RELEASE 1"), "{shown}");
+    // What was drawn is taken away; what it led to stays.
+    let end = shown.rsplit("\u{1b}[J").next().unwrap_or_default();
+    assert!(end.contains("release 2 is proven and serves"), "{shown}");
+    assert!(!end.contains("SERVICE"), "{shown}");
+}

@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod canary;
 mod common;
 mod crash;
 mod examples;

@@ -11,6 +11,9 @@ use crate::matrix::{at, every_way, under};
 /// Between two replacements.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// So many loads share the rate: every way, and two of plain requests.
+const LOADS: u32 = 7;
+
 /// How long it is to be.
 struct Length {
     replacements: u32,
@@ -49,9 +52,10 @@ fn replacements_one_after_the_other_fail_nothing() {
     let mut project = kiln.app("soak", &app);
     project.up().ok();
     let length = length();
-    let mut loads = every_way(project.port, length.rate / 6);
+    let each = length.rate.div_ceil(LOADS);
+    let mut loads = every_way(project.port, each);
     for mode in [Mode::NewConnection, Mode::KeepAlive { connections: 16 }] {
-        loads.push(Load::new(at(project.port), length.rate / 6, mode));
+        loads.push(Load::new(at(project.port), each, mode));
     }
     let least = Duration::from_secs(length.requests / u64::from(length.rate) + 1);
     let begun = std::time::Instant::now();

@@ -106,6 +106,24 @@ impl<'k> Project<'k> {
         Running::start(self.command(word, more)).end()
     }
 
+    /// As in a terminal, whose whole output is the answer's `stdout`.
+    pub fn run_on_a_terminal(&self, word: &str) -> Ran {
+        let inner = self.command(word, &[]);
+        let words: Vec<String> = std::iter::once(inner.get_program())
+            .chain(inner.get_args())
+            .map(|w| format!("'{}'", w.to_string_lossy()))
+            .collect();
+        let mut outer = Command::new("script");
+        outer.args(["-qec", &words.join(" "), "/dev/null"]);
+        for (key, value) in inner.get_envs() {
+            match value {
+                Some(value) => outer.env(key, value),
+                None => outer.env_remove(key),
+            };
+        }
+        Running::start(outer).end()
+    }
+
     pub fn start(&self, word: &str, more: &[&str]) -> Running {
         Running::start(self.command(word, more))
     }

@@ -1,0 +1,180 @@
+//! The build cache is kept to its cap, and what is needed stays.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod world;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use kiln_build::cache::{Pruned, Pruning, in_use, prune};
+use kiln_model::Digest;
+use kiln_store::tree::Kind;
+use world::{World, context, world};
+
+const SIZE: u64 = 1 << 20;
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Bytes that no compression makes smaller, as text.
+fn noise(seed: &str) -> String {
+    let mut text = String::new();
+    while text.len() < SIZE as usize {
+        text.push_str(&Digest::of(format!("{seed}{}", text.len())).hex());
+    }
+    text
+}
+
+fn cache(world: &World) -> PathBuf {
+    world.root.path().join("cache")
+}
+
+fn cut(world: &World, cap: u64) -> Option<Pruned> {
+    let pruning = Pruning {
+        store: &world.builder.store,
+        cache: &cache(world),
+        running: &[],
+        cap,
+        dry_run: false,
+    };
+    prune(&pruning).unwrap()
+}
+
+/// The results that are remembered, and when each was used last.
+fn steps(world: &World) -> Vec<PathBuf> {
+    let steps = fs::read_dir(cache(world).join("steps")).unwrap();
+    steps.map(|entry| entry.unwrap().path()).collect()
+}
+
+fn age(path: &Path, days: u32) {
+    let file = fs::File::open(path).unwrap();
+    file.set_modified(SystemTime::now() - DAY * days).unwrap();
+}
+
+/// Is everything there that starting it needs?
+fn is_whole(world: &World, manifest: &Digest) -> bool {
+    let store = &world.builder.store;
+    let Some(image) = store.image(manifest).unwrap() else {
+        return false;
+    };
+    let tree = store.load_tree(&image.tree).unwrap();
+    tree.walk().all(|item| match item.node.kind {
+        Kind::File { digest, .. } => store.object_path(&digest).is_file(),
+        _ => true,
+    })
+}
+
+#[test]
+fn what_a_release_needs_stays_and_the_rest_goes_when_the_cap_is_nothing() {
+    let one = world();
+    let folder = context(&[("a", &noise("a")), ("b", &noise("b"))]);
+    let kept = one
+        .build(folder.path(), "FROM scratch\nCOPY a /\n")
+        .unwrap();
+    let other = one
+        .build(folder.path(), "FROM scratch\nCOPY b /\n")
+        .unwrap();
+    one.builder.store.set_ref("release/e/1/web", &kept).unwrap();
+    for folder in ["reasons", "tests", "mounts/one", "debian"] {
+        let folder = cache(&one).join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("x"), noise(folder.to_str().unwrap())).unwrap();
+    }
+    let whole = cut(&one, u64::MAX).unwrap();
+    // Four files of the cache; of the other image its content, and its layer of about half.
+    assert!(
+        whole.before > 5 * SIZE && whole.before < 7 * SIZE,
+        "{whole:?}"
+    );
+    assert_eq!((whole.kept, whole.entries), (whole.before, 0));
+    let pruned = cut(&one, 0).unwrap();
+    assert_eq!((pruned.before, pruned.kept), (whole.before, 0));
+    assert!(is_whole(&one, &kept) && !is_whole(&one, &other));
+    assert_eq!(steps(&one).len(), 0);
+    for gone in ["reasons", "tests", "mounts", "debian"] {
+        let left = fs::read_dir(cache(&one).join(gone)).unwrap();
+        assert_eq!(left.count(), 0, "{gone}");
+    }
+    assert_eq!(cut(&one, 0).unwrap().before, 0);
+}
+
+#[test]
+fn contents_go_before_layers_and_are_made_again_from_them() {
+    let one = world();
+    let folder = context(&[("a", &noise("a")), ("b", "b")]);
+    let text = "FROM scratch\nCOPY a /\n";
+    let first = one.build(folder.path(), text).unwrap();
+    let before = cut(&one, u64::MAX).unwrap().before;
+    let pruned = cut(&one, before - 1).unwrap();
+    assert_eq!(pruned.entries, 0, "{pruned:?}");
+    assert!(pruned.kept < before - SIZE && !is_whole(&one, &first));
+    one.seen.counts();
+    // The layer is taken from the cache; what comes after it sees its files.
+    let more = format!("{text}COPY b /\n");
+    let second = one.build(folder.path(), &more).unwrap();
+    assert_eq!(one.seen.counts(), (1, 1));
+    assert!(is_whole(&one, &second));
+    assert_eq!(one.text(&second, "a"), noise("a"));
+    assert_eq!(one.build(folder.path(), text).unwrap(), first);
+}
+
+#[test]
+fn the_cap_is_kept_by_what_was_not_used_for_longest() {
+    let one = world();
+    let folder = context(&[("a", &noise("a")), ("b", &noise("b"))]);
+    let text = |file: &str| format!("FROM scratch\nCOPY {file} /\n");
+    one.build(folder.path(), &text("a")).unwrap();
+    let a = steps(&one);
+    one.build(folder.path(), &text("b")).unwrap();
+    steps(&one).iter().for_each(|step| age(step, 300));
+    // Using it makes it young again.
+    one.build(folder.path(), &text("a")).unwrap();
+    let pruned = cut(&one, SIZE).unwrap();
+    assert!(pruned.kept <= SIZE, "{pruned:?}");
+    assert_eq!(steps(&one), a);
+    one.seen.counts();
+    one.build(folder.path(), &text("a")).unwrap();
+    one.build(folder.path(), &text("b")).unwrap();
+    assert_eq!(one.seen.counts(), (1, 1));
+}
+
+#[test]
+fn what_a_running_build_uses_or_a_lease_protects_stays() {
+    let one = world();
+    let folder = context(&[("a", &noise("a"))]);
+    let lease = one.builder.store.lease().unwrap();
+    let built = one
+        .build(folder.path(), "FROM scratch\nCOPY a /\n")
+        .unwrap();
+    let using = in_use(&cache(&one)).unwrap();
+    assert!(cut(&one, 0).is_none());
+    assert_eq!(steps(&one).len(), 1);
+    drop(using);
+    assert!(cut(&one, 0).is_some());
+    assert!(is_whole(&one, &built));
+    drop(lease);
+    let running = Pruning {
+        store: &one.builder.store,
+        cache: &cache(&one),
+        running: &[built],
+        cap: 0,
+        dry_run: false,
+    };
+    prune(&running).unwrap();
+    assert!(is_whole(&one, &built));
+    cut(&one, 0);
+    assert!(!is_whole(&one, &built));
+}
+
+#[test]
+fn what_killed_tests_and_bases_have_left_is_taken_away() {
+    let one = world();
+    let scratch = cache(&one).join("run");
+    let left = ["test-abc123", "base-abc123"].map(|name| scratch.join(name));
+    let others = scratch.join("someone");
+    for folder in left.iter().chain([&others]) {
+        fs::create_dir_all(folder.join("upper")).unwrap();
+    }
+    kiln_build::exec::sweep(&cache(&one), &one.builder.runtime).unwrap();
+    assert_eq!(left.map(|folder| folder.exists()), [false, false]);
+    assert!(others.exists());
+}

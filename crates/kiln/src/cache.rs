@@ -1,0 +1,102 @@
+//! The build cache's size: kept to its cap, cut on request.
+
+use std::path::PathBuf;
+
+use kiln_build::cache::{self, CacheError, Pruned, Pruning};
+use kiln_model::Digest;
+use kiln_store::{GcError, Store};
+
+use crate::context::Context;
+use crate::failure::{Failure, Kind, machine};
+use crate::progress::human_bytes;
+use crate::{ops, output};
+
+pub fn folder(context: &Context) -> PathBuf {
+    context.root.join("cache")
+}
+
+/// Cuts the cache to its cap. `None`: a build or a collection is under way, and the next
+/// one does it.
+pub fn keep(
+    context: &Context,
+    store: &Store,
+    running: &[Digest],
+    dry_run: bool,
+) -> Result<Option<Pruned>, Failure> {
+    let cache = folder(context);
+    std::fs::create_dir_all(&cache).map_err(machine)?;
+    let cap = match context.cache_size {
+        Some(cap) => cap,
+        None => cache::default_cap(&cache).map_err(failed)?,
+    };
+    prune(&Pruning {
+        store,
+        cache: &cache,
+        running,
+        cap,
+        dry_run,
+    })
+}
+
+fn prune(pruning: &Pruning<'_>) -> Result<Option<Pruned>, Failure> {
+    match cache::prune(pruning) {
+        Err(CacheError::Gc(GcError::Busy)) => Ok(None),
+        other => other.map_err(failed),
+    }
+}
+
+/// Roots of what the cache keeps in the store.
+pub fn layers(context: &Context, store: &Store) -> Result<Vec<Digest>, Failure> {
+    let cache = folder(context);
+    let pruning = Pruning {
+        store,
+        cache: &cache,
+        running: &[],
+        cap: 0,
+        dry_run: true,
+    };
+    cache::layers(&pruning).map_err(failed)
+}
+
+fn failed(error: CacheError) -> Failure {
+    Failure::with_causes(Kind::Machine, &error)
+}
+
+/// `kiln build --prune`.
+pub fn empty(context: &Context) -> Result<(), Failure> {
+    let store = context.store()?;
+    let cache = folder(context);
+    std::fs::create_dir_all(&cache).map_err(machine)?;
+    ops::sweep(context)?;
+    let pruned = prune(&Pruning {
+        store: &store,
+        cache: &cache,
+        running: &ops::running_images(context)?,
+        cap: context.cache_size.unwrap_or(0),
+        dry_run: false,
+    })?;
+    let busy = || {
+        Failure::new(
+            Kind::Conflict,
+            "a build or a garbage collection is under way",
+        )
+    };
+    let pruned = pruned.ok_or_else(busy)?;
+    let bytes = pruned.before - pruned.kept;
+    context.record("prune", "cache", &[("bytes", bytes.to_string())])?;
+    if context.json {
+        return output::json(&pruned);
+    }
+    outln!("{}", told(&pruned));
+    Ok(())
+}
+
+/// In a line.
+pub fn told(pruned: &Pruned) -> String {
+    let removed = human_bytes(pruned.before - pruned.kept);
+    let kept = human_bytes(pruned.kept);
+    format!(
+        "build cache: {} entries and {removed} removed, {kept} kept",
+        pruned.entries
+    )
+}
