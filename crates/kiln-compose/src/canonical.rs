@@ -44,13 +44,13 @@ fn canonical_service(service: &mut Map, diagnostics: &mut Diagnostics) {
     each(service, "extends", |node| {
         if let Value::Str(name) = &node.value {
             let name = Node::str(name.clone(), node.span);
-            node.value = Value::Map(Map::from([("service".into(), name)]));
+            node.value = Value::Map(Map::from_iter([("service".into(), name)]));
         }
     });
     each(service, "gpus", |node| {
         if node.as_str().is_some() {
             let count = Node::str("all", node.span);
-            let request = Node::map(Map::from([("count".into(), count)]), node.span);
+            let request = Node::map(Map::from_iter([("count".into(), count)]), node.span);
             node.value = Value::Seq(vec![request]);
         }
     });
@@ -102,7 +102,7 @@ fn items(
 fn canonical_build(build: &mut Node, diagnostics: &mut Diagnostics) {
     if let Value::Str(context) = &build.value {
         let context = Node::str(context.clone(), build.span);
-        build.value = Value::Map(Map::from([("context".into(), context)]));
+        build.value = Value::Map(Map::from_iter([("context".into(), context)]));
     }
     let Some(map) = build.as_map_mut() else {
         return;
@@ -172,7 +172,7 @@ fn env_file(node: &mut Node) {
         let span = item.span;
         if let Value::Str(path) = &item.value {
             let path = Node::str(path.clone(), span);
-            item.value = Value::Map(Map::from([("path".into(), path)]));
+            item.value = Value::Map(Map::from_iter([("path".into(), path)]));
         }
         if let Some(map) = item.as_map_mut() {
             map.entry("required".into())
@@ -185,14 +185,14 @@ fn file_mounts(node: &mut Node) {
     for item in node.as_seq_mut().into_iter().flatten() {
         if let Value::Str(source) = &item.value {
             let source = Node::str(source.clone(), item.span);
-            item.value = Value::Map(Map::from([("source".into(), source)]));
+            item.value = Value::Map(Map::from_iter([("source".into(), source)]));
         }
     }
 }
 
 fn key_values(node: &mut Node, diagnostics: &mut Diagnostics) {
     let Value::Seq(seq) = &node.value else { return };
-    let mut map = Map::new();
+    let mut map = Map::default();
     for item in seq {
         match item.as_str().and_then(|text| text.split_once('=')) {
             Some((key, value)) => {
@@ -213,7 +213,7 @@ fn key_values(node: &mut Node, diagnostics: &mut Diagnostics) {
 
 fn ssh(node: &mut Node, diagnostics: &mut Diagnostics) {
     let Value::Seq(seq) = &node.value else { return };
-    let mut map = Map::new();
+    let mut map = Map::default();
     for item in seq {
         let text = item.as_str().unwrap_or_default();
         match text.split_once('=') {
@@ -255,7 +255,7 @@ fn volume(node: &mut Node) -> Result<(), String> {
     };
     let span = node.span;
     let short = short::volume(text)?;
-    let mut map = Map::new();
+    let mut map = Map::default();
     let mut put = |key: &str, value: Node| {
         map.insert(key.to_owned(), value);
     };
@@ -267,7 +267,7 @@ fn volume(node: &mut Node) -> Result<(), String> {
     if short.read_only {
         put("read_only", Node::bool(true, span));
     }
-    let mut bind = Map::new();
+    let mut bind = Map::default();
     for (key, value) in [
         ("selinux", short.selinux),
         ("propagation", short.propagation),
@@ -283,7 +283,7 @@ fn volume(node: &mut Node) -> Result<(), String> {
         put("bind", Node::map(bind, span));
     }
     if short.nocopy || (short.kind == "volume" && !short.tiny) {
-        let mut options = Map::new();
+        let mut options = Map::default();
         if short.nocopy {
             options.insert("nocopy".into(), Node::bool(true, span));
         }
@@ -327,7 +327,7 @@ fn device(node: &mut Node) -> Result<(), String> {
     };
     let (source, target, permissions) = short::device(text)?;
     let span = node.span;
-    node.value = Value::Map(Map::from([
+    node.value = Value::Map(Map::from_iter([
         ("source".into(), Node::str(source, span)),
         ("target".into(), Node::str(target, span)),
         ("permissions".into(), Node::str(permissions, span)),
@@ -359,7 +359,7 @@ fn ports(node: &mut Node, diagnostics: &mut Diagnostics) {
 
 fn long_port(port: short::ShortPort, item: &Node) -> Node {
     let span = item.span;
-    let mut map = Map::from([("mode".into(), Node::str("ingress", span))]);
+    let mut map = Map::from_iter([("mode".into(), Node::str("ingress", span))]);
     if !port.host_ip.is_empty() {
         map.insert("host_ip".into(), Node::str(port.host_ip, span));
     }

@@ -100,7 +100,7 @@ fn implicit_networks(root: &mut Node) {
             Some(node) => node.as_map().is_some_and(Map::is_empty),
         };
         if joins_none {
-            let default = Map::from([("default".into(), Node::null(Span::NONE))]);
+            let default = Map::from_iter([("default".into(), Node::null(Span::NONE))]);
             insert(service, "networks", Node::map(default, Span::NONE));
         }
         uses_default |= service
@@ -113,7 +113,7 @@ fn implicit_networks(root: &mut Node) {
     }
     let networks = map
         .entry("networks".into())
-        .or_insert_with(|| Node::map(Map::new(), Span::NONE));
+        .or_insert_with(|| Node::map(Map::default(), Span::NONE));
     if let Some(networks) = networks.as_map_mut() {
         networks
             .entry("default".into())
@@ -221,14 +221,14 @@ fn implicit_dependencies(service: &mut Map) {
     }
     let depends_on = service
         .entry("depends_on".into())
-        .or_insert_with(|| Node::map(Map::new(), Span::NONE));
+        .or_insert_with(|| Node::map(Map::default(), Span::NONE));
     let Some(depends_on) = depends_on.as_map_mut() else {
         return;
     };
     for (name, restart, span) in implied {
         depends_on.entry(name).or_insert_with(|| {
             Node::map(
-                Map::from([
+                Map::from_iter([
                     ("condition".into(), Node::str("service_started", span)),
                     ("restart".into(), Node::bool(restart, Span::NONE)),
                     ("required".into(), Node::bool(true, span)),
@@ -248,7 +248,7 @@ fn resource_names(root: &mut Node, project: &str) {
         };
         for (key, node) in resources {
             if node.is_null() {
-                node.value = Value::Map(Map::new());
+                node.value = Value::Map(Map::default());
             }
             let Some(resource) = node.as_map_mut() else {
                 continue;

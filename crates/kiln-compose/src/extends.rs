@@ -85,7 +85,7 @@ impl Extender<'_, '_> {
             return None;
         }
         if base.is_null() {
-            base.value = Value::Map(Map::new());
+            base.value = Value::Map(Map::default());
         }
         merge::strip_tags(&mut base);
         merge::apply_tags(&mut base, service);
@@ -231,7 +231,7 @@ impl Extender<'_, '_> {
 
     fn read_services(&mut self, path: &Path, from: Span) -> Option<Map> {
         let documents = self.session.documents(path, Some((Via::Extends, from)))?;
-        let mut root = Node::map(Map::new(), Span::NONE);
+        let mut root = Node::map(Map::default(), Span::NONE);
         for mut document in documents {
             self.session.interpolate(&mut document, self.environment);
             merge::apply_tags(&mut root, &document);
@@ -243,7 +243,7 @@ impl Extender<'_, '_> {
                 &mut self.session.diagnostics,
             );
         }
-        merge::unique(&mut root, &mut vec![]);
+        merge::unique(&mut root);
         self.session
             .lenient(|diagnostics| canonical::canonical(&mut root, diagnostics));
         let folder = paths::parent(path);

@@ -269,9 +269,9 @@ fn import(mut imported: Node, root: &mut Node, session: &mut Session<'_>) {
         let Some(map) = root.as_map_mut() else { return };
         let target = map
             .entry(section.to_owned())
-            .or_insert_with(|| Node::map(Map::new(), Span::NONE));
+            .or_insert_with(|| Node::map(Map::default(), Span::NONE));
         if target.is_null() {
-            target.value = Value::Map(Map::new());
+            target.value = Value::Map(Map::default());
         }
         let Value::Map(target) = &mut target.value else {
             continue;

@@ -201,7 +201,7 @@ fn to_mapping(rule: Rule, node: &Node) -> Map {
     match &node.value {
         Value::Map(map) => map.clone(),
         Value::Str(text) if rule == Rule::Build => {
-            Map::from([("context".into(), Node::str(text.clone(), node.span))])
+            Map::from_iter([("context".into(), Node::str(text.clone(), node.span))])
         }
         Value::Seq(seq) => seq
             .iter()
@@ -214,7 +214,7 @@ fn to_mapping(rule: Rule, node: &Node) -> Map {
                 Some((item.as_str()?.to_owned(), value))
             })
             .collect(),
-        _ => Map::new(),
+        _ => Map::default(),
     }
 }
 
@@ -274,9 +274,8 @@ enum Identity {
     EnvFile,
 }
 
-fn identity_for(path: &[String]) -> Option<Identity> {
-    let parts: Vec<&str> = path.iter().map(String::as_str).collect();
-    let identity = match parts.as_slice() {
+fn identity_for(path: &[&str]) -> Option<Identity> {
+    let identity = match path {
         ["networks", _, "labels"] | ["networks", _, "ipam", "options"] => Identity::KeyValue,
         ["services", _, rest @ ..] => match rest {
             [
@@ -305,12 +304,16 @@ fn identity_for(path: &[String]) -> Option<Identity> {
 }
 
 /// Leaves of each item only the last, at the place of the first.
-pub fn unique(node: &mut Node, path: &mut Vec<String>) {
+pub fn unique(node: &mut Node) {
+    unique_at(node, &mut vec![]);
+}
+
+fn unique_at<'n>(node: &'n mut Node, path: &mut Vec<&'n str>) {
     match &mut node.value {
         Value::Map(map) => {
             for (key, inner) in map {
-                path.push(key.clone());
-                unique(inner, path);
+                path.push(key);
+                unique_at(inner, path);
                 path.pop();
             }
         }
@@ -394,7 +397,7 @@ mod tests {
         apply_tags(&mut base, &over);
         strip_tags(&mut over);
         merge(&mut base, over, &mut vec![], &mut diagnostics);
-        unique(&mut base, &mut vec![]);
+        unique(&mut base);
         let problems: Vec<_> = diagnostics.into_list();
         assert_eq!(problems, vec![]);
         crate::output::to_json(&base).to_string()

@@ -440,7 +440,7 @@ impl std::fmt::Display for At<'_> {
 
 impl Binder<'_> {
     pub fn bind(&mut self, fields: &'static [Field], node: &Node, at: &At<'_>) -> Json {
-        let empty = Map::new();
+        let empty = Map::default();
         let map = node.as_map().unwrap_or(&empty);
         // A mapping says few of the keys that it may have: each is looked for once.
         let mut said: Vec<Option<&Node>> = vec![None; fields.len()];

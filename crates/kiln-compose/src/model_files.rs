@@ -40,7 +40,7 @@ pub(crate) fn load_model(
     model: &Model<'_>,
     session: &mut Session<'_>,
 ) -> Option<Node> {
-    let mut root = Node::map(Map::new(), Span::NONE);
+    let mut root = Node::map(Map::default(), Span::NONE);
     for (path, documents) in files {
         for document in documents {
             add_document(&mut root, document, &path, model, session);
@@ -106,11 +106,11 @@ fn add_document(
         root.span = document.span;
     }
     merge::merge(root, document, &mut vec![], &mut session.diagnostics);
-    merge::unique(root, &mut vec![]);
+    merge::unique(root);
     session.lenient(|diagnostics| schema::validate(root, diagnostics));
     drop_version(root, session);
     session.lenient(|diagnostics| canonical(root, diagnostics));
-    merge::unique(root, &mut vec![]);
+    merge::unique(root);
 }
 
 fn drop_version(root: &mut Node, session: &mut Session<'_>) {

@@ -37,7 +37,8 @@ pub enum Value {
     Map(Map),
 }
 
-pub type Map = IndexMap<String, Node>;
+/// Many small maps with short keys: hashing them is much of what resolving a project costs.
+pub type Map = IndexMap<String, Node, foldhash::fast::RandomState>;
 
 impl Node {
     pub fn new(value: Value, span: Span) -> Self {

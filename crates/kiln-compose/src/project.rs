@@ -18,6 +18,16 @@ use crate::session::{Reader, Session};
 use crate::span::{Sources, Span};
 use crate::values;
 
+/// The model's sections that compose knows, as it prints them.
+const SECTIONS: [(&str, &[model::Field]); 6] = [
+    ("services", model::SERVICE),
+    ("networks", model::NETWORK),
+    ("volumes", model::VOLUME),
+    ("configs", model::FILE_OBJECT),
+    ("secrets", model::FILE_OBJECT),
+    ("models", model::MODEL),
+];
+
 /// What to load, and with what.
 #[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
@@ -192,7 +202,7 @@ pub(crate) fn resolve_in(options: &LoadOptions, session: &mut Session<'_>) -> Op
         name,
         folder: options.folder.clone(),
         tree,
-        disabled: Map::new(),
+        disabled: Map::default(),
         environment,
         raw: options.skip.interpolation,
     };
@@ -413,34 +423,36 @@ impl Project {
     /// Everything that is not of its type.
     fn types(&self) -> Vec<Diagnostic> {
         let mut diagnostics = crate::diag::Diagnostics::default();
-        self.bind(&mut diagnostics, false);
+        let mut binder = Binder {
+            diagnostics: &mut diagnostics,
+            extensions: false,
+        };
+        // Each is dropped at once: all together they are as large as the model.
+        for (section, fields) in SECTIONS {
+            for (key, node) in self.sorted(section) {
+                binder.bind(fields, node, &At::top(section).below(key));
+            }
+        }
         diagnostics.into_list()
+    }
+
+    fn sorted(&self, section: &str) -> Vec<(&str, &Node)> {
+        let mut entries: Vec<_> = self.section(section).collect();
+        entries.sort_by_key(|(key, _)| *key);
+        entries
     }
 
     /// The model as `docker compose config --format json` prints it (without its escapes).
     pub fn model(&self, extensions: bool) -> Json {
-        self.bind(&mut crate::diag::Diagnostics::default(), extensions)
-    }
-
-    fn bind(&self, diagnostics: &mut crate::diag::Diagnostics, extensions: bool) -> Json {
         let mut binder = Binder {
-            diagnostics,
+            diagnostics: &mut crate::diag::Diagnostics::default(),
             extensions,
         };
         let mut out = JsonMap::new();
         out.insert("name".into(), Json::String(self.name.clone()));
-        for (section, fields) in [
-            ("services", model::SERVICE),
-            ("networks", model::NETWORK),
-            ("volumes", model::VOLUME),
-            ("configs", model::FILE_OBJECT),
-            ("secrets", model::FILE_OBJECT),
-            ("models", model::MODEL),
-        ] {
-            let mut entries: Vec<_> = self.section(section).collect();
-            entries.sort_by_key(|(key, _)| *key);
+        for (section, fields) in SECTIONS {
             let mut map = JsonMap::new();
-            for (key, node) in entries {
+            for (key, node) in self.sorted(section) {
                 let bound = binder.bind(fields, node, &At::top(section).below(key));
                 map.insert(key.to_owned(), bound);
             }

@@ -146,7 +146,7 @@ impl ComposeSchema {
         let mut json: Json = serde_json::from_str(text).map_err(|e| e.to_string())?;
         let definitions = match json.get_mut("definitions").map(Json::take) {
             Some(Json::Object(map)) => map,
-            _ => serde_json::Map::new(),
+            _ => serde_json::Map::default(),
         };
         Ok(ComposeSchema {
             root: Schema::read(&json)?,

@@ -12,7 +12,7 @@ pub const MAX_PORT_RANGE: u32 = 16_384;
 /// What a bare name in `depends_on` means.
 pub fn dependency(span: Span) -> Node {
     Node::map(
-        Map::from([
+        Map::from_iter([
             ("condition".into(), Node::str("service_started", span)),
             ("required".into(), Node::bool(true, span)),
         ]),

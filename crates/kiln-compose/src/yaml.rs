@@ -120,7 +120,7 @@ impl Builder<'_> {
             }
             Event::MappingStart(_, anchor, tag) => {
                 let items = Items::Map {
-                    map: Map::new(),
+                    map: Map::default(),
                     merges: vec![],
                     key: None,
                 };

@@ -361,8 +361,6 @@ impl<'a> Planner<'a> {
     }
 
     fn retire_what_is_not_wanted(&mut self) {
-        let wanted = routes::wanted(self.world, self.releases, self.now);
-        let open = routes::gate_open(self.world, self.releases);
         let leaving = self.making_room();
         let warm = |i: &Instance| is_warm(self.world, self.releases, i, self.now);
         let unwanted: Vec<InstanceId> = self
@@ -373,6 +371,11 @@ impl<'a> Planner<'a> {
             .filter(|(id, i)| leaving.contains(*id) || !warm(i))
             .map(|(id, _)| id.clone())
             .collect();
+        if unwanted.is_empty() {
+            return;
+        }
+        let wanted = routes::wanted(self.world, self.releases, self.now);
+        let open = routes::gate_open(self.world, self.releases);
         let retiring: BTreeSet<ServiceName> = unwanted
             .iter()
             .filter_map(|id| self.world.instances.get(id))
@@ -447,21 +450,26 @@ impl<'a> Planner<'a> {
         let Some(released) = goal.release.services.get(&instance.service) else {
             return false;
         };
-        let current = self.current(goal, &instance.service);
+        let revision = goal.revisions.get(&instance.service);
+        if instance.index > released.service.replicas || !self.world.is_current(instance, revision)
+        {
+            return false;
+        }
         // A sick copy may get well again after another took its place: one of them goes.
         let sick = matches!(instance.health, Health::Unhealthy { .. });
-        let better = current.iter().any(|(other, i)| {
+        let better = |other: &InstanceId, i: &Instance| {
             i.index == instance.index
-                && *other != id
+                && other != id
                 && i.phase.ready()
+                && !i.job
                 && !matches!(i.health, Health::Unhealthy { .. })
                 && (sick || routes::newer(other, id))
-        });
-        instance.index <= released.service.replicas
-            && self
-                .world
-                .is_current(instance, goal.revisions.get(&instance.service))
-            && !better
+                && self.world.is_current(i, revision)
+        };
+        !self
+            .world
+            .of_service(&instance.service)
+            .any(|(other, i)| better(other, i))
     }
 
     /// When services go for good, those that depend on others go first: as the release that

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use kiln_model::instance::InstanceLimits;
@@ -31,8 +32,12 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// Read once a process: a machine's hierarchies are mounted at boot, while the list of
+    /// mounts grows with every instance.
     pub fn detect() -> Self {
-        Self::parse(&fs::read_to_string("/proc/self/mounts").unwrap_or_default())
+        static DETECTED: OnceLock<Layout> = OnceLock::new();
+        let read = || fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        DETECTED.get_or_init(|| Self::parse(&read())).clone()
     }
 
     fn parse(mounts: &str) -> Self {
