@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use indexmap::IndexMap;
 use serde_json::Value as Json;
+use serde_json::value::RawValue;
 
 use crate::diag::{Code, Diagnostic, Diagnostics, did_you_mean};
 use crate::node::{Node, Value};
@@ -80,22 +81,26 @@ pub struct ComposeSchema {
 /// Understood when it is first needed: few files use half of them.
 #[derive(Debug)]
 struct Definition {
-    json: Json,
+    json: &'static RawValue,
     schema: OnceLock<Schema>,
 }
 
 impl Definition {
-    fn new(json: Json) -> Self {
+    fn new(json: &'static RawValue) -> Self {
         Self {
             json,
             schema: OnceLock::new(),
         }
     }
 
+    fn read(&self) -> Result<Schema, String> {
+        let json: Json = serde_json::from_str(self.json.get()).map_err(|e| e.to_string())?;
+        Schema::read(&json)
+    }
+
     /// A test holds that each can be read; one that can't would allow everything.
     fn schema(&self) -> &Schema {
-        self.schema
-            .get_or_init(|| Schema::read(&self.json).unwrap_or_default())
+        self.schema.get_or_init(|| self.read().unwrap_or_default())
     }
 }
 
@@ -141,15 +146,24 @@ pub fn all_keys() -> Vec<String> {
     out
 }
 
+fn raw_object(text: &'static str) -> Result<BTreeMap<String, &'static RawValue>, String> {
+    serde_json::from_str(text).map_err(|e| e.to_string())
+}
+
 impl ComposeSchema {
-    fn read(text: &str) -> Result<ComposeSchema, String> {
-        let mut json: Json = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        let definitions = match json.get_mut("definitions").map(Json::take) {
-            Some(Json::Object(map)) => map,
-            _ => serde_json::Map::default(),
+    fn read(text: &'static str) -> Result<ComposeSchema, String> {
+        let mut root = raw_object(text)?;
+        let definitions = match root.remove("definitions") {
+            Some(definitions) => raw_object(definitions.get())?,
+            None => BTreeMap::new(),
         };
+        let mut schema = Schema::default();
+        for (word, value) in root {
+            let value: Json = serde_json::from_str(value.get()).map_err(|e| e.to_string())?;
+            schema.read_word(&word, &value)?;
+        }
         Ok(ComposeSchema {
-            root: Schema::read(&json)?,
+            root: schema,
             definitions: definitions
                 .into_iter()
                 .map(|(name, json)| (name, Definition::new(json)))
@@ -622,7 +636,9 @@ mod tests {
     fn the_built_in_schema_is_understood() {
         let schema = compiled().expect("schema");
         for (name, definition) in &schema.definitions {
-            Schema::read(&definition.json).unwrap_or_else(|error| panic!("{name}: {error}"));
+            definition
+                .read()
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
         }
         assert!(all_keys().len() > 300);
         assert!(keys_at("services.*.healthcheck").contains(&"start_period".to_owned()));

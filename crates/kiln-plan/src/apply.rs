@@ -2,6 +2,7 @@
 //! long gone: each changes only what it can still be about.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kiln_model::instance::{ExitStatus, Observed, ObservedState};
 use kiln_model::{InstanceId, Millis};
@@ -69,7 +70,7 @@ pub fn apply(world: &mut World, event: Event, now: Millis) {
                 return;
             }
             world.under_way.remove(&EffectKey::Route);
-            world.routes = Some(table);
+            world.routes = Some(Arc::new(table));
             world.routes_doubtful = false;
             if let Some(cause) = &failed {
                 fail_rollout(world, cause.clone(), None);

@@ -340,13 +340,13 @@ impl<'a> Planner<'a> {
         {
             rollout.moved = true;
         }
-        let table = routes::wanted(self.world, self.releases, self.now);
+        let mut table = routes::wanted(self.world, self.releases, self.now);
         let same = self.proxy_known()
             && self
                 .world
                 .routes
                 .as_ref()
-                .is_some_and(|current| routes::same_but_for_generation(current, &table));
+                .is_some_and(|current| routes::same_but_for_generation(current, &mut table));
         let nothing_yet = self.world.routes.is_none()
             && table.services.is_empty()
             && self.world.goal == Goal::Nothing

@@ -2,6 +2,7 @@
 //! through all for each service would be most of planning.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kiln_model::{InstanceId, ServiceName};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -9,27 +10,28 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::world::Instance;
 
 /// Goes by service, then by id, and is stored as a map of ids. An instance's service never
-/// changes.
+/// changes. A clone shares what neither changes: every step keeps the world before it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Instances {
-    services: BTreeMap<ServiceName, BTreeMap<InstanceId, Instance>>,
-    service_of: BTreeMap<InstanceId, ServiceName>,
+    services: BTreeMap<ServiceName, Arc<BTreeMap<InstanceId, Instance>>>,
+    service_of: Arc<BTreeMap<InstanceId, ServiceName>>,
 }
 
 impl Instances {
     pub fn insert(&mut self, id: InstanceId, instance: Instance) {
         self.remove(&id);
         let service = instance.service.clone();
-        self.service_of.insert(id.clone(), service.clone());
-        self.services
-            .entry(service)
-            .or_default()
-            .insert(id, instance);
+        Arc::make_mut(&mut self.service_of).insert(id.clone(), service.clone());
+        let copies = self.services.entry(service).or_default();
+        Arc::make_mut(copies).insert(id, instance);
     }
 
     pub fn remove(&mut self, id: &InstanceId) -> Option<Instance> {
-        let service = self.service_of.remove(id)?;
-        let copies = self.services.get_mut(&service)?;
+        if !self.contains_key(id) {
+            return None;
+        }
+        let service = Arc::make_mut(&mut self.service_of).remove(id)?;
+        let copies = Arc::make_mut(self.services.get_mut(&service)?);
         let instance = copies.remove(id);
         if copies.is_empty() {
             self.services.remove(&service);
@@ -42,7 +44,8 @@ impl Instances {
     }
 
     pub fn get_mut(&mut self, id: &InstanceId) -> Option<&mut Instance> {
-        self.services.get_mut(self.service_of.get(id)?)?.get_mut(id)
+        let copies = self.services.get_mut(self.service_of.get(id)?)?;
+        Arc::make_mut(copies).get_mut(id)
     }
 
     pub fn contains_key(&self, id: &InstanceId) -> bool {
@@ -63,22 +66,24 @@ impl Instances {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&InstanceId, &Instance)> {
-        self.services.values().flatten()
+        self.services.values().flat_map(|copies| copies.iter())
     }
 
     pub fn values(&self) -> impl Iterator<Item = &Instance> {
-        self.services.values().flat_map(BTreeMap::values)
+        self.services.values().flat_map(|copies| copies.values())
     }
 
     pub fn values_mut(&mut self) -> impl Iterator<Item = &mut Instance> {
-        self.services.values_mut().flat_map(BTreeMap::values_mut)
+        let services = self.services.values_mut();
+        services.flat_map(|copies| Arc::make_mut(copies).values_mut())
     }
 
     pub fn of_service<'a>(
         &'a self,
         service: &ServiceName,
     ) -> impl Iterator<Item = (&'a InstanceId, &'a Instance)> + use<'a> {
-        self.services.get(service).into_iter().flatten()
+        let copies = self.services.get(service).into_iter();
+        copies.flat_map(|copies| copies.iter())
     }
 }
 

@@ -118,10 +118,11 @@ pub(crate) fn wanted(world: &World, releases: &Releases, now: Millis) -> Routing
     }
 }
 
-pub(crate) fn same_but_for_generation(a: &RoutingTable, b: &RoutingTable) -> bool {
-    let mut b = b.clone();
-    b.generation = a.generation;
-    *a == b
+pub(crate) fn same_but_for_generation(a: &RoutingTable, b: &mut RoutingTable) -> bool {
+    let own = std::mem::replace(&mut b.generation, a.generation);
+    let same = *a == *b;
+    b.generation = own;
+    same
 }
 
 fn service_route(
@@ -221,8 +222,8 @@ fn chosen<'w>(new: Copies<'w>, old: Copies<'w>, replicas: u32) -> Copies<'w> {
 
 /// Was made later: numbers in ids of one service only grow.
 pub(crate) fn newer(one: &InstanceId, other: &InstanceId) -> bool {
-    let age = |id: &InstanceId| (id.as_str().len(), id.to_string());
-    age(one) > age(other)
+    let (one, other) = (one.as_str(), other.as_str());
+    (one.len(), one) > (other.len(), other)
 }
 
 /// Callers wait when the service served before and a copy is coming.

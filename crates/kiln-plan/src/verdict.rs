@@ -251,13 +251,13 @@ impl Planner<'_> {
 
     /// Every service serves with as many copies as wanted, and the proxy knows.
     fn arrived(&self, goal: &Prepared, state: &RolloutState) -> bool {
-        let table = routes::wanted(self.world, self.releases, self.now);
+        let mut table = routes::wanted(self.world, self.releases, self.now);
         let routed = self.proxy_known()
             && self
                 .world
                 .routes
                 .as_ref()
-                .is_some_and(|current| routes::same_but_for_generation(current, &table));
+                .is_some_and(|current| routes::same_but_for_generation(current, &mut table));
         let returning = matches!(state, RolloutState::Returning { .. });
         routed
             && goal.release.services.iter().all(|(name, released)| {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::ops::Range;
+use std::sync::Arc;
 
 use kiln_model::instance::ExitStatus;
 use kiln_model::network::BridgeNetwork;
@@ -100,7 +101,7 @@ pub struct World {
     pub attempts: BTreeMap<(ServiceName, u32), Attempt>,
     pub layout: Layout,
     /// The table the proxy last confirmed.
-    pub routes: Option<RoutingTable>,
+    pub routes: Option<Arc<RoutingTable>>,
     /// It may follow another one, or none: it must be told anew before anything is done
     /// that relies on it.
     #[serde(default)]

@@ -363,7 +363,7 @@ fn errors_of_the_first_of_many_bring_it_back_before_the_rest_has_moved() {
 fn a_table_with_more_than_the_step_says_is_refused() {
     let outside = second(web("1", 1, canary), web("2", 1, canary));
     for (weight, refused) in [(5, false), (6, true)] {
-        let mut table = outside.world.routes.clone().unwrap();
+        let mut table = kiln_model::RoutingTable::clone(outside.world.routes.as_ref().unwrap());
         let route = table.services.get_mut(&name("web")).unwrap();
         route.split.as_mut().unwrap().weight = weight;
         let plan = Plan {
