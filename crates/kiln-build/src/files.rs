@@ -61,6 +61,10 @@ pub trait Source {
     fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>>;
     /// Everything about an entry; reads a file's content if its digest isn't known.
     fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError>;
+    /// The same of many, in their order.
+    fn entries(&self, paths: &[Names]) -> Result<Vec<(Meta, Shape)>, FilesError> {
+        paths.iter().map(|path| self.entry(path)).collect()
+    }
 }
 
 /// Something files are copied into.

@@ -147,6 +147,16 @@ impl Store {
     /// applies the layers (from the longest run of them already known), writes the tree
     /// and records the image durably. Adding it again only looks that all is there.
     pub fn add_image(&self, manifest: &Digest) -> Result<Image, AddImageError> {
+        self.add_built_image(manifest, None)
+    }
+
+    /// The same of an image whose layers were written from a tree, which saves reading
+    /// them again. The caller vouches for it that the layers make exactly this tree.
+    pub fn add_built_image(
+        &self,
+        manifest: &Digest,
+        tree: Option<&Tree>,
+    ) -> Result<Image, AddImageError> {
         let _lease = self.lease()?;
         let bytes = read_small(self, manifest, MAX_MANIFEST_BYTES)?;
         let parsed = parse_manifest(manifest, &bytes)?;
@@ -158,7 +168,10 @@ impl Store {
             return Ok(image);
         }
         let config = self.read_config(manifest, &parsed)?;
-        let tree = self.build_tree(&parsed, &config.diff_ids)?;
+        let tree = match tree {
+            Some(tree) => self.keep_chain(tree, &config.diff_ids)?,
+            None => self.build_tree(&parsed, &config.diff_ids)?,
+        };
         let layers =
             (parsed.layers.iter().zip(&config.diff_ids)).map(|(layer, diff_id)| ImageLayer {
                 digest: layer.digest,
@@ -279,8 +292,13 @@ impl Store {
         for (layer, diff_id) in parsed.layers.iter().zip(diff_ids).skip(done) {
             tree = self.layer_tree(&tree, &layer.digest, Some(diff_id))?;
         }
-        let digest = self.write_tree(&tree)?;
-        if let Some(chain) = chains.last() {
+        self.keep_chain(&tree, diff_ids)
+    }
+
+    /// Writes the tree that these layers make, and remembers that they do.
+    fn keep_chain(&self, tree: &Tree, diff_ids: &[Digest]) -> Result<Digest, AddImageError> {
+        let digest = self.write_tree(tree)?;
+        if let Some(chain) = chain_ids(diff_ids).last() {
             let text = format!("{digest}\n");
             self.replace(&self.layout.chain(chain), text.as_bytes())?;
         }

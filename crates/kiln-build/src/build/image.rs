@@ -8,6 +8,7 @@ use kiln_oci::blob::{BlobRead, BlobWrite};
 use kiln_oci::manifest::{
     ConfigDocument, Descriptor, Manifest, media_type, parse_config, write_config,
 };
+use kiln_store::Tree;
 
 use super::{BuildError, Builder};
 use crate::containerfile::{self, Instruction, Span};
@@ -74,9 +75,11 @@ impl Builder {
         })
     }
 
+    /// Puts an image together; `tree`: what its layers make, where that is at hand.
     pub(super) fn keep(
         &self,
         (document, layers): (ConfigDocument, Vec<LayerRef>),
+        tree: Option<&Tree>,
     ) -> Result<Digest, Box<dyn std::error::Error + Send + Sync>> {
         let config = write_config(&document);
         let (digest, size) = self.store.write(None, &mut config.as_slice())?;
@@ -88,7 +91,7 @@ impl Builder {
         let config = Descriptor::new(media_type::OCI_CONFIG, digest, size);
         let manifest = Manifest::new(config, descriptors).to_bytes();
         let (digest, _) = self.store.write(None, &mut manifest.as_slice())?;
-        self.store.add_image(&digest)?;
+        self.store.add_built_image(&digest, tree)?;
         Ok(digest)
     }
 

@@ -368,13 +368,13 @@ impl Builder {
         }
         let context = self.context(prepared)?;
         let run = Run::new(self, prepared, images, context.as_ref(), conditions)?;
-        let document = run.stages()?;
+        let (document, tree) = run.stages()?;
         if let Some(context) = &context
             && let Err(cause) = context.save()
         {
             tracing::debug!(%cause, "the context's digests were not remembered");
         }
-        self.keep(document).map_err(keep)
+        self.keep(document, tree.as_deref()).map_err(keep)
     }
 
     /// Scanned only if anything is taken from it.

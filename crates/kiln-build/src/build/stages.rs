@@ -9,6 +9,7 @@ use kiln_model::secrets::Finder;
 use kiln_model::spec::Build;
 use kiln_model::{Digest, ProgressEvent};
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
+use kiln_store::Tree;
 
 use super::image::Image;
 use super::{BuildError, Builder, Prepared, image_context};
@@ -24,6 +25,9 @@ use crate::secrets::{self, Given, Located, Refused};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
 const MAX_AT_ONCE: usize = 8;
+
+/// The configuration and layers of what was built, and the tree where it is at hand.
+type Target = ((ConfigDocument, Vec<LayerRef>), Option<Arc<Tree>>);
 
 /// A build while it runs.
 pub(super) struct Run<'a> {
@@ -118,7 +122,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    pub(super) fn stages(mut self) -> Result<(ConfigDocument, Vec<LayerRef>), BuildError> {
+    pub(super) fn stages(mut self) -> Result<Target, BuildError> {
         self.all()?;
         let last = self.prepared.graph.stages.last().map(|needed| needed.index);
         let target = last.and_then(|index| self.built[index].take());
@@ -130,7 +134,8 @@ impl<'a> Run<'a> {
         document.created = Some(timestamp(self.site.epoch));
         document.diff_ids = target.building.layers.iter().map(|l| l.diff_id).collect();
         document.config.platform = self.prepared.request.platform.clone();
-        Ok((document, target.building.layers))
+        let tree = target.building.files.exact_tree();
+        Ok(((document, target.building.layers), tree))
     }
 
     /// Refuses an image with secrets in it, and says what each instance gets of its own.
@@ -340,7 +345,7 @@ impl<'a> Run<'a> {
         step: &Step,
         [number, total, twin]: [usize; 3],
     ) -> Result<(), BuildError> {
-        let mut layer = None;
+        let mut layers = 0;
         if step.action != Action::None {
             let find = |text: &str, span: Span| self.find(needed.index, text, span);
             let stage = self.stage_name(needed.index);
@@ -351,17 +356,21 @@ impl<'a> Run<'a> {
                 twin,
             };
             let done = self.site.step(&mut built.building, step, &place, &find);
-            layer = done.map_err(BuildError::Step)?.layer;
+            layers = done.map_err(BuildError::Step)?.layers;
         }
         let said = secrets::in_instruction(&self.finder, &step.history);
         built.building.find(step, said);
-        built.document.history.push(History {
-            created: Some(timestamp(self.prepared.request.epoch)),
-            created_by: Some(step.history.clone()),
-            comment: None,
-            author: None,
-            empty_layer: layer.is_none(),
-        });
+        // Engines want an entry for every layer.
+        built
+            .document
+            .history
+            .extend((0..layers.max(1)).map(|part| History {
+                created: Some(timestamp(self.prepared.request.epoch)),
+                created_by: Some(step.history.clone()),
+                comment: (layers > 1).then(|| format!("part {} of {layers}", part + 1)),
+                author: None,
+                empty_layer: layers == 0,
+            }));
         Ok(())
     }
 

@@ -11,7 +11,8 @@ use super::{BuildError, Builder, now_nanos};
 use crate::context::Context;
 use crate::context::source::ContextSource;
 use crate::copy;
-use crate::exec::{ExecError, layer};
+use crate::exec::ExecError;
+use crate::exec::layer::Delta;
 use crate::files::{self, FilesError, Kind, Meta, Names, Shape, Source, Target};
 use crate::rootfs::Rootfs;
 
@@ -55,10 +56,12 @@ impl Builder {
                 .map_err(|e| fail(e.into()))?;
         }
         let scratch = crate::exec::scratch(&self.cache).map_err(fail)?;
-        let layer = layer::write(&before, &target.tree, &self.store, &scratch);
-        let Some(layer) = layer.map_err(|e| fail(e.into()))? else {
+        let delta = Delta::between(&before, &target.tree);
+        let Some(part) = delta.whole() else {
             return Ok(*base);
         };
+        let layer = part.write(&self.store, &scratch);
+        let layer = layer.map_err(|e| fail(e.into()))?;
         let mut document = image.document;
         document.diff_ids.push(layer.diff_id);
         document.history.push(History {
@@ -70,7 +73,7 @@ impl Builder {
         });
         let mut layers = image.layers;
         layers.push(layer);
-        self.keep((document, layers)).map_err(keep)
+        self.keep((document, layers), None).map_err(keep)
     }
 
     /// A digest of what is at these paths: their names and contents, and no times.

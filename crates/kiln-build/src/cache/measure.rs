@@ -146,8 +146,11 @@ fn steps(
 ) -> Result<(), CacheError> {
     for (path, meta) in parts(folder)? {
         let record = remembered(&path);
-        let layer = record.as_ref().and_then(|record| record.layer.as_ref());
-        let layer = layer.map(|layer| layer.digest);
+        // Each of several layers has a record of its own, which holds it.
+        let layer = match record.as_ref().map(|record| record.layers.as_slice()) {
+            Some([layer]) => Some(layer.digest),
+            _ => None,
+        };
         let mut bytes = meta.blocks() * 512;
         if let Some(layer) = layer {
             bytes += store.weigh(needs, &[layer])?;

@@ -12,7 +12,12 @@ use kiln_store::Store;
 
 use super::stat_cache::{Stamp, StatCache};
 use super::{Context, EntryKind};
-use crate::files::{FilesError, Kind, Meta, Shape, Source, shown};
+use crate::files::{FilesError, Kind, Meta, Names, Shape, Source, shown};
+
+/// Files read at the same time; a bound on memory.
+const MAX_THREADS: usize = 4;
+/// Files that are not worth a thread of their own.
+const FEW: usize = 64;
 
 /// A context with its memory of digests.
 pub struct ContextSource {
@@ -130,6 +135,30 @@ impl Source for ContextSource {
             EntryKind::Device => return Err(FilesError::Device(shown(path))),
         };
         Ok((meta, shape))
+    }
+
+    /// Several at a time: reading and keeping many small files is waiting, mostly.
+    fn entries(&self, paths: &[Names]) -> Result<Vec<(Meta, Shape)>, FilesError> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = processors.min(MAX_THREADS).min(paths.len().div_ceil(FEW));
+        let mut found: Vec<Option<Result<(Meta, Shape), FilesError>>> = Vec::new();
+        found.resize_with(paths.len(), || None);
+        let work = Mutex::new(paths.chunks(FEW).zip(found.chunks_mut(FEW)));
+        let next = || work.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let take = || {
+            while let Some((paths, found)) = next() {
+                for (path, found) in paths.iter().zip(found) {
+                    *found = Some(self.entry(path));
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(take);
+            }
+            take();
+        });
+        found.into_iter().flatten().collect()
     }
 }
 

@@ -84,24 +84,15 @@ pub fn pick(
         if kind != Kind::Folder && left_out(&path, exclude) {
             continue;
         }
-        let (meta, shape) = source.entry(&real)?;
-        let mut items = vec![Item {
-            path: Names::new(),
-            meta,
-            shape,
-        }];
-        if kind == Kind::Folder {
-            let walk = Walk {
-                source,
-                root: &real,
-                include: None,
-                exclude,
-            };
-            walk.folder(&mut Names::new(), Position::default(), &mut items)?;
-        }
+        let walk = Walk {
+            source,
+            root: &real,
+            include: None,
+            exclude,
+        };
         all.push(Picked {
             name: path.last().cloned().unwrap_or_default(),
-            items,
+            items: walk.items(kind == Kind::Folder)?,
             parents: false,
         });
     }
@@ -138,22 +129,15 @@ fn pick_parents(
     }
     let everything = if wanted.is_empty() { "**" } else { wanted };
     let include = Patterns::new([everything])?;
-    let (meta, shape) = source.entry(&root)?;
-    let mut items = vec![Item {
-        path: Names::new(),
-        meta,
-        shape,
-    }];
     let walk = Walk {
         source,
         root: &root,
         include: Some(&include),
         exclude,
     };
-    walk.folder(&mut Names::new(), Position::default(), &mut items)?;
     Ok(Picked {
         name: Vec::new(),
-        items,
+        items: walk.items(true)?,
         parents: true,
     })
 }
@@ -173,14 +157,27 @@ struct Position {
 }
 
 impl<S: Source + ?Sized> Walk<'_, S> {
-    fn folder(
-        &self,
-        below: &mut Names,
-        at: Position,
-        items: &mut Vec<Item>,
-    ) -> Result<(), CopyError> {
-        let real = |below: &Names| [self.root, below].concat();
-        for name in self.source.names(&real(below)) {
+    /// The root and, of a folder, what is in it.
+    fn items(&self, folder: bool) -> Result<Vec<Item>, CopyError> {
+        let mut found = vec![Names::new()];
+        if folder {
+            self.folder(&mut Names::new(), Position::default(), &mut found);
+        }
+        let real: Vec<Names> = found.iter().map(|below| self.real(below)).collect();
+        let entries = self.source.entries(&real)?;
+        let items = found.into_iter().zip(entries);
+        Ok(items
+            .map(|(path, (meta, shape))| Item { path, meta, shape })
+            .collect())
+    }
+
+    fn real(&self, below: &[Vec<u8>]) -> Names {
+        [self.root, below].concat()
+    }
+
+    /// Adds the paths below a folder that are meant.
+    fn folder(&self, below: &mut Names, at: Position, found: &mut Vec<Names>) {
+        for name in self.source.names(&self.real(below)) {
             let text = match at.text.as_str() {
                 "" => String::from_utf8_lossy(&name).into_owned(),
                 parent => format!("{parent}/{}", String::from_utf8_lossy(&name)),
@@ -191,35 +188,28 @@ impl<S: Source + ?Sized> Walk<'_, S> {
                 None => (true, Seen::default()),
             };
             below.push(name);
-            let path = real(below);
-            let folder = self.source.kind(&path) == Some(Kind::Folder);
+            let folder = self.source.kind(&self.real(below)) == Some(Kind::Folder);
             let keep = wanted && !out;
             if !keep && (!folder || (out && !self.exclude.takes_back())) {
                 below.pop();
                 continue;
             }
-            let (meta, shape) = self.source.entry(&path)?;
-            let before = items.len();
-            items.push(Item {
-                path: below.clone(),
-                meta,
-                shape,
-            });
+            let before = found.len();
+            found.push(below.clone());
             if folder {
                 let next = Position {
                     include,
                     exclude,
                     text,
                 };
-                self.folder(below, next, items)?;
+                self.folder(below, next, found);
                 // A folder that is only on the way is there for what is in it.
-                if !keep && items.len() == before + 1 {
-                    items.pop();
+                if !keep && found.len() == before + 1 {
+                    found.pop();
                 }
             }
             below.pop();
         }
-        Ok(())
     }
 }
 

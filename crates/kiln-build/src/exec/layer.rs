@@ -1,6 +1,7 @@
-//! What changed between two trees, as a layer.
+//! What changed between two trees, as layers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::Path;
 
@@ -8,8 +9,10 @@ use kiln_model::Digest;
 use kiln_oci::blob::{BlobWrite, BlobWriteError, Expected};
 use kiln_oci::layer::{Entry, EntryKind, LayerWriteError, LayerWriter};
 use kiln_store::Store;
-use kiln_store::tree::{ChangeKind, Kind, Node, Tree, diff};
+use kiln_store::tree::{Change, ChangeKind, InodeId, Kind, Metadata, Node, Tree, diff};
 use serde::{Deserialize, Serialize};
+
+use super::state::Key;
 
 /// A layer that is in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,86 +44,311 @@ pub enum LayerError {
     Blob(#[from] BlobWriteError),
 }
 
-/// Writes what `after` has and `before` hasn't; `None`: nothing changed. `scratch` is a
-/// folder for a temporary file.
-pub fn write(
-    before: &Tree,
-    after: &Tree,
-    store: &Store,
-    scratch: &Path,
-) -> Result<Option<LayerRef>, LayerError> {
-    let changes = diff(before, after);
-    if changes.is_empty() {
-        return Ok(None);
-    }
-    let fail = |cause| LayerError::Scratch {
-        folder: scratch.display().to_string(),
-        cause,
-    };
-    let file = tempfile::tempfile_in(scratch).map_err(fail)?;
-    let mut writer = LayerWriter::new(file, None)?;
-    let names = first_names(after);
-    let mut written = BTreeMap::new();
-    let mut gone: Option<Vec<u8>> = None;
-    for change in changes {
-        let path = change.path;
-        match change.kind {
-            ChangeKind::Removed(_) => {
-                // What lay in a folder that is gone, or is something else now, goes with it.
-                let below = |folder: &Vec<u8>| {
-                    path.len() > folder.len()
-                        && path.starts_with(folder)
-                        && path[folder.len()] == b'/'
-                };
-                if !gone.as_ref().is_some_and(below) {
-                    writer.whiteout(&path)?;
-                    gone = Some(path);
-                }
-            }
-            ChangeKind::Added(node) => {
-                add(&mut writer, store, &path, &node, &names, &mut written)?;
-            }
-            ChangeKind::Modified { before, after, .. } => {
-                if before.is_dir() && !after.is_dir() {
-                    gone = Some(path.clone());
-                }
-                add(&mut writer, store, &path, &after, &names, &mut written)?;
-            }
+/// Bytes of files that are worth a layer of their own.
+const PART_BYTES: u64 = 8 << 20;
+/// Most layers of one instruction.
+const MOST_PARTS: u64 = 16;
+/// Docker mounts at most 125 layers; others of a build want some, too.
+const MOST_LAYERS: usize = 100;
+
+/// What one tree has and another hasn't, as layers: one, or where there is much of it
+/// several of about the same size. A file that changes then changes the layer it is in, not
+/// all that came with it, and layers are made at the same time.
+pub struct Delta<'t> {
+    after: &'t Tree,
+    changes: Vec<Change>,
+    /// Paths with other names (hard links): a number they share, and how many they are.
+    links: BTreeMap<Vec<u8>, (InodeId, u32)>,
+}
+
+/// What becomes one layer; in the order of a walk, never empty.
+pub struct Part<'d> {
+    delta: &'d Delta<'d>,
+    pub changes: Vec<&'d Change>,
+}
+
+impl<'t> Delta<'t> {
+    pub fn between(before: &Tree, after: &'t Tree) -> Self {
+        let links = after
+            .walk()
+            .filter(|item| item.links > 1 && !item.node.is_dir())
+            .map(|item| (item.path, (item.inode, item.links)))
+            .collect();
+        Self {
+            after,
+            changes: diff(before, after),
+            links,
         }
     }
-    let (layer, mut file) = writer.finish()?;
-    file.rewind().map_err(fail)?;
-    let expected = Expected {
-        digest: layer.digest,
-        size: layer.size,
-    };
-    if !store.contains(&layer.digest).unwrap_or(false) {
-        store.write(Some(expected), &mut file)?;
+
+    /// Its layers make exactly the later tree of the earlier one: it has no sockets and no
+    /// parts of seconds, which layers can't hold, and no new names of files that are in
+    /// lower layers, which become files of their own.
+    pub fn is_exact(&self) -> bool {
+        let mut names: BTreeMap<InodeId, (u32, u32)> = BTreeMap::new();
+        for change in &self.changes {
+            let holds = |node: &Node| node.kind != Kind::Socket && node.meta.mtime.nanos == 0;
+            if !node_of(change).is_none_or(holds) {
+                return false;
+            }
+            if let Some((inode, links)) = self.links.get(&change.path) {
+                names.entry(*inode).or_insert((0, *links)).0 += 1;
+            }
+        }
+        names.values().all(|(here, links)| here == links)
     }
-    Ok(Some(LayerRef {
-        digest: layer.digest,
-        size: layer.size,
-        diff_id: layer.diff_id,
-    }))
+
+    /// As one layer; `None`: nothing changed.
+    pub fn whole(&self) -> Option<Part<'_>> {
+        (!self.changes.is_empty()).then(|| Part {
+            delta: self,
+            changes: self.changes.iter().collect(),
+        })
+    }
+
+    /// The layers it makes over `below` others; follows from the trees alone.
+    pub fn parts(&self, below: usize) -> Vec<Part<'_>> {
+        let total = self.changes.iter().filter_map(file_size).sum();
+        let count = parts_for(total, MOST_LAYERS.saturating_sub(below));
+        if count == 1 {
+            return self.whole().into_iter().collect();
+        }
+        let mut folders: HashMap<&[u8], u64> = HashMap::new();
+        for change in &self.changes {
+            *folders.entry(folder(&change.path)).or_default() += file_size(change).unwrap_or(0);
+        }
+        let mut parts: Vec<Vec<&Change>> = vec![Vec::new(); count];
+        for change in &self.changes {
+            let apart = file_size(change).is_some() && !self.links.contains_key(&change.path);
+            // A folder's files stay together, unless they are most of all there is.
+            let folder = folder(&change.path);
+            let large = folders.get(folder).copied().unwrap_or(0) > total / count as u64;
+            let name = if large { &change.path } else { folder };
+            let index = match apart {
+                true => usize::from(Digest::of(name).as_bytes()[0]) % count,
+                false => 0,
+            };
+            parts[index].push(change);
+        }
+        let parts = parts.into_iter().filter(|changes| !changes.is_empty());
+        parts
+            .map(|changes| Part {
+                delta: self,
+                changes,
+            })
+            .collect()
+    }
 }
 
-/// For every path with other names (hard links): a number they share.
-fn first_names(tree: &Tree) -> BTreeMap<Vec<u8>, kiln_store::tree::InodeId> {
-    tree.walk()
-        .filter(|item| item.links > 1 && !item.node.is_dir())
-        .map(|item| (item.path, item.inode))
-        .collect()
+/// A power of two, so that few changes of the size change all parts.
+fn parts_for(bytes: u64, room: usize) -> usize {
+    let count = (bytes / PART_BYTES).next_power_of_two().min(MOST_PARTS) as usize;
+    match count {
+        // Fewer are not worth it.
+        0..4 => 1,
+        count if count > room => 1,
+        count => count,
+    }
 }
 
-fn add<W: io::Write>(
-    writer: &mut LayerWriter<W>,
-    store: &Store,
-    path: &[u8],
-    node: &Node,
-    names: &BTreeMap<Vec<u8>, kiln_store::tree::InodeId>,
-    written: &mut BTreeMap<kiln_store::tree::InodeId, Vec<u8>>,
-) -> Result<(), LayerError> {
-    let mut kind = match &node.kind {
+fn node_of(change: &Change) -> Option<&Node> {
+    match &change.kind {
+        ChangeKind::Added(node) | ChangeKind::Modified { after: node, .. } => Some(node),
+        ChangeKind::Removed(_) => None,
+    }
+}
+
+/// Bytes of a file that is written; `None`: it is none, or takes a folder's place.
+fn file_size(change: &Change) -> Option<u64> {
+    if let ChangeKind::Modified { before, .. } = &change.kind
+        && before.is_dir()
+    {
+        return None;
+    }
+    match node_of(change)?.kind {
+        Kind::File { size, .. } => Some(size),
+        _ => None,
+    }
+}
+
+fn folder(path: &[u8]) -> &[u8] {
+    let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
+    &path[..end]
+}
+
+impl Part<'_> {
+    /// Says the layer's whole content, before it is made.
+    pub fn key(&self) -> Digest {
+        let mut key = Key::new("layer", &Digest::of(""));
+        let mut linked: BTreeMap<InodeId, &[u8]> = BTreeMap::new();
+        for change in &self.changes {
+            key.field(&change.path);
+            for (path, node) in self.folders_above(&change.path) {
+                hash_node(key.field(path), node);
+            }
+            match node_of(change) {
+                Some(node) => hash_node(&mut key, node),
+                None => drop(key.field(b"removed")),
+            }
+            if let Some((inode, _)) = self.delta.links.get(&change.path) {
+                key.field(linked.entry(*inode).or_insert(&change.path));
+            }
+        }
+        key.finish()
+    }
+
+    /// The folders on the way to a path, without the root.
+    fn folders_above<'p>(&self, path: &'p [u8]) -> impl Iterator<Item = (&'p [u8], &Node)> {
+        let ends = path.iter().enumerate().filter(|(_, b)| **b == b'/');
+        ends.map(|(end, _)| &path[..end])
+            .filter_map(|path| Some((path, self.delta.after.get(path)?)))
+    }
+
+    /// Writes the layer into the store. `scratch` is a folder for a temporary file.
+    ///
+    /// The folders above what it holds are in it: engines make those that are missing as
+    /// they like.
+    pub fn write(&self, store: &Store, scratch: &Path) -> Result<LayerRef, LayerError> {
+        let fail = |cause| LayerError::Scratch {
+            folder: scratch.display().to_string(),
+            cause,
+        };
+        let file = tempfile::tempfile_in(scratch).map_err(fail)?;
+        let mut layer = Writing {
+            writer: LayerWriter::new(file, None)?,
+            store,
+            links: &self.delta.links,
+            linked: BTreeMap::new(),
+            folders: HashSet::new(),
+        };
+        let mut gone: Option<&[u8]> = None;
+        for change in &self.changes {
+            let path = change.path.as_slice();
+            let is_gone = |folder: &[u8]| path.len() > folder.len() && is_below(path, folder);
+            match &change.kind {
+                // What lay in a folder that is gone, or is something else now, goes with it.
+                ChangeKind::Removed(_) if gone.is_some_and(is_gone) => continue,
+                ChangeKind::Removed(_) => gone = Some(path),
+                ChangeKind::Modified { before, after, .. }
+                    if before.is_dir() && !after.is_dir() =>
+                {
+                    gone = Some(path);
+                }
+                _ => {}
+            }
+            for (path, node) in self.folders_above(path) {
+                layer.add(path, node)?;
+            }
+            match node_of(change) {
+                Some(node) => layer.add(path, node)?,
+                None => layer.writer.whiteout(path)?,
+            }
+        }
+        let (layer, mut file) = layer.writer.finish()?;
+        file.rewind().map_err(fail)?;
+        let expected = Expected {
+            digest: layer.digest,
+            size: layer.size,
+        };
+        if !store.contains(&layer.digest).unwrap_or(false) {
+            store.write(Some(expected), &mut file)?;
+        }
+        Ok(LayerRef {
+            digest: layer.digest,
+            size: layer.size,
+            diff_id: layer.diff_id,
+        })
+    }
+}
+
+fn is_below(path: &[u8], folder: &[u8]) -> bool {
+    path.starts_with(folder) && path.get(folder.len()) == Some(&b'/')
+}
+
+fn hash_node(key: &mut Key, node: &Node) {
+    let Metadata {
+        mode,
+        uid,
+        gid,
+        mtime,
+        xattrs,
+    } = &node.meta;
+    for number in [mode, uid, gid, &mtime.nanos] {
+        key.field(&number.to_le_bytes());
+    }
+    key.field(&mtime.seconds.to_le_bytes());
+    if !xattrs.is_empty() {
+        key.debug(xattrs);
+    }
+    match &node.kind {
+        Kind::File { digest, size } => {
+            key.field(digest.as_bytes()).field(&size.to_le_bytes());
+        }
+        other => drop(key.debug(other)),
+    }
+}
+
+/// A layer while it is written.
+struct Writing<'a, W: io::Write> {
+    writer: LayerWriter<W>,
+    store: &'a Store,
+    links: &'a BTreeMap<Vec<u8>, (InodeId, u32)>,
+    /// The first name of each that has several.
+    linked: BTreeMap<InodeId, Vec<u8>>,
+    folders: HashSet<Vec<u8>>,
+}
+
+impl<W: io::Write> Writing<'_, W> {
+    fn add(&mut self, path: &[u8], node: &Node) -> Result<(), LayerError> {
+        if node.is_dir() && !self.folders.insert(path.to_vec()) {
+            return Ok(());
+        }
+        // A layer can't hold a socket; it means nothing without its process.
+        let Some(mut kind) = entry_kind(node) else {
+            return Ok(());
+        };
+        if let Some((inode, _)) = self.links.get(path) {
+            match self.linked.get(inode) {
+                Some(first) => {
+                    kind = EntryKind::Hardlink {
+                        target: first.clone(),
+                    };
+                }
+                None => {
+                    self.linked.insert(*inode, path.to_vec());
+                }
+            }
+        }
+        let entry = Entry {
+            path: path.to_vec(),
+            mode: node.meta.mode,
+            uid: node.meta.uid,
+            gid: node.meta.gid,
+            mtime: node.meta.mtime.seconds,
+            xattrs: node.meta.xattrs.clone(),
+            kind,
+        };
+        let mut content: Box<dyn Read> = match (&entry.kind, &node.kind) {
+            (EntryKind::File { .. }, Kind::File { digest, .. }) => {
+                Box::new(content(self.store, path, digest)?)
+            }
+            _ => Box::new(io::empty()),
+        };
+        Ok(self.writer.entry(&entry, &mut content)?)
+    }
+}
+
+fn content(store: &Store, path: &[u8], digest: &Digest) -> Result<File, LayerError> {
+    let fail = |cause: Box<dyn std::error::Error + Send + Sync>| LayerError::Content {
+        path: String::from_utf8_lossy(path).into_owned(),
+        cause,
+    };
+    let object = store.open_object(digest).map_err(|e| fail(Box::new(e)))?;
+    object.ok_or_else(|| fail(digest.to_string().into()))
+}
+
+fn entry_kind(node: &Node) -> Option<EntryKind> {
+    Some(match &node.kind {
         Kind::Dir => EntryKind::Dir,
         Kind::File { size, .. } => EntryKind::File { size: *size },
         Kind::Symlink { target } => EntryKind::Symlink {
@@ -135,42 +363,6 @@ fn add<W: io::Write>(
             minor: *minor,
         },
         Kind::Fifo => EntryKind::Fifo,
-        // A layer can't hold a socket; it means nothing without its process.
-        Kind::Socket => return Ok(()),
-    };
-    if let Some(inode) = names.get(path) {
-        match written.get(inode) {
-            Some(first) => {
-                kind = EntryKind::Hardlink {
-                    target: first.clone(),
-                };
-            }
-            None => {
-                written.insert(*inode, path.to_vec());
-            }
-        }
-    }
-    let entry = Entry {
-        path: path.to_vec(),
-        mode: node.meta.mode,
-        uid: node.meta.uid,
-        gid: node.meta.gid,
-        mtime: node.meta.mtime.seconds,
-        xattrs: node.meta.xattrs.clone(),
-        kind,
-    };
-    let mut content: Box<dyn Read> = match (&entry.kind, &node.kind) {
-        (EntryKind::File { .. }, Kind::File { digest, .. }) => {
-            let fail = |cause: Box<dyn std::error::Error + Send + Sync>| LayerError::Content {
-                path: String::from_utf8_lossy(path).into_owned(),
-                cause,
-            };
-            let object = store.open_object(digest).map_err(|e| fail(Box::new(e)))?;
-            let object = object.ok_or_else(|| fail(digest.to_string().into()))?;
-            Box::new(object)
-        }
-        _ => Box::new(io::empty()),
-    };
-    writer.entry(&entry, &mut content)?;
-    Ok(())
+        Kind::Socket => return None,
+    })
 }

@@ -20,8 +20,8 @@ mod work;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kiln_model::instance::ExitStatus;
@@ -38,8 +38,8 @@ use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
 use crate::network::{Network, NetworkError};
-use crate::secrets::{self, Given, Located};
-use layer::{LayerError, LayerRef};
+use crate::secrets::{self, Finding, Given, Located};
+use layer::{Delta, LayerError, LayerRef, Part};
 use reason::{Inputs, Reasons};
 use state::{Files, Key, Made, StepCache};
 pub(crate) use sweep::VERIFY_PREFIX;
@@ -47,6 +47,9 @@ pub use sweep::sweep;
 
 /// How many of a failed command's last lines are told.
 pub const TOLD_LINES: usize = 30;
+
+/// Layers made at the same time; a bound on memory.
+const MAX_LAYER_THREADS: usize = 4;
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -214,7 +217,8 @@ pub struct Place<'a> {
 
 /// What one step came to.
 pub struct Done {
-    pub layer: Option<LayerRef>,
+    /// How many it added.
+    pub layers: usize,
     pub cached: bool,
 }
 
@@ -282,7 +286,7 @@ impl Site<'_> {
         }
         match &step.action {
             Action::None => Ok(Done {
-                layer: None,
+                layers: 0,
                 cached: false,
             }),
             Action::Folder { path, user } => {
@@ -330,7 +334,7 @@ impl Site<'_> {
         if let Some(made) = known {
             building.advance(key, made.clone(), None, told.step);
             return Ok(Done {
-                layer: made.layer,
+                layers: made.layers.len(),
                 cached: true,
             });
         }
@@ -345,25 +349,82 @@ impl Site<'_> {
         let begun = Instant::now();
         let before = building.files.tree(&self.store)?;
         let after = make(&building.files)?;
-        let scratch = self.scratch()?;
+        let delta = Delta::between(&before, &after);
+        let (layers, findings) = self.layers(&delta, building.layers.len())?;
+        let exact = building.files.is_exact() && delta.is_exact();
         let made = Made {
-            findings: secrets::in_tree(&before, &after, &self.store, &self.given)?,
-            layer: layer::write(&before, &after, &self.store, &scratch)?,
+            layers,
+            findings: secrets::judged(findings, &after, &self.store),
             took: begun.elapsed().into(),
         };
-        steps
-            .put(&key, made.clone())
-            .map_err(|cause| ExecError::Scratch {
-                path: self.cache.join(StepCache::FOLDER),
-                cause,
-            })?;
+        self.remember(&steps, &key, made.clone())?;
         if let Err(cause) = told.reasons.remember(key, inputs) {
             tracing::debug!(%cause, "an instruction's inputs were not remembered");
         }
-        building.advance(key, made.clone(), Some(after), told.step);
-        Ok(Done {
-            layer: made.layer,
+        let done = Done {
+            layers: made.layers.len(),
             cached: false,
+        };
+        building.advance(key, made, Some((after, exact)), told.step);
+        Ok(done)
+    }
+
+    /// Writes what has changed, several layers at a time, and looks for what may not be in
+    /// them. A layer of a part that is as it was in an earlier build is there already.
+    fn layers(
+        &self,
+        delta: &Delta<'_>,
+        below: usize,
+    ) -> Result<(Vec<LayerRef>, Vec<Finding>), ExecError> {
+        let parts = delta.parts(below);
+        let mut made: Vec<Option<Result<Made, ExecError>>> = Vec::new();
+        made.resize_with(parts.len(), || None);
+        let remember = parts.len() > 1 && self.given.is_empty() && !self.no_cache;
+        let work = Mutex::new(parts.iter().zip(&mut made));
+        let next = || work.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let run = || {
+            while let Some((part, made)) = next() {
+                *made = Some(self.layer(part, remember));
+            }
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 1..processors.min(MAX_LAYER_THREADS).min(parts.len()) {
+                scope.spawn(run);
+            }
+            run();
+        });
+        let (mut layers, mut findings) = (Vec::new(), Vec::new());
+        for one in made.into_iter().flatten() {
+            let one = one?;
+            layers.extend(one.layers);
+            findings.extend(one.findings);
+        }
+        Ok((layers, findings))
+    }
+
+    fn layer(&self, part: &Part<'_>, remember: bool) -> Result<Made, ExecError> {
+        let steps = StepCache::new(&self.cache);
+        let key = remember.then(|| part.key());
+        if let Some(made) = key.and_then(|key| steps.get(&key, &self.store)) {
+            return Ok(made);
+        }
+        let begun = Instant::now();
+        let made = Made {
+            findings: secrets::in_changes(&part.changes, &self.store, &self.given)?,
+            layers: vec![part.write(&self.store, &self.scratch()?)?],
+            took: begun.elapsed().into(),
+        };
+        if let Some(key) = key {
+            self.remember(&steps, &key, made.clone())?;
+        }
+        Ok(made)
+    }
+
+    fn remember(&self, steps: &StepCache, key: &Digest, made: Made) -> Result<(), ExecError> {
+        steps.put(key, made).map_err(|cause| ExecError::Scratch {
+            path: self.cache.join(StepCache::FOLDER),
+            cause,
         })
     }
 
@@ -386,16 +447,17 @@ impl Building {
         &mut self,
         key: Digest,
         made: Made,
-        tree: Option<kiln_store::tree::Tree>,
+        tree: Option<(kiln_store::tree::Tree, bool)>,
         step: &Step,
     ) {
-        self.files = match (tree, &made.layer) {
-            (Some(tree), _) => Files::given(key, tree),
-            (None, Some(layer)) => Files::layer(key, self.files.clone(), layer.digest),
+        let blobs: Vec<Digest> = made.layers.iter().map(|layer| layer.digest).collect();
+        self.files = match tree {
+            Some((tree, exact)) => Files::given(key, tree, exact),
             // Nothing changed, but what comes next may still depend on it.
-            (None, None) => self.files.clone(),
+            None if blobs.is_empty() => self.files.clone(),
+            None => Files::layers(key, self.files.clone(), blobs),
         };
-        self.layers.extend(made.layer);
+        self.layers.extend(made.layers);
         self.find(step, made.findings);
     }
 

@@ -165,7 +165,9 @@ impl Site<'_> {
         }
         let tree = match shown {
             Shown::Stage(files) => files.mountable(&self.store)?,
-            Shown::Made { tree, key } => Files::given(*key, tree.clone()).mountable(&self.store)?,
+            Shown::Made { tree, key } => {
+                Files::given(*key, tree.clone(), false).mountable(&self.store)?
+            }
         };
         Ok(InstanceMountSource::Tree {
             tree,

@@ -21,7 +21,7 @@ use super::layer::LayerRef;
 use crate::cache;
 use crate::secrets::Finding;
 
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Files known by their key.
 pub struct Files {
@@ -29,16 +29,18 @@ pub struct Files {
     recipe: Recipe,
     tree: OnceLock<Arc<Tree>>,
     written: OnceLock<Digest>,
+    /// The tree is what the layers make, to the last detail.
+    exact: bool,
 }
 
 enum Recipe {
     Empty,
     /// A tree of the store.
     Written(Digest),
-    /// One layer more than these.
-    Layer {
+    /// Some layers more than these.
+    Layers {
         below: Arc<Files>,
-        blob: Digest,
+        blobs: Vec<Digest>,
     },
     /// Given at birth.
     Given,
@@ -51,6 +53,7 @@ impl Files {
             recipe,
             tree: OnceLock::new(),
             written: OnceLock::new(),
+            exact: true,
         })
     }
 
@@ -63,14 +66,28 @@ impl Files {
         Self::new(manifest, Recipe::Written(tree))
     }
 
-    pub fn layer(key: Digest, below: Arc<Files>, blob: Digest) -> Arc<Self> {
-        Self::new(key, Recipe::Layer { below, blob })
+    pub fn layers(key: Digest, below: Arc<Files>, blobs: Vec<Digest>) -> Arc<Self> {
+        Self::new(key, Recipe::Layers { below, blobs })
     }
 
-    pub fn given(key: Digest, tree: Tree) -> Arc<Self> {
-        let files = Self::new(key, Recipe::Given);
-        let _ = files.tree.set(Arc::new(tree));
-        files
+    /// `exact`: the tree is what layers make of one that is.
+    pub fn given(key: Digest, tree: Tree, exact: bool) -> Arc<Self> {
+        Arc::new(Self {
+            key,
+            recipe: Recipe::Given,
+            tree: OnceLock::from(Arc::new(tree)),
+            written: OnceLock::new(),
+            exact,
+        })
+    }
+
+    pub fn is_exact(&self) -> bool {
+        self.exact
+    }
+
+    /// The tree, if it is at hand and what the layers make.
+    pub fn exact_tree(&self) -> Option<Arc<Tree>> {
+        self.tree.get().filter(|_| self.exact).cloned()
     }
 
     pub fn tree(&self, store: &Store) -> Result<Arc<Tree>, ExecError> {
@@ -80,11 +97,13 @@ impl Files {
         let tree = match &self.recipe {
             Recipe::Empty | Recipe::Given => Tree::new(),
             Recipe::Written(digest) => store.load_tree(digest).map_err(ExecError::store)?,
-            Recipe::Layer { below, blob } => {
-                let below = below.tree(store)?;
-                store
-                    .layer_tree(&below, blob, None)
-                    .map_err(ExecError::store)?
+            Recipe::Layers { below, blobs } => {
+                let mut tree = (*below.tree(store)?).clone();
+                for blob in blobs {
+                    let next = store.layer_tree(&tree, blob, None);
+                    tree = next.map_err(ExecError::store)?;
+                }
+                tree
             }
         };
         Ok(self.tree.get_or_init(|| Arc::new(tree)).clone())
@@ -141,9 +160,9 @@ impl Key {
 /// What came of a step.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Made {
-    /// `None`: it changed nothing.
-    pub layer: Option<LayerRef>,
-    /// What is in the layer that may not be in an image.
+    /// None: it changed nothing.
+    pub layers: Vec<LayerRef>,
+    /// What is in the layers that may not be in an image.
     pub findings: Vec<Finding>,
     pub took: Millis,
 }
@@ -186,10 +205,8 @@ impl StepCache {
     pub fn get(&self, key: &Digest, store: &Store) -> Option<Made> {
         let path = self.path(key);
         let made = remembered(&path)?;
-        let known = match &made.layer {
-            Some(layer) => store.contains(&layer.digest).unwrap_or(false),
-            None => true,
-        };
+        let there = |layer: &LayerRef| store.contains(&layer.digest).unwrap_or(false);
+        let known = made.layers.iter().all(there);
         if known {
             cache::used(&path);
         }

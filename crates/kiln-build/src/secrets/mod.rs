@@ -29,7 +29,7 @@ use crate::containerfile::Span;
 use crate::context::glob::{BadPattern, Glob};
 pub(crate) use instruction::{in_instruction, in_labels};
 pub use scan::Given;
-pub(crate) use scan::in_tree;
+pub(crate) use scan::{in_changes, in_tree, judged};
 
 /// Something that was found.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -159,8 +159,7 @@ pub(crate) fn in_image(
     let image = store.image(manifest).map_err(ExecError::store)?;
     let image = image.ok_or(ExecError::Lost(*manifest))?;
     let tree = store.load_tree(&image.tree).map_err(ExecError::store)?;
-    let given = Given::new(&std::collections::BTreeMap::new());
-    let found = in_tree(&kiln_store::Tree::new(), &tree, store, &given)?;
+    let found = in_tree(&tree, store)?;
     let fail = |cause| ExecError::Scratch {
         path: path.clone(),
         cause,
