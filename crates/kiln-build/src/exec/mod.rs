@@ -6,6 +6,7 @@
 
 mod agent;
 mod apt;
+mod fetches;
 pub mod layer;
 mod mounts;
 mod reason;
@@ -15,6 +16,7 @@ mod steps;
 mod sweep;
 mod unfold;
 mod upper;
+mod variables;
 mod work;
 
 use std::collections::BTreeMap;
@@ -37,8 +39,10 @@ use crate::copy::archive::ArchiveError;
 use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
-use crate::network::{Network, NetworkError};
+use crate::network::record::Recordings;
+use crate::network::{Network, NetworkError, RecordError};
 use crate::secrets::{self, Given, Located};
+use fetches::Taped;
 use layer::{LayerError, LayerRef};
 use reason::{Inputs, Reasons};
 use state::{Files, Key, Made, StepCache};
@@ -83,6 +87,8 @@ pub enum ExecError {
     },
     #[error("there is no network for the command")]
     Network(#[source] Box<NetworkError>),
+    #[error("what the command fetched")]
+    Record(#[source] RecordError),
     #[error("what a killed build left can't be taken away")]
     Left(#[source] kiln_runtime::RuntimeError),
     #[error("the sandbox can't be started")]
@@ -167,6 +173,12 @@ pub struct Site<'a> {
     pub given: Given,
     /// What remote sources are pinned to; learns.
     pub pins: Arc<std::sync::Mutex<crate::remote::Pins>>,
+    /// What RUNs fetched; learns.
+    pub recordings: Arc<Recordings>,
+    /// What is recorded is fetched anew.
+    pub live: bool,
+    /// The folder of what was recorded.
+    pub bodies: PathBuf,
     /// Sockets of ssh agents, by id.
     pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
@@ -205,6 +217,8 @@ pub struct Building {
 pub struct Place<'a> {
     /// For people, with a blank after it; empty where there is one stage only.
     pub stage: &'a str,
+    /// The stage as the file names it, or what it is built from.
+    pub home: &'a str,
     /// Among the stage's steps, and of how many.
     pub number: usize,
     pub total: usize,
@@ -222,7 +236,24 @@ pub struct Done {
 struct Told<'a> {
     task: &'a str,
     step: &'a Step,
+    place: &'a Place<'a>,
     reasons: Reasons,
+}
+
+/// What carrying out a step came to.
+struct Carried {
+    tree: kiln_store::tree::Tree,
+    /// What the result depends on and was not known before.
+    fetched: Option<Digest>,
+}
+
+impl From<kiln_store::tree::Tree> for Carried {
+    fn from(tree: kiln_store::tree::Tree) -> Self {
+        Self {
+            tree,
+            fetched: None,
+        }
+    }
 }
 
 impl Site<'_> {
@@ -244,6 +275,7 @@ impl Site<'_> {
         let told = Told {
             task: &task,
             step,
+            place,
             reasons: Reasons::new(&self.cache, &self.build, step, place),
         };
         let result = self.carry_out(building, step, &told, find);
@@ -291,7 +323,7 @@ impl Site<'_> {
                 key.field(&self.epoch.to_le_bytes());
                 let inputs = || self.folder_inputs(&before, path, user);
                 self.cached(building, key.finish(), told, inputs, |files| {
-                    self.folder(files, path, user)
+                    self.folder(files, path, user).map(Carried::from)
                 })
             }
             Action::Copy(copy) => {
@@ -299,15 +331,16 @@ impl Site<'_> {
                 let key = self.copy_key(&before, copy, &picked);
                 let inputs = || self.copy_inputs(&before, copy, &picked);
                 self.cached(building, key, told, inputs, |files| {
-                    self.place(files, copy, &picked)
+                    self.place(files, copy, &picked).map(Carried::from)
                 })
             }
             Action::Run(run) => {
                 let mounts = self.mounts(run, step.span, find)?;
                 let key = self.run_key(&before, run, &mounts);
+                let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
-                self.cached(building, key, told, inputs, |files| {
-                    self.run(files, run, &mounts, told.task)
+                self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
+                    self.run(files, run, &mounts, taped.as_ref(), told.task)
                 })
             }
         }
@@ -320,35 +353,57 @@ impl Site<'_> {
         key: Digest,
         told: &Told<'_>,
         inputs: impl FnOnce() -> Inputs,
-        make: impl FnOnce(&Files) -> Result<kiln_store::tree::Tree, ExecError>,
+        make: impl FnOnce(&Files) -> Result<Carried, ExecError>,
+    ) -> Result<Done, ExecError> {
+        self.taped_run(building, key, told, None, inputs, make)
+    }
+
+    /// The same for what may fetch something: that is part of the key, so that a result is
+    /// never taken for one that was made of something else.
+    fn taped_run(
+        &self,
+        building: &mut Building,
+        of: Digest,
+        told: &Told<'_>,
+        taped: Option<&Taped>,
+        inputs: impl FnOnce() -> Inputs,
+        make: impl FnOnce(&Files) -> Result<Carried, ExecError>,
     ) -> Result<Done, ExecError> {
         let steps = StepCache::new(&self.cache);
-        let known = match self.no_cache {
+        let known = taped.and_then(Taped::digest);
+        let key = fetches::key(&of, known);
+        let anew = self.anew(taped);
+        let made = match self.no_cache || anew {
             true => None,
             false => steps.get(&key, &self.store),
         };
-        if let Some(made) = known {
+        if let Some(made) = made {
             building.advance(key, made.clone(), None, told.step);
             return Ok(Done {
                 layer: made.layer,
                 cached: true,
             });
         }
-        let inputs = inputs();
+        let mut inputs = inputs();
+        inputs.fetched(known.as_ref());
         self.progress.event(ProgressEvent::Explained {
             task: told.task.to_owned(),
-            why: match self.no_cache {
-                true => "no_cache asks for it".into(),
-                false => told.reasons.why(&key, &inputs),
+            why: match (self.no_cache, anew) {
+                (true, _) => "no_cache asks for it".into(),
+                (false, true) => "what it fetches is recorded anew".into(),
+                (false, false) => told.reasons.why(&key, &inputs),
             },
         });
         let begun = Instant::now();
         let before = building.files.tree(&self.store)?;
-        let after = make(&building.files)?;
+        let Carried { tree, fetched } = make(&building.files)?;
+        let key = fetches::key(&of, fetched);
+        inputs.fetched(fetched.as_ref());
         let scratch = self.scratch()?;
+        let marks = taped.map(|_| self.marks()).unwrap_or_default();
         let made = Made {
-            findings: secrets::in_tree(&before, &after, &self.store, &self.given)?,
-            layer: layer::write(&before, &after, &self.store, &scratch)?,
+            findings: secrets::in_tree(&before, &tree, &self.store, &self.given, &marks)?,
+            layer: layer::write(&before, &tree, &self.store, &scratch)?,
             took: begun.elapsed().into(),
         };
         steps
@@ -360,7 +415,7 @@ impl Site<'_> {
         if let Err(cause) = told.reasons.remember(key, inputs) {
             tracing::debug!(%cause, "an instruction's inputs were not remembered");
         }
-        building.advance(key, made.clone(), Some(after), told.step);
+        building.advance(key, made.clone(), Some(tree), told.step);
         Ok(Done {
             layer: made.layer,
             cached: false,

@@ -160,7 +160,7 @@ pub(crate) fn in_image(
     let image = image.ok_or(ExecError::Lost(*manifest))?;
     let tree = store.load_tree(&image.tree).map_err(ExecError::store)?;
     let given = Given::new(&std::collections::BTreeMap::new());
-    let found = in_tree(&kiln_store::Tree::new(), &tree, store, &given)?;
+    let found = in_tree(&kiln_store::Tree::new(), &tree, store, &given, &[])?;
     let fail = |cause| ExecError::Scratch {
         path: path.clone(),
         cause,

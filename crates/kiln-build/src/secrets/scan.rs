@@ -51,6 +51,7 @@ pub(crate) fn in_tree(
     after: &Tree,
     store: &Store,
     given: &Given,
+    marks: &[Vec<u8>],
 ) -> Result<Vec<Finding>, ExecError> {
     let new: Vec<New> = diff(before, after).into_iter().filter_map(new).collect();
     let finder = Finder::default();
@@ -59,7 +60,7 @@ pub(crate) fn in_tree(
     let work = || {
         let mut content = Vec::new();
         while let Some(file) = new.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let one = look(file, store, &finder, given, &mut content);
+            let one = look(file, store, &finder, (given, marks), &mut content);
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
             match one {
                 Ok(one) => found.0.extend(one),
@@ -103,7 +104,7 @@ fn look(
     file: &New,
     store: &Store,
     finder: &Finder,
-    given: &Given,
+    (given, marks): (&Given, &[Vec<u8>]),
     content: &mut Vec<u8>,
 ) -> Result<Vec<Finding>, ExecError> {
     let path = String::from_utf8_lossy(&file.path);
@@ -132,6 +133,9 @@ fn look(
     }
     if credentials::is_known(&path) && credentials::has_login(&path, content) {
         kinds.push("file with a login".into());
+    }
+    if marks.iter().any(|mark| contains(content, mark)) {
+        kinds.push("what a RUN is given for this build only, to reach the recording proxy".into());
     }
     for (id, value) in &given.0 {
         if contains(content, value) {

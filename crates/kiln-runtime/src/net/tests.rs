@@ -91,6 +91,7 @@ fn firewall(networks: &[&BridgeNetwork], catch_all_port: u16) -> Firewall {
         table: "kiln-test00".to_owned(),
         networks: networks.iter().map(|n| (*n).clone()).collect(),
         catch_all_port: Some(catch_all_port),
+        recorder: None,
     }
 }
 
