@@ -229,7 +229,7 @@ impl Site<'_> {
     ) -> Result<Option<Digest>, ExecError> {
         let outcome = session.finish(connection.direct());
         if let Some(error) = outcome.error {
-            return Err(ExecError::Record(error));
+            return Err(ExecError::Record(Box::new(error)));
         }
         let Some(taped) = taped.filter(|_| done) else {
             return Ok(None);

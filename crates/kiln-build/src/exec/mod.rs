@@ -9,6 +9,7 @@ mod apt;
 mod fetches;
 pub mod layer;
 mod mounts;
+mod npm;
 mod reason;
 mod run;
 pub mod state;
@@ -88,7 +89,7 @@ pub enum ExecError {
     #[error("there is no network for the command")]
     Network(#[source] Box<NetworkError>),
     #[error("what the command fetched")]
-    Record(#[source] RecordError),
+    Record(#[source] Box<RecordError>),
     #[error("what a killed build left can't be taken away")]
     Left(#[source] kiln_runtime::RuntimeError),
     #[error("the sandbox can't be started")]

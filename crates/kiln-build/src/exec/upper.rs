@@ -14,6 +14,7 @@ use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
 use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree, TreeEditError};
 
+use super::npm;
 use super::variables::{self, Variables};
 use crate::files::{Meta, Shape};
 use crate::rootfs::node;
@@ -122,7 +123,7 @@ pub fn take(
         }
         let shape = match identity {
             true => keep(&mut io::empty(), store, &path)?,
-            false => shape(&full, &stat, store, &path, traces.variables)?,
+            false => shape(&full, &stat, store, &path, (traces.variables, times.epoch))?,
         };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
@@ -168,7 +169,7 @@ fn shape(
     stat: &fs::Metadata,
     store: &Store,
     path: &Path,
-    variables: &Variables,
+    (variables, epoch): (&Variables, i64),
 ) -> Result<Shape, UpperError> {
     let read = |cause| UpperError::Read {
         path: path.to_owned(),
@@ -195,6 +196,7 @@ fn shape(
             let mut content = Vec::new();
             io::Read::read_to_end(&mut file, &mut content).map_err(read)?;
             let content = variables.taken_out_of(content);
+            let content = npm::settled(path.as_os_str().as_bytes(), content, epoch);
             return keep(&mut content.as_slice(), store, path);
         }
         keep(&mut file, store, path)?
@@ -289,7 +291,9 @@ fn is_trace(path: &[u8]) -> bool {
         b"etc/subuid-",
         b"etc/subgid-",
     ];
-    FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
+    const NPM_LOGS: &[u8] = b".npm/_logs/";
+    let npm = path.windows(NPM_LOGS.len()).any(|part| part == NPM_LOGS);
+    npm || FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
 }
 
 #[cfg(test)]

@@ -236,14 +236,14 @@ mod tests {
             ("npm".to_owned(), b"very-hush-3311\n".to_vec()),
             ("short".to_owned(), b"x".to_vec()),
         ]);
-        let found = in_tree(&Tree::new(), &tree, &store, &Given::new(&secrets)).unwrap();
+        let found = in_tree(&Tree::new(), &tree, &store, &Given::new(&secrets), &[]).unwrap();
         let told = found.iter().map(|f| match f.made_anew {
             true => format!("{} {} made anew", f.place, f.kind),
             false => format!("{} {}", f.place, f.kind),
         });
         // What is new is new once.
         assert_eq!(
-            in_tree(&tree, &tree, &store, &Given(Vec::new())).unwrap(),
+            in_tree(&tree, &tree, &store, &Given(Vec::new()), &[]).unwrap(),
             []
         );
         told.collect()

@@ -47,4 +47,6 @@ pub use subnet::{DEFAULT_POOLS, FreeSubnetError, SUBNET_PREFIX, free_subnet, fre
 pub use sysctl::SysctlError;
 
 #[cfg(test)]
+mod recorder_tests;
+#[cfg(test)]
 mod tests;

@@ -28,8 +28,11 @@ use super::session::{Body, Session, said};
 const AT_ONCE: usize = 512;
 /// Threads that read and write.
 const THREADS: usize = 2;
-/// Who says nothing in a tunnel for so long waits for the other side: it is not HTTP.
-const FIRST_WORD: Duration = Duration::from_secs(2);
+/// Who says nothing in a tunnel for so long waits for the other side: it is not HTTP. At
+/// HTTP's own ports it is only slow (npm opens many tunnels at once).
+const FIRST_WORD: Duration = Duration::from_secs(5);
+const FIRST_WORD_OF_HTTP: Duration = Duration::from_secs(300);
+const PORTS_OF_HTTP: [u16; 4] = [80, 443, 8080, 8443];
 /// A TLS handshake takes no longer.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 /// The first byte of a TLS connection (RFC 8446: a handshake record).
@@ -212,7 +215,11 @@ async fn tunnel(
     port: u16,
 ) {
     let mut first = [0; 8];
-    let read = tokio::time::timeout(FIRST_WORD, io.read(&mut first)).await;
+    let patience = match PORTS_OF_HTTP.contains(&port) {
+        true => FIRST_WORD_OF_HTTP,
+        false => FIRST_WORD,
+    };
+    let read = tokio::time::timeout(patience, io.read(&mut first)).await;
     let length = match read {
         Ok(Ok(0) | Err(_)) => return,
         Ok(Ok(length)) => length,
