@@ -28,6 +28,9 @@
 //!   },
 //!   "git": {
 //!     "https://example.org/tool.git#v1": "<commit>"
+//!   },
+//!   "network": {
+//!     "web": {"…": "what its RUNs fetched: see `network::record`"}
 //!   }
 //! }
 //! ```
@@ -47,6 +50,7 @@ use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::network::record::Recording;
 use crate::remote::Pins;
 
 /// A lock file larger than this is not one of ours.
@@ -95,6 +99,9 @@ pub struct Lock {
     /// Canonical reference → digest of its manifest or index.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, Digest>,
+    /// What RUNs fetched, by service ([`crate::network::record`]).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub network: BTreeMap<String, BTreeMap<String, Recording>>,
     /// What ADD took from elsewhere: sections `urls` and `git`.
     #[serde(flatten)]
     pub remote: Pins,
@@ -109,6 +116,7 @@ impl Default for Lock {
             format: Self::FORMAT,
             bases: BTreeMap::new(),
             images: BTreeMap::new(),
+            network: BTreeMap::new(),
             remote: Pins::default(),
             other: BTreeMap::new(),
         }
@@ -159,7 +167,7 @@ pub enum ArchiveKind {
     Security,
 }
 
-mod bare_hex {
+pub(crate) mod bare_hex {
     use kiln_model::Digest;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
@@ -261,6 +269,7 @@ impl Lock {
     pub fn update(&mut self) {
         self.bases.clear();
         self.images.clear();
+        self.network.clear();
         self.remote = Pins::default();
     }
 }

@@ -4,18 +4,10 @@
 
 mod world;
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
-
 use kiln_build::build::BuildRequest;
-use kiln_build::debian::{self, Asked, DebianContext, Machine, sandbox};
-use kiln_build::lock::Lock;
-use kiln_model::Digest;
-use kiln_model::progress::Silent;
 use kiln_model::spec::DebianBase;
 use kiln_store::tree::Tree;
-use world::{World, busybox, sandboxes, world};
+use world::{busybox, compose, sandboxes, world};
 
 const SOURCES: &str = "etc/apt/sources.list.d/kiln.sources";
 /// As much of a Debian as is looked at.
@@ -78,37 +70,6 @@ fn who_has_sources_or_no_apt_is_shown_none() {
     ] {
         one.build(folder.path(), &text).unwrap();
     }
-}
-
-/// Puts an image of this base into the world's store under the name `root`.
-async fn compose(world: &World, base: &DebianBase) -> Digest {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let platform = kiln_oci::host_platform();
-    let context = DebianContext {
-        blobs: world.builder.store.clone(),
-        run_scripts: sandbox::runner(world.builder.runtime.clone(), Arc::default()),
-        cache: Path::new(env!("CARGO_TARGET_TMPDIR")).join("apt-cache"),
-        client: kiln_build::http_client().unwrap(),
-        progress: Arc::new(Silent),
-        epoch: 0,
-        machine: Machine {
-            root: "/".into(),
-            now: now.unwrap().as_secs(),
-            arch: debian::architecture(&platform).unwrap().into(),
-        },
-    };
-    let asked = Asked {
-        name: "root",
-        base,
-        mirror: None,
-    };
-    let mut lock = Lock::default();
-    let composed = debian::compose(&context, &asked, &mut lock).await.unwrap();
-    let manifest = composed.image.manifest;
-    world.builder.store.add_image(&manifest).unwrap();
-    let images = &mut world.images.lock().unwrap();
-    images.insert("root".into(), manifest);
-    manifest
 }
 
 /// Needs the network.

@@ -272,6 +272,7 @@ impl Networks {
             table: format!("{}{}", net::TABLE_PREFIX, self.tag),
             networks: networks.into_values().cloned().collect(),
             catch_all_port: Some(catch_all_port),
+            recorder: None,
         }
         .apply()
         .map_err(|e| e.to_string())

@@ -88,7 +88,7 @@ const HELD_BY: &[(&str, &[&str])] = &[
     ("nix", &["kiln-runtime"]),
     ("libc", &["kiln-runtime"]),
     ("seccompiler", &["kiln-runtime"]),
-    ("ring", &["kiln-runtime"]),
+    ("ring", &["kiln-runtime", "kiln-build"]),
     ("rusqlite", &["kiln-daemon"]),
     ("axum", &["kiln-daemon"]),
     ("clap", &["kiln"]),

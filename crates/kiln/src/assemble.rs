@@ -12,6 +12,7 @@ use std::time::Instant;
 use kiln_build::build::{BuildError, BuildRequest, Builder, Difference, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::lock::Lock;
+use kiln_build::network::record::Recordings;
 use kiln_build::network::{Network, host_resolver};
 use kiln_build::resolve::{ResolveError, Resolver};
 use kiln_build::secrets::{self, Allowed};
@@ -52,6 +53,8 @@ pub struct Assembler<'a> {
     allowed: Arc<Allowed>,
     /// Images that were there before: building them again is no news.
     had: BTreeSet<Digest>,
+    /// What RUNs fetch is fetched and recorded anew.
+    live: bool,
 }
 
 /// What `kiln watch` has beside the project, by service; nothing for everyone else.
@@ -143,6 +146,7 @@ impl<'a> Assembler<'a> {
             runtime: runtime.clone(),
             progress: progress.clone(),
             network: Arc::new(Network::new(&context.root, &cache, host_resolver())),
+            fetches: Builder::fetches(&cache),
             cache: cache.clone(),
         };
         let tester = Tester {
@@ -158,6 +162,7 @@ impl<'a> Assembler<'a> {
             .collect();
         Ok(Self {
             had,
+            live: false,
             allowed,
             context,
             loaded,
@@ -168,6 +173,11 @@ impl<'a> Assembler<'a> {
             builder,
             tester,
         })
+    }
+
+    pub fn live(mut self, live: bool) -> Self {
+        self.live = live;
+        self
     }
 
     fn spec(&self) -> &Spec {
@@ -210,7 +220,10 @@ impl<'a> Assembler<'a> {
             let first = self.image_of(name, service, &mut lock).await;
             lock.save(&lock_path).map_err(input)?;
             let first = first?;
-            let again = self.build_request(&format!("{name} again"), build, &lock)?;
+            let mut again = self.build_request(name.as_str(), build, &lock)?;
+            again.name = format!("{name} again");
+            // What the first has just recorded.
+            again.live = false;
             let mut prepared = prepare(again).map_err(build_error)?;
             let images = self.images_of(&mut prepared, &mut lock).await?;
             let verified = self.builder.verify(prepared, images, first).await;
@@ -345,7 +358,8 @@ impl<'a> Assembler<'a> {
             ImageSource::Build { build, .. } => build,
         };
         let request = self.build_request(name.as_str(), build, lock)?;
-        let pins = request.pins.clone();
+        let (pins, recordings) = (request.pins.clone(), request.recordings.clone());
+        let platform = request.platform.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
         let began = Instant::now();
@@ -359,6 +373,13 @@ impl<'a> Assembler<'a> {
         let pins = pins.lock().unwrap_or_else(PoisonError::into_inner).clone();
         lock.remote.urls.extend(pins.urls);
         lock.remote.git.extend(pins.git);
+        let whole = built.is_ok().then_some(platform.as_str());
+        let recorded = recordings.settled(whole);
+        let not_recorded: usize = recorded.values().map(|one| one.direct.len()).sum();
+        match recorded.is_empty() {
+            true => lock.network.remove(name.as_str()),
+            false => lock.network.insert(name.to_string(), recorded),
+        };
         let how = match &built {
             Ok(_) => Finish::Done,
             Err(error) => Finish::Failed {
@@ -377,6 +398,9 @@ impl<'a> Assembler<'a> {
         if !self.had.contains(&digest) {
             let subject = format!("{}/{name}", self.spec().project);
             let mut details = vec![("digest", digest.to_string())];
+            if not_recorded > 0 {
+                details.push(("not_hermetic", format!("{not_recorded}, see kiln.lock")));
+            }
             let (allowed, _) = self.allowed.used();
             if !allowed.is_empty() {
                 details.push(("allow_secrets", allowed.join(" ")));
@@ -437,6 +461,10 @@ impl<'a> Assembler<'a> {
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
+            recordings: Arc::new(Recordings::new(
+                lock.network.get(name).cloned().unwrap_or_default(),
+            )),
+            live: self.live,
             allowed: self.allowed.clone(),
             cancel: self.cancel.clone(),
         })

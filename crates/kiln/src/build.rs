@@ -12,7 +12,7 @@ use kiln_oci::Reference;
 
 use crate::cache;
 use crate::check::verdict;
-use crate::cli::BuildArgs;
+use crate::cli::{BuildArgs, Fetching};
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
 use crate::report::{self, Problem, Region};
@@ -31,7 +31,8 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     if args.verify {
         return verify(context, args).await;
     }
-    let (_, release) = up::assembled(context, &args.project).await?;
+    let live = args.network == Fetching::Live;
+    let (_, release) = up::assembled(context, &args.project, live).await?;
     if context.json {
         return output::json(&release);
     }
@@ -45,7 +46,8 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
 async fn verify(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let loaded = project::load(&args.project)?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = up::assembler(context, &loaded, &cancel)?;
+    let live = args.network == Fetching::Live;
+    let assembler = up::assembler(context, &loaded, &cancel)?.live(live);
     let found = tokio::select! {
         found = assembler.verify() => found?,
         () = up::interrupted(cancel.clone()) => {

@@ -245,12 +245,29 @@ pub struct BuildArgs {
     /// What a release keeps, or a build under way needs, stays.
     #[arg(long, conflicts_with_all = ["check", "verify", "explain"])]
     pub prune: bool,
+    /// What commands fetch: as kiln.lock has recorded it, or anew
+    ///
+    /// What a RUN fetches over HTTP and HTTPS is recorded: its digest in kiln.lock, the content
+    /// below KILN_ROOT. Later builds get the same, without network where the content is there;
+    /// what a command asks for beyond that is fetched and recorded. With `live`, everything is
+    /// fetched and recorded anew.
+    #[arg(long, value_enum, default_value_t = Fetching::Locked, conflicts_with_all = ["check", "prune"])]
+    pub network: Fetching,
     /// Say of each instruction that was not taken from the cache why it was not
     #[arg(long)]
     pub explain: bool,
     /// How to show what is being done
     #[arg(long, value_enum, default_value_t = Form::Auto)]
     pub progress: Form,
+}
+
+/// Where what a RUN fetches comes from.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetching {
+    /// As kiln.lock has it
+    Locked,
+    /// From the network, and kiln.lock has it from then on
+    Live,
 }
 
 #[derive(Args, Debug)]

@@ -18,7 +18,7 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     context.make_root()?;
     // Held from the first write until the daemon has pinned what the release needs.
     let _lease = context.store()?.lease().map_err(machine)?;
-    let (environment, release) = assembled(context, &args.project).await?;
+    let (environment, release) = assembled(context, &args.project, false).await?;
     context.need_daemon().await?;
     let request = ReleaseRequest {
         release,
@@ -52,9 +52,11 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
     up(context, &args).await
 }
 
+/// `live`: what RUNs fetch is fetched and recorded anew.
 pub async fn assembled(
     context: &Context,
     args: &ProjectArgs,
+    live: bool,
 ) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
     let loaded = project::load(args)?;
     let environment = match &args.environment {
@@ -63,7 +65,7 @@ pub async fn assembled(
     }
     .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = assembler(context, &loaded, &cancel)?;
+    let assembler = assembler(context, &loaded, &cancel)?.live(live);
     let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
     Ok((environment, assembled.release))
 }

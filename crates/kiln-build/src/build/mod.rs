@@ -29,6 +29,7 @@ use crate::exec::{Conditions, ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
 use crate::lint::BadDirective;
 use crate::network::Network;
+use crate::network::record::{self, Recordings};
 use crate::remote::Pins;
 use crate::secrets::{Allowed, Refused};
 pub use check::{Checked, check};
@@ -46,6 +47,8 @@ pub struct Builder {
     pub cache: PathBuf,
     /// What RUN is connected to.
     pub network: Arc<Network>,
+    /// What RUNs fetched, by digest: [`Builder::fetches`] of the cache, unless stated.
+    pub fetches: PathBuf,
 }
 
 /// One build, with all that comes from outside already found.
@@ -64,6 +67,10 @@ pub struct BuildRequest {
     pub ssh: BTreeMap<String, PathBuf>,
     /// What ADD takes from elsewhere is pinned to; learns.
     pub pins: Arc<Mutex<Pins>>,
+    /// What RUNs fetched, as the lock has it for this image; learns.
+    pub recordings: Arc<Recordings>,
+    /// Everything that RUNs fetch is fetched, and recorded anew.
+    pub live: bool,
     /// What may be in the image although it looks like a secret; learns.
     pub allowed: Arc<Allowed>,
     /// Setting it ends the build.
@@ -290,6 +297,11 @@ fn read_file(build: &Build) -> Result<(String, Option<PathBuf>, Vec<u8>), BuildE
 }
 
 impl Builder {
+    /// Where a cache folder has what RUNs fetched.
+    pub fn fetches(cache: &Path) -> PathBuf {
+        cache.join(record::FOLDER)
+    }
+
     /// The images that must still be brought into the store before the build. ONBUILD
     /// instructions of those that are there may need more: ask until there are none.
     pub fn missing(

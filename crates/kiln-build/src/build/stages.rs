@@ -102,6 +102,9 @@ impl<'a> Run<'a> {
             secrets: &request.secrets,
             given: Given::new(&request.secrets),
             pins: request.pins.clone(),
+            recordings: request.recordings.clone(),
+            live: request.live,
+            bodies: builder.fetches.clone(),
             ssh: &request.ssh,
             cancel: &request.cancel,
             context,
@@ -349,8 +352,10 @@ impl<'a> Run<'a> {
         if step.action != Action::None {
             let find = |text: &str, span: Span| self.find(needed.index, text, span);
             let stage = self.stage_name(needed.index);
+            let own = &self.prepared.file.stages[needed.index];
             let place = Place {
                 stage: &stage,
+                home: own.name.as_deref().unwrap_or(&own.base),
                 number,
                 total,
                 twin,

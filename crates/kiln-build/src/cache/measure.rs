@@ -11,15 +11,18 @@ use kiln_store::{Needs, Store};
 
 use super::{CacheError, Entry, Pruning, at, used_ref};
 use crate::exec::state::{StepCache, remembered};
+use crate::network::record::FOLDER as FETCHES;
 
 /// Refs of images that can be fetched or composed again.
 const REFS: &str = "cache/";
 /// Folders whose parts are entries each, and what one is taken to have cost at least:
 /// downloads and compilers' caches are dear, records of what was seen are not.
-const FOLDERS: [(&str, Duration); 8] = [
+const FOLDERS: [(&str, Duration); 9] = [
     ("debian", Duration::from_secs(1)),
     ("debian/images", Duration::from_secs(10)),
     ("mounts", Duration::from_secs(60)),
+    // Servers may have nothing like it any more.
+    (FETCHES, Duration::from_secs(600)),
     ("git", Duration::from_secs(10)),
     ("context", Duration::from_secs(1)),
     ("tests", Duration::from_secs(2)),

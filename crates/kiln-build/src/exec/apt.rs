@@ -10,6 +10,7 @@ use super::work::Work;
 use super::{ExecError, Site};
 use crate::debian::sources::{self, Archive, KeyRef};
 use crate::files::{self, Source};
+use crate::lock::ArchiveKind;
 use crate::rootfs::Rootfs;
 
 /// Where the step sees them.
@@ -17,15 +18,20 @@ const TARGET: &str = "/etc/apt/sources.list.d/kiln.sources";
 /// A sources file, or an os-release, is not larger.
 const MAX_TEXT: u64 = 1 << 20;
 
+/// What apt is shown.
+#[derive(Default)]
+pub(super) struct Apt {
+    pub mounts: Vec<InstanceMount>,
+    /// The archives' names that the sources have, and the machine's mirrors, which the recording
+    /// proxy asks instead: what is recorded names no mirror either.
+    pub mirrors: Vec<(String, String)>,
+}
+
 impl Site<'_> {
-    /// What to mount for apt; nothing where there is no apt, or it has sources.
-    pub(super) fn apt(
-        &self,
-        before: &Rootfs,
-        work: &mut Work,
-    ) -> Result<Vec<InstanceMount>, ExecError> {
+    /// What is shown to apt; nothing where there is no apt, or it has sources.
+    pub(super) fn apt(&self, before: &Rootfs, work: &mut Work) -> Result<Apt, ExecError> {
         let Some(suite) = lacks_sources(before)? else {
-            return Ok(Vec::new());
+            return Ok(Apt::default());
         };
         let platform = kiln_oci::host_platform();
         let arch = crate::debian::architecture(&platform).unwrap_or_default();
@@ -36,9 +42,10 @@ impl Site<'_> {
             Ok(archives) => archives,
             Err(cause) => {
                 tracing::debug!(%cause, "no sources for apt");
-                return Ok(Vec::new());
+                return Ok(Apt::default());
             }
         };
+        let (archives, mirrors) = without_mirrors(archives);
         let mut mounts = Vec::new();
         let text = render(&archives, |key| {
             let name = key.file_name().unwrap_or_default().to_string_lossy();
@@ -48,12 +55,35 @@ impl Site<'_> {
         });
         if text.is_empty() {
             tracing::debug!("the machine's sources for apt are all on its own disk");
-            return Ok(Vec::new());
+            return Ok(Apt::default());
         }
         let path = work.file("apt-sources", text.as_bytes(), 0o644)?;
         mounts.push(file(path, TARGET.into()));
-        Ok(mounts)
+        Ok(Apt { mounts, mirrors })
     }
+}
+
+/// Archives by names that nobody has (RFC 6761, 6.4), and which mirror is behind each: what
+/// goes past the recording proxy reaches nothing. A second mirror of one archive stays as it is.
+fn without_mirrors(mut archives: Vec<Archive>) -> (Vec<Archive>, Vec<(String, String)>) {
+    let mut mirrors: Vec<(String, String)> = Vec::new();
+    for archive in &mut archives {
+        let own = match archive.kind {
+            ArchiveKind::Debian => "http://debian.invalid/debian",
+            ArchiveKind::Security => "http://debian.invalid/debian-security",
+        };
+        let real = archive.uri.trim_end_matches('/').to_owned();
+        let web = real.starts_with("http://") || real.starts_with("https://");
+        let known = mirrors.iter().find(|(shown, _)| shown == own);
+        if !web || known.is_some_and(|(_, other)| *other != real) {
+            continue;
+        }
+        if known.is_none() {
+            mirrors.push((own.to_owned(), real));
+        }
+        archive.uri = own.to_owned();
+    }
+    (archives, mirrors)
 }
 
 fn file(path: std::path::PathBuf, target: String) -> InstanceMount {

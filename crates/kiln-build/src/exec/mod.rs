@@ -6,8 +6,10 @@
 
 mod agent;
 mod apt;
+mod fetches;
 pub mod layer;
 mod mounts;
+mod npm;
 mod reason;
 mod run;
 pub mod state;
@@ -15,6 +17,7 @@ mod steps;
 mod sweep;
 mod unfold;
 mod upper;
+mod variables;
 mod work;
 
 use std::collections::BTreeMap;
@@ -37,8 +40,10 @@ use crate::copy::archive::ArchiveError;
 use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
-use crate::network::{Network, NetworkError};
+use crate::network::record::Recordings;
+use crate::network::{Network, NetworkError, RecordError};
 use crate::secrets::{self, Finding, Given, Located};
+use fetches::Taped;
 use layer::{Delta, LayerError, LayerRef, Part};
 use reason::{Inputs, Reasons};
 use state::{Files, Key, Made, StepCache};
@@ -86,6 +91,8 @@ pub enum ExecError {
     },
     #[error("there is no network for the command")]
     Network(#[source] Box<NetworkError>),
+    #[error("what the command fetched")]
+    Record(#[source] Box<RecordError>),
     #[error("what a killed build left can't be taken away")]
     Left(#[source] kiln_runtime::RuntimeError),
     #[error("the sandbox can't be started")]
@@ -170,6 +177,12 @@ pub struct Site<'a> {
     pub given: Given,
     /// What remote sources are pinned to; learns.
     pub pins: Arc<std::sync::Mutex<crate::remote::Pins>>,
+    /// What RUNs fetched; learns.
+    pub recordings: Arc<Recordings>,
+    /// What is recorded is fetched anew.
+    pub live: bool,
+    /// The folder of what was recorded.
+    pub bodies: PathBuf,
     /// Sockets of ssh agents, by id.
     pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
@@ -208,6 +221,8 @@ pub struct Building {
 pub struct Place<'a> {
     /// For people, with a blank after it; empty where there is one stage only.
     pub stage: &'a str,
+    /// The stage as the file names it, or what it is built from.
+    pub home: &'a str,
     /// Among the stage's steps, and of how many.
     pub number: usize,
     pub total: usize,
@@ -226,7 +241,24 @@ pub struct Done {
 struct Told<'a> {
     task: &'a str,
     step: &'a Step,
+    place: &'a Place<'a>,
     reasons: Reasons,
+}
+
+/// What carrying out a step came to.
+struct Carried {
+    tree: kiln_store::tree::Tree,
+    /// What the result depends on and was not known before.
+    fetched: Option<Digest>,
+}
+
+impl From<kiln_store::tree::Tree> for Carried {
+    fn from(tree: kiln_store::tree::Tree) -> Self {
+        Self {
+            tree,
+            fetched: None,
+        }
+    }
 }
 
 impl Site<'_> {
@@ -248,6 +280,7 @@ impl Site<'_> {
         let told = Told {
             task: &task,
             step,
+            place,
             reasons: Reasons::new(&self.cache, &self.build, step, place),
         };
         let result = self.carry_out(building, step, &told, find);
@@ -295,7 +328,7 @@ impl Site<'_> {
                 key.field(&self.epoch.to_le_bytes());
                 let inputs = || self.folder_inputs(&before, path, user);
                 self.cached(building, key.finish(), told, inputs, |files| {
-                    self.folder(files, path, user)
+                    self.folder(files, path, user).map(Carried::from)
                 })
             }
             Action::Copy(copy) => {
@@ -303,15 +336,16 @@ impl Site<'_> {
                 let key = self.copy_key(&before, copy, &picked);
                 let inputs = || self.copy_inputs(&before, copy, &picked);
                 self.cached(building, key, told, inputs, |files| {
-                    self.place(files, copy, &picked)
+                    self.place(files, copy, &picked).map(Carried::from)
                 })
             }
             Action::Run(run) => {
                 let mounts = self.mounts(run, step.span, find)?;
                 let key = self.run_key(&before, run, &mounts);
+                let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
-                self.cached(building, key, told, inputs, |files| {
-                    self.run(files, run, &mounts, told.task)
+                self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
+                    self.run(files, run, &mounts, taped.as_ref(), told.task)
                 })
             }
         }
@@ -324,37 +358,59 @@ impl Site<'_> {
         key: Digest,
         told: &Told<'_>,
         inputs: impl FnOnce() -> Inputs,
-        make: impl FnOnce(&Files) -> Result<kiln_store::tree::Tree, ExecError>,
+        make: impl FnOnce(&Files) -> Result<Carried, ExecError>,
+    ) -> Result<Done, ExecError> {
+        self.taped_run(building, key, told, None, inputs, make)
+    }
+
+    /// The same for what may fetch something: that is part of the key, so that a result is
+    /// never taken for one that was made of something else.
+    fn taped_run(
+        &self,
+        building: &mut Building,
+        of: Digest,
+        told: &Told<'_>,
+        taped: Option<&Taped>,
+        inputs: impl FnOnce() -> Inputs,
+        make: impl FnOnce(&Files) -> Result<Carried, ExecError>,
     ) -> Result<Done, ExecError> {
         let steps = StepCache::new(&self.cache);
-        let known = match self.no_cache {
+        let known = taped.and_then(Taped::digest);
+        let key = fetches::key(&of, known);
+        let anew = self.anew(taped);
+        let made = match self.no_cache || anew {
             true => None,
             false => steps.get(&key, &self.store),
         };
-        if let Some(made) = known {
+        if let Some(made) = made {
             building.advance(key, made.clone(), None, told.step);
             return Ok(Done {
                 layers: made.layers.len(),
                 cached: true,
             });
         }
-        let inputs = inputs();
+        let mut inputs = inputs();
+        inputs.fetched(known.as_ref());
         self.progress.event(ProgressEvent::Explained {
             task: told.task.to_owned(),
-            why: match self.no_cache {
-                true => "no_cache asks for it".into(),
-                false => told.reasons.why(&key, &inputs),
+            why: match (self.no_cache, anew) {
+                (true, _) => "no_cache asks for it".into(),
+                (false, true) => "what it fetches is recorded anew".into(),
+                (false, false) => told.reasons.why(&key, &inputs),
             },
         });
         let begun = Instant::now();
         let before = building.files.tree(&self.store)?;
-        let after = make(&building.files)?;
-        let delta = Delta::between(&before, &after);
-        let (layers, findings) = self.layers(&delta, building.layers.len())?;
+        let Carried { tree, fetched } = make(&building.files)?;
+        let key = fetches::key(&of, fetched);
+        inputs.fetched(fetched.as_ref());
+        let marks = taped.map(|_| self.marks()).unwrap_or_default();
+        let delta = Delta::between(&before, &tree);
+        let (layers, findings) = self.layers(&delta, building.layers.len(), &marks)?;
         let exact = building.files.is_exact() && delta.is_exact();
         let made = Made {
             layers,
-            findings: secrets::judged(findings, &after, &self.store),
+            findings: secrets::judged(findings, &tree, &self.store),
             took: begun.elapsed().into(),
         };
         self.remember(&steps, &key, made.clone())?;
@@ -365,7 +421,7 @@ impl Site<'_> {
             layers: made.layers.len(),
             cached: false,
         };
-        building.advance(key, made, Some((after, exact)), told.step);
+        building.advance(key, made, Some((tree, exact)), told.step);
         Ok(done)
     }
 
@@ -375,16 +431,18 @@ impl Site<'_> {
         &self,
         delta: &Delta<'_>,
         below: usize,
+        marks: &[Vec<u8>],
     ) -> Result<(Vec<LayerRef>, Vec<Finding>), ExecError> {
         let parts = delta.parts(below);
         let mut made: Vec<Option<Result<Made, ExecError>>> = Vec::new();
         made.resize_with(parts.len(), || None);
-        let remember = parts.len() > 1 && self.given.is_empty() && !self.no_cache;
+        let known = self.given.is_empty() && marks.is_empty() && !self.no_cache;
+        let remember = parts.len() > 1 && known;
         let work = Mutex::new(parts.iter().zip(&mut made));
         let next = || work.lock().unwrap_or_else(PoisonError::into_inner).next();
         let run = || {
             while let Some((part, made)) = next() {
-                *made = Some(self.layer(part, remember));
+                *made = Some(self.layer(part, marks, remember));
             }
         };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -403,7 +461,7 @@ impl Site<'_> {
         Ok((layers, findings))
     }
 
-    fn layer(&self, part: &Part<'_>, remember: bool) -> Result<Made, ExecError> {
+    fn layer(&self, part: &Part<'_>, marks: &[Vec<u8>], remember: bool) -> Result<Made, ExecError> {
         let steps = StepCache::new(&self.cache);
         let key = remember.then(|| part.key());
         if let Some(made) = key.and_then(|key| steps.get(&key, &self.store)) {
@@ -411,7 +469,7 @@ impl Site<'_> {
         }
         let begun = Instant::now();
         let made = Made {
-            findings: secrets::in_changes(&part.changes, &self.store, &self.given)?,
+            findings: secrets::in_changes(&part.changes, &self.store, &self.given, marks)?,
             layers: vec![part.write(&self.store, &self.scratch()?)?],
             took: begun.elapsed().into(),
         };

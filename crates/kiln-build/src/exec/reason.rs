@@ -25,6 +25,7 @@ const MAX_FILES: usize = 10_000;
 /// So many names are told of a kind.
 const TOLD: usize = 5;
 const BEFORE: &str = "what stands before it";
+const FETCHED: &str = "what it fetched";
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
 
 /// What a key was made of: names for people, and a digest of each.
@@ -49,6 +50,15 @@ impl Inputs {
     fn add(&mut self, name: impl Into<String>, value: &impl std::fmt::Debug) {
         let digest = Digest::of(format!("{value:?}")).short();
         self.0.insert(name.into(), digest);
+    }
+
+    pub(super) fn fetched(&mut self, digest: Option<&Digest>) {
+        match digest {
+            Some(digest) => self.add(FETCHED, digest),
+            None => {
+                self.0.remove(FETCHED);
+            }
+        }
     }
 
     /// What differs from `old`, in words.

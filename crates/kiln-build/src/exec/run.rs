@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_model::instance::{
@@ -11,16 +12,18 @@ use kiln_model::instance::{
 use kiln_model::spec::Logging;
 use kiln_model::{Digest, InstanceSpec, Millis, ProgressEvent};
 use kiln_runtime::StartError;
-use kiln_store::tree::Tree;
 
+use super::fetches::Taped;
 use super::mounts::{Mounted, Shown};
 use super::state::{Files, Key};
-use super::upper::{self, Times};
+use super::upper::{self, Times, Traces};
+use super::variables::Variables;
 use super::work::Work;
-use super::{Conditions, ExecError, Site, TOLD_LINES, sweep};
+use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
 use crate::network::Connection;
+use crate::network::record::Session;
 use crate::rootfs::Rootfs;
 
 /// SOURCE_DATE_EPOCH within a RUN is never earlier than this (1980-01-01): zip files, and
@@ -57,8 +60,9 @@ impl Site<'_> {
         files: &Files,
         run: &RunAction,
         mounts: &[Mounted],
+        taped: Option<&Taped>,
         task: &str,
-    ) -> Result<Tree, ExecError> {
+    ) -> Result<Carried, ExecError> {
         sweep(&self.cache, &self.runtime)?;
         let before = self.rootfs(files)?;
         let mut work = Work::new(&self.scratch()?)?;
@@ -66,7 +70,9 @@ impl Site<'_> {
             true => None,
             false => Some(files.mountable(&self.store)?),
         };
-        let connection = self.connect(run, task)?;
+        let apt = self.apt(&before, &mut work)?;
+        let session = self.session(taped, run, &before, apt.mirrors, task);
+        let connection = self.connect(run, &session, task)?;
         let mut spec = self.spec(run, &before, &work, below, &connection)?;
         for mounted in mounts {
             self.mount(mounted, &mut spec, &mut work)?;
@@ -87,7 +93,11 @@ impl Site<'_> {
                 dev: false,
             });
         }
-        spec.mounts.extend(self.apt(&before, &mut work)?);
+        spec.mounts.extend(apt.mounts);
+        let variables = match &connection.proxy {
+            Some(proxy) => self.furnish(proxy, taped, run, &before, &mut spec, &mut work)?,
+            None => Variables::default(),
+        };
         let mut made = Vec::new();
         let fixed = ["/dev", "/proc", "/sys"].map(str::to_owned);
         let targets = spec.mounts.iter().map(|m| m.target.clone()).chain(fixed);
@@ -95,7 +105,10 @@ impl Site<'_> {
             made.extend(Self::missing(&before, &target)?);
         }
         let begun = now();
-        self.follow(&spec, task)?;
+        let followed = self.follow(&spec, task);
+        // That something could not be given to the command is why it failed.
+        let fetched = self.learn(taped, &session, &connection, followed.is_ok())?;
+        followed?;
         let times = Times {
             begun,
             ended: now(),
@@ -104,18 +117,29 @@ impl Site<'_> {
         let mut tree = before.tree;
         made.sort();
         made.dedup();
-        upper::take(&mut tree, &work.upper(), &self.store, times, &made)?;
-        Ok(tree)
+        let traces = Traces {
+            made: &made,
+            variables: &variables,
+        };
+        upper::take(&mut tree, &work.upper(), &self.store, times, traces)?;
+        Ok(Carried { tree, fetched })
     }
 
-    fn connect(&self, run: &RunAction, task: &str) -> Result<Connection, ExecError> {
+    fn connect(
+        &self,
+        run: &RunAction,
+        session: &Arc<Session>,
+        task: &str,
+    ) -> Result<Connection, ExecError> {
         let mut warn = |text| {
             self.progress.event(ProgressEvent::Warning {
                 task: task.to_owned(),
                 text,
             });
         };
-        let connection = self.networks.connect(self.network_of(run), &mut warn);
+        let connection = self
+            .networks
+            .connect(self.network_of(run), session, &mut warn);
         connection.map_err(ExecError::network)
     }
 

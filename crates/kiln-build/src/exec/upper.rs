@@ -14,6 +14,8 @@ use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
 use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree, TreeEditError};
 
+use super::npm;
+use super::variables::{self, Variables};
 use crate::files::{Meta, Shape};
 use crate::rootfs::node;
 
@@ -67,14 +69,22 @@ impl Times {
     }
 }
 
-/// Takes the changes in `upper` into `tree`. `made`: paths that were not in the tree and
-/// are mount points of the sandbox.
+/// What a RUN's files are freed of.
+#[derive(Clone, Copy)]
+pub struct Traces<'a> {
+    /// Paths that were not in the tree and are mount points of the sandbox.
+    pub made: &'a [Vec<u8>],
+    /// Variables that were set for the recording proxy alone.
+    pub variables: &'a Variables,
+}
+
+/// Takes the changes in `upper` into `tree`.
 pub fn take(
     tree: &mut Tree,
     upper: &Path,
     store: &Store,
     times: Times,
-    made: &[Vec<u8>],
+    traces: Traces<'_>,
 ) -> Result<(), UpperError> {
     let mut links: BTreeMap<(u64, u64), Vec<u8>> = BTreeMap::new();
     let mut machine_id = false;
@@ -113,7 +123,7 @@ pub fn take(
         }
         let shape = match identity {
             true => keep(&mut io::empty(), store, &path)?,
-            false => shape(&full, &stat, store, &path)?,
+            false => shape(&full, &stat, store, &path, (traces.variables, times.epoch))?,
         };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
@@ -134,7 +144,7 @@ pub fn take(
         let empty = keep(&mut io::empty(), store, Path::new("etc/machine-id"))?;
         tree.insert(MACHINE_ID, node(meta, empty))?;
     }
-    sweep(tree, made)
+    sweep(tree, traces.made)
 }
 
 /// Removes mount points that are only there because something was mounted on them.
@@ -159,6 +169,7 @@ fn shape(
     stat: &fs::Metadata,
     store: &Store,
     path: &Path,
+    (variables, epoch): (&Variables, i64),
 ) -> Result<Shape, UpperError> {
     let read = |cause| UpperError::Read {
         path: path.to_owned(),
@@ -180,7 +191,15 @@ fn shape(
             rdev: stat.rdev(),
         }
     } else {
-        keep(&mut fs::File::open(full).map_err(read)?, store, path)?
+        let mut file = fs::File::open(full).map_err(read)?;
+        if stat.len() <= variables::LONGEST {
+            let mut content = Vec::new();
+            io::Read::read_to_end(&mut file, &mut content).map_err(read)?;
+            let content = variables.taken_out_of(content);
+            let content = npm::settled(path.as_os_str().as_bytes(), content, epoch);
+            return keep(&mut content.as_slice(), store, path);
+        }
+        keep(&mut file, store, path)?
     })
 }
 
@@ -272,7 +291,9 @@ fn is_trace(path: &[u8]) -> bool {
         b"etc/subuid-",
         b"etc/subgid-",
     ];
-    FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
+    const NPM_LOGS: &[u8] = b".npm/_logs/";
+    let npm = path.windows(NPM_LOGS.len()).any(|part| part == NPM_LOGS);
+    npm || FILES.contains(&path) || BACKUPS.contains(&path) || path.starts_with(b"var/log/apt/")
 }
 
 #[cfg(test)]

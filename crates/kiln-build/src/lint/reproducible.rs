@@ -87,13 +87,30 @@ fn fetched(run: &Run, instruction: &Instruction, found: &mut Found) {
                 instruction.span,
                 format!("whatever the server sends is run by `{shell}`; ADD it with a --checksum"),
             ),
-            None => found.note(
+            None if parts[at..].iter().any(|part| goes_past(part)) => found.note(
                 Rule::UnrecordedDownload,
                 instruction.span,
-                "what this downloads is not in kiln.lock; ADD it with a --checksum",
+                "only what is fetched by HTTP through the proxy that a RUN is given is in \
+                 kiln.lock; ADD it with a --checksum",
             ),
+            None => {}
         }
     }
+}
+
+/// Whether a download is not recorded as others are.
+fn goes_past(part: &str) -> bool {
+    let signs = [
+        "ftp://",
+        "ftps://",
+        "sftp://",
+        "scp://",
+        "--noproxy",
+        "--no-proxy",
+        "--proxy",
+        "socks",
+    ];
+    signs.iter().any(|sign| part.contains(sign))
 }
 
 /// The program's name, without its folder; `sudo` and settings before it are passed over.

@@ -144,8 +144,9 @@ fn every_rule_strikes_where_buildkits_does_and_nowhere_else() {
             &["PipeToShell 2"],
         ),
         (
-            "FROM scratch\nRUN wget -q https://h/x -O- | tar x",
-            &["UnrecordedDownload 2?"],
+            "FROM scratch\nRUN wget -q https://h/x -O- | tar x\nRUN wget -q ftp://h/x\n\
+             RUN curl --noproxy '*' https://h/x -o x",
+            &["UnrecordedDownload 3?", "UnrecordedDownload 4?"],
         ),
     ];
     let mut wrong = Vec::new();

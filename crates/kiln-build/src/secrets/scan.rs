@@ -53,7 +53,7 @@ struct New {
 pub(crate) fn in_tree(tree: &Tree, store: &Store) -> Result<Vec<Finding>, ExecError> {
     let changes = diff(&Tree::new(), tree);
     let changes: Vec<&Change> = changes.iter().collect();
-    let found = in_changes(&changes, store, &Given(Vec::new()))?;
+    let found = in_changes(&changes, store, &Given(Vec::new()), &[])?;
     Ok(judged(found, tree, store))
 }
 
@@ -62,6 +62,7 @@ pub(crate) fn in_changes(
     changes: &[&Change],
     store: &Store,
     given: &Given,
+    marks: &[Vec<u8>],
 ) -> Result<Vec<Finding>, ExecError> {
     let new: Vec<New> = changes.iter().copied().filter_map(new).collect();
     let finder = Finder::default();
@@ -70,7 +71,7 @@ pub(crate) fn in_changes(
     let work = || {
         let mut content = Vec::new();
         while let Some(file) = new.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let one = look(file, store, &finder, given, &mut content);
+            let one = look(file, store, &finder, (given, marks), &mut content);
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
             match one {
                 Ok(one) => found.0.extend(one),
@@ -119,7 +120,7 @@ fn look(
     file: &New,
     store: &Store,
     finder: &Finder,
-    given: &Given,
+    (given, marks): (&Given, &[Vec<u8>]),
     content: &mut Vec<u8>,
 ) -> Result<Vec<Finding>, ExecError> {
     let path = String::from_utf8_lossy(&file.path);
@@ -148,6 +149,9 @@ fn look(
     }
     if credentials::is_known(&path) && credentials::has_login(&path, content) {
         kinds.push("file with a login".into());
+    }
+    if marks.iter().any(|mark| contains(content, mark)) {
+        kinds.push("what a RUN is given for this build only, to reach the recording proxy".into());
     }
     for (id, value) in &given.0 {
         if contains(content, value) {
@@ -250,7 +254,7 @@ mod tests {
         ]);
         let changes = diff(&Tree::new(), &tree);
         let changes: Vec<&Change> = changes.iter().collect();
-        let found = in_changes(&changes, &store, &Given::new(&secrets)).unwrap();
+        let found = in_changes(&changes, &store, &Given::new(&secrets), &[]).unwrap();
         let found = judged(found, &tree, &store);
         let told = found.iter().map(|f| match f.made_anew {
             true => format!("{} {} made anew", f.place, f.kind),

@@ -7,12 +7,15 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use kiln_build::build::{BuildRequest, Builder, prepare};
+use kiln_build::debian::{self, Asked, DebianContext, Machine, sandbox};
+use kiln_build::lock::Lock;
 use kiln_build::network::{Network, host_resolver};
 use kiln_model::instance::Resolver;
-use kiln_model::progress::Finish;
-use kiln_model::spec::Build;
+use kiln_model::progress::{Finish, Silent};
+use kiln_model::spec::{Build, DebianBase};
 use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
@@ -47,6 +50,18 @@ impl Seen {
             _ => None,
         };
         events.into_iter().filter_map(why).collect()
+    }
+}
+
+impl Seen {
+    /// What people were told to mind.
+    pub fn warnings(&self) -> Vec<String> {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let text = |event| match event {
+            ProgressEvent::Warning { text, .. } => Some(text),
+            _ => None,
+        };
+        events.into_iter().filter_map(text).collect()
     }
 }
 
@@ -100,6 +115,7 @@ pub fn builder(root: &Path, seen: Arc<Seen>, resolver: Resolver) -> Builder {
         runtime: Arc::new(runtime.unwrap()),
         progress: seen,
         network: Arc::new(Network::new(root, &cache, resolver)),
+        fetches: Builder::fetches(&cache),
         cache,
     }
 }
@@ -123,6 +139,8 @@ impl World {
             epoch: 0,
             ssh: BTreeMap::new(),
             pins: Arc::default(),
+            recordings: Arc::default(),
+            live: false,
             allowed: Arc::default(),
             cancel: Arc::new(AtomicBool::new(false)),
         }
@@ -208,4 +226,35 @@ pub fn busybox() -> (tempfile::TempDir, String) {
                 RUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n\
                 COPY <<E /etc/passwd\nroot:x:0:0::/root:/bin/sh\nweb:x:33:33::/home/web:/bin/sh\nE\n";
     (folder, text.to_owned())
+}
+
+/// Puts an image of this base into the world's store under the name `root`.
+pub async fn compose(world: &World, base: &DebianBase) -> Digest {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let platform = kiln_oci::host_platform();
+    let context = DebianContext {
+        blobs: world.builder.store.clone(),
+        run_scripts: sandbox::runner(world.builder.runtime.clone(), Arc::default()),
+        cache: Path::new(env!("CARGO_TARGET_TMPDIR")).join("apt-cache"),
+        client: kiln_build::http_client().unwrap(),
+        progress: Arc::new(Silent),
+        epoch: 0,
+        machine: Machine {
+            root: "/".into(),
+            now: now.unwrap().as_secs(),
+            arch: debian::architecture(&platform).unwrap().into(),
+        },
+    };
+    let asked = Asked {
+        name: "root",
+        base,
+        mirror: None,
+    };
+    let mut lock = Lock::default();
+    let composed = debian::compose(&context, &asked, &mut lock).await.unwrap();
+    let manifest = composed.image.manifest;
+    world.builder.store.add_image(&manifest).unwrap();
+    let images = &mut world.images.lock().unwrap();
+    images.insert("root".into(), manifest);
+    manifest
 }

@@ -13,7 +13,9 @@ use kiln_model::network::{BridgeNetwork, Subnet};
 
 use super::channel::{Channel, NetlinkError};
 use super::names::is_interface_name;
-use super::nft::{Chain, ChainKind, Hook, Rule, Table, table_comment, table_names};
+use super::nft::{
+    Chain, ChainKind, Hook, Rule, Set, Table, remembered, table_comment, table_names,
+};
 
 /// Before a root's tag, in its table's and its bridges' names.
 pub const TABLE_PREFIX: &str = "kiln-";
@@ -49,9 +51,65 @@ pub struct Firewall {
     /// Where the proxy takes connections to service addresses, on all addresses. `None`:
     /// these networks have no services.
     pub catch_all_port: Option<u16>,
+    /// For networks of builds.
+    pub recorder: Option<Recorder>,
 }
 
+/// A proxy on the host at an address that is the same in every network, and a list of the
+/// connections that go past it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recorder {
+    /// Nobody's else.
+    pub address: Ipv4Addr,
+    pub port: u16,
+    /// Where it really listens, at the networks' gateways.
+    pub listens: u16,
+}
+
+/// A connection that left a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Direct {
+    pub from: Ipv4Addr,
+    pub to: Ipv4Addr,
+    /// As in IP's header: 6 is TCP, 17 is UDP.
+    pub protocol: u8,
+    /// Of TCP and UDP.
+    pub port: u16,
+}
+
+impl Direct {
+    fn read(key: &[u8]) -> Option<Self> {
+        let address = |at: usize| {
+            let bytes: [u8; 4] = key.get(at..at + 4)?.try_into().ok()?;
+            Some(Ipv4Addr::from(bytes))
+        };
+        Some(Self {
+            from: address(0)?,
+            to: address(4)?,
+            protocol: *key.get(8)?,
+            port: u16::from_be_bytes(key.get(12..14)?.try_into().ok()?),
+        })
+    }
+}
+
+/// What went past the recorder.
+const DIRECT: Set = Set {
+    name: "direct",
+    id: 1,
+};
+
 impl Firewall {
+    /// The connections that left the networks and did not go to the recorder.
+    pub fn direct(&self) -> Result<Vec<Direct>, FirewallError> {
+        if self.recorder.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut channel = Channel::netfilter().map_err(|e| self.refused(e.into()))?;
+        let keys = remembered(&mut channel, &self.table, &DIRECT);
+        let keys = keys.map_err(|e| self.refused(e))?;
+        Ok(keys.iter().filter_map(|key| Direct::read(key)).collect())
+    }
+
     /// Makes the kernel's table be this one. Without networks there is none.
     pub fn apply(&self) -> Result<(), FirewallError> {
         let table = self.table()?;
@@ -112,6 +170,7 @@ impl Firewall {
         }
         Ok(Table {
             name: name.clone(),
+            sets: self.recorder.iter().map(|_| DIRECT).collect(),
             chains: self.chains(),
         })
     }
@@ -142,9 +201,18 @@ impl Firewall {
         ]
     }
 
-    /// From instances to their own network's service addresses: to the proxy.
+    /// From instances to their own network's service addresses: to the proxy. From builds
+    /// to the recorder's address: to the recorder.
     fn prerouting(&self) -> Vec<Rule> {
-        self.redirects(|n| Rule::new(&n.name).in_by(&n.bridge))
+        let mut rules = self.redirects(|n| Rule::new(&n.name).in_by(&n.bridge));
+        if let Some(recorder) = &self.recorder {
+            rules.extend(self.networks.iter().map(|n| {
+                let rule = Rule::new(&n.name).in_by(&n.bridge);
+                let rule = rule.for_address(recorder.address).tcp();
+                rule.for_port(recorder.port).redirect(recorder.listens)
+            }));
+        }
+        rules
     }
 
     /// From the host itself to any service address.
@@ -228,6 +296,13 @@ impl Firewall {
                 rule().in_by(&n.bridge).not_from(&n.subnet).drop(),
             ]
         }));
+        if self.recorder.is_some() {
+            let seen = self.networks.iter();
+            rules.extend(seen.map(|n| {
+                let rule = Rule::new("past the recorder").in_by(&n.bridge);
+                rule.remember(DIRECT.name, DIRECT.id)
+            }));
+        }
         // After all drops into bridges: an accept would end the chain before them.
         rules.extend(self.networks.iter().map(|n| {
             let rule = Rule::new(&n.name).in_by(&n.bridge);
@@ -270,6 +345,7 @@ pub fn remove_stale_tables() -> Result<Vec<String>, FirewallError> {
     for name in &removed {
         let table = Table {
             name: name.clone(),
+            sets: vec![],
             chains: vec![],
         };
         table.remove(&mut channel).map_err(fail(name))?;

@@ -38,11 +38,15 @@ pub use attach::{AttachError, attach, detach};
 pub use bridge::{Bridge, BridgeError, Ensured, bridges, ensure_bridge, remove_bridge};
 pub use channel::NetlinkError;
 pub use conflict::{forward_policy_conflict, input_policy_conflict};
-pub use firewall::{BRIDGE_PREFIX, Firewall, FirewallError, TABLE_PREFIX, remove_stale_tables};
+pub use firewall::{
+    BRIDGE_PREFIX, Direct, Firewall, FirewallError, Recorder, TABLE_PREFIX, remove_stale_tables,
+};
 pub use names::{INTERFACE_NAME_BYTES, mac_of, root_tag, veth_name};
 pub use netns::{NetnsError, create_netns, delete_netns, inside, is_netns, netns_files};
 pub use subnet::{DEFAULT_POOLS, FreeSubnetError, SUBNET_PREFIX, free_subnet, free_subnet_in};
 pub use sysctl::SysctlError;
 
+#[cfg(test)]
+mod recorder_tests;
 #[cfg(test)]
 mod tests;

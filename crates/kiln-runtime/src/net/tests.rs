@@ -22,12 +22,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const DROPPED: Duration = Duration::from_millis(300);
 
 /// A machine of its own: namespaces, a folder, loopback up.
-struct Host {
+pub(super) struct Host {
     folder: PathBuf,
 }
 
 /// Runs `test` on a thread that is alone in new namespaces.
-fn on_a_host(name: &str, test: impl FnOnce(&Host) + Send) {
+pub(super) fn on_a_host(name: &str, test: impl FnOnce(&Host) + Send) {
     if !nix::unistd::geteuid().is_root() {
         assert!(std::env::var_os("KILN_TEST_STRICT").is_none(), "needs root");
         eprintln!("SKIPPED: needs root");
@@ -56,7 +56,7 @@ fn on_a_host(name: &str, test: impl FnOnce(&Host) + Send) {
 
 impl Host {
     /// An instance attached to `network` with the address `n` of its subnet.
-    fn instance(&self, name: &str, network: &BridgeNetwork, n: u32) -> PathBuf {
+    pub(super) fn instance(&self, name: &str, network: &BridgeNetwork, n: u32) -> PathBuf {
         let path = self.folder.join(name);
         create_netns(&path).unwrap();
         attach(&path, &interface("eth0", network, n)).unwrap();
@@ -64,7 +64,7 @@ impl Host {
     }
 }
 
-fn network(bridge: &str, subnet: &str, internal: bool) -> BridgeNetwork {
+pub(super) fn network(bridge: &str, subnet: &str, internal: bool) -> BridgeNetwork {
     BridgeNetwork {
         name: format!("test_{bridge}"),
         bridge: bridge.to_owned(),
@@ -86,17 +86,18 @@ fn interface(name: &str, network: &BridgeNetwork, n: u32) -> Interface {
     }
 }
 
-fn firewall(networks: &[&BridgeNetwork], catch_all_port: u16) -> Firewall {
+pub(super) fn firewall(networks: &[&BridgeNetwork], catch_all_port: u16) -> Firewall {
     Firewall {
         table: "kiln-test00".to_owned(),
         networks: networks.iter().map(|n| (*n).clone()).collect(),
         catch_all_port: Some(catch_all_port),
+        recorder: None,
     }
 }
 
 /// A TCP server in the calling thread's namespace which answers each connection with
 /// what it sees: `<peer address> <original destination>`.
-fn serve(port: u16) -> u16 {
+pub(super) fn serve(port: u16) -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -131,11 +132,11 @@ fn ask(address: Ipv4Addr, port: u16) -> Option<String> {
     ask_within(address, port, PATIENCE)
 }
 
-fn ask_from(netns: &Path, address: Ipv4Addr, port: u16) -> Option<String> {
+pub(super) fn ask_from(netns: &Path, address: Ipv4Addr, port: u16) -> Option<String> {
     inside(netns, |_| ask(address, port)).unwrap()
 }
 
-fn dropped_from(netns: &Path, address: Ipv4Addr, port: u16) -> bool {
+pub(super) fn dropped_from(netns: &Path, address: Ipv4Addr, port: u16) -> bool {
     inside(netns, |_| ask_within(address, port, DROPPED))
         .unwrap()
         .is_none()

@@ -14,5 +14,6 @@ mod wire;
 
 pub(super) use rule::Rule;
 pub(super) use table::{
-    Chain, ChainKind, Hook, Table, chains_with_hook, rule_bytes, table_comment, table_names,
+    Chain, ChainKind, Hook, Set, Table, chains_with_hook, remembered, rule_bytes, table_comment,
+    table_names,
 };

@@ -21,6 +21,10 @@ const CT_STATUS: u32 = 2;
 // nf_conntrack_common.h: NF_CT_STATE_BIT of IP_CT_ESTABLISHED and IP_CT_RELATED; IPS_DST_NAT
 const STATE_ESTABLISHED_OR_RELATED: u32 = 0b110;
 const STATUS_DNAT: u32 = 1 << 5;
+// enum nft_dynset_ops
+const SET_ADD: u32 = 0;
+/// The first of the 4-byte registers that lie where [`REGISTER`] does (`NFT_REG32_00`).
+const FIRST_PART: u32 = 8;
 // enum nft_cmp_ops
 const EQUAL: u32 = 0;
 const NOT_EQUAL: u32 = 1;
@@ -148,6 +152,32 @@ impl Rule {
         let load = Attributes::default().number(1, REGISTER).nest(2, value);
         self.expression("immediate", load)
             .expression("redir", Attributes::default().number(1, REGISTER))
+    }
+
+    /// Remembers source, destination, protocol and destination port in a set of the table
+    /// ([`super::Set`]); a full set is left as it is.
+    pub fn remember(self, set: &str, id: u32) -> Self {
+        let load = |rule: Self, part: u32, base: u32, offset: u32, length: u32| {
+            let data = Attributes::default()
+                .number(1, FIRST_PART + part)
+                .number(2, base)
+                .number(3, offset)
+                .number(4, length);
+            rule.expression("payload", data)
+        };
+        let rule = load(self, 0, NETWORK_HEADER, SOURCE_OFFSET, 4);
+        let rule = load(rule, 1, NETWORK_HEADER, DESTINATION_OFFSET, 4);
+        let protocol = Attributes::default()
+            .number(1, FIRST_PART + 2)
+            .number(2, META_L4PROTO);
+        let rule = rule.expression("meta", protocol);
+        let rule = load(rule, 3, TRANSPORT_HEADER, DESTINATION_PORT_OFFSET, 2);
+        let add = Attributes::default()
+            .text(1, set)
+            .number(2, id)
+            .number(3, SET_ADD)
+            .number(4, FIRST_PART);
+        rule.expression("dynset", add)
     }
 
     pub fn masquerade(self) -> Self {

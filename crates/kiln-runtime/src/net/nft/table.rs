@@ -16,6 +16,8 @@ const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
+const NEWSET: u16 = 9;
+const GETSETELEM: u16 = 13;
 // enum nft_table_attributes
 const TABLE_NAME: u16 = 1;
 const TABLE_USERDATA: u16 = 6;
@@ -33,6 +35,29 @@ const RULE_TABLE: u16 = 1;
 const RULE_CHAIN: u16 = 2;
 const RULE_EXPRESSIONS: u16 = 4;
 const RULE_USERDATA: u16 = 7;
+// enum nft_set_attributes, nft_set_desc_attributes
+const SET_TABLE: u16 = 1;
+const SET_NAME: u16 = 2;
+const SET_FLAGS: u16 = 3;
+const SET_KEY_TYPE: u16 = 4;
+const SET_KEY_LENGTH: u16 = 5;
+const SET_DESCRIPTION: u16 = 9;
+const SET_ID: u16 = 10;
+const SET_DESCRIPTION_SIZE: u16 = 1;
+// enum nft_set_flags: rules add to it
+const SET_EVAL: u32 = 0x20;
+// nft's own names for types, six bits each: IPv4 address, address, protocol, port
+const SET_KEY: u32 = (((7 << 6 | 7) << 6) | 12) << 6 | 13;
+const SET_KEY_BYTES: u32 = 16;
+/// Elements of a set; more are not remembered.
+const SET_SIZE: u32 = 16_384;
+// enum nft_set_elem_list_attributes and below
+const ELEMENTS_TABLE: u16 = 1;
+const ELEMENTS_SET: u16 = 2;
+const ELEMENTS: u16 = 3;
+const ELEMENT: u16 = 1;
+const ELEMENT_KEY: u16 = 1;
+const DATA_VALUE: u16 = 1;
 // netlink.h; netlink-packet-core names these by other uses
 const NLM_F_APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
@@ -78,9 +103,18 @@ impl Chain {
     }
 }
 
+/// A set that rules add connections to ([`Rule::remember`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Set {
+    pub name: &'static str,
+    /// Among the table's sets.
+    pub id: u32,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
     pub name: String,
+    pub sets: Vec<Set>,
     pub chains: Vec<Chain>,
 }
 
@@ -93,6 +127,18 @@ impl Table {
             .text(TABLE_NAME, &self.name)
             .bytes(TABLE_USERDATA, &comment_bytes(comment));
         batch.add(NEWTABLE, NLM_F_CREATE, &table);
+        for set in &self.sets {
+            let size = Attributes::default().number(SET_DESCRIPTION_SIZE, SET_SIZE);
+            let attributes = Attributes::default()
+                .text(SET_TABLE, &self.name)
+                .text(SET_NAME, set.name)
+                .number(SET_FLAGS, SET_EVAL)
+                .number(SET_KEY_TYPE, SET_KEY)
+                .number(SET_KEY_LENGTH, SET_KEY_BYTES)
+                .nest(SET_DESCRIPTION, size)
+                .number(SET_ID, set.id);
+            batch.add(NEWSET, NLM_F_CREATE, &attributes);
+        }
         for chain in &self.chains {
             self.add_chain(&mut batch, chain);
         }
@@ -221,6 +267,28 @@ pub fn table_names(channel: &mut Channel) -> Result<Vec<String>, NetlinkError> {
         let name = wire::attributes_of(payload).find(|(kind, _)| *kind == TABLE_NAME);
         name.map(|(_, value)| wire::text(value))
     })
+}
+
+/// What rules have added to a set: the keys' bytes.
+pub fn remembered(
+    channel: &mut Channel,
+    table: &str,
+    set: &Set,
+) -> Result<Vec<Vec<u8>>, NetlinkError> {
+    let request = Attributes::default()
+        .text(ELEMENTS_TABLE, table)
+        .text(ELEMENTS_SET, set.name);
+    let parts = list(channel, GETSETELEM, wire::IPV4, &request, |payload| {
+        let elements = wire::attributes_of(payload).find(|(kind, _)| *kind == ELEMENTS)?;
+        let keys = wire::attributes(elements.1).filter(|(kind, _)| *kind == ELEMENT);
+        let keys = keys.filter_map(|(_, element)| {
+            let key = wire::attributes(element).find(|(kind, _)| *kind == ELEMENT_KEY)?;
+            let value = wire::attributes(key.1).find(|(kind, _)| *kind == DATA_VALUE)?;
+            Some(value.1.to_vec())
+        });
+        Some(keys.collect::<Vec<_>>())
+    })?;
+    Ok(parts.into_iter().flatten().collect())
 }
 
 /// A base chain of any table, as listed.

@@ -140,6 +140,7 @@ impl Kiln {
             table,
             networks: vec![],
             catch_all_port: None,
+            recorder: None,
         }
         .remove();
         for group in leftovers::cgroups(&self.root) {
