@@ -30,7 +30,7 @@ use kiln_oci::{BlobWrite, registry};
 use kiln_store::{Image, Store};
 use kiln_trust::SecretStore;
 
-use crate::cache;
+use crate::cache::Keeper;
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
 use crate::{named, ops};
@@ -49,6 +49,7 @@ pub struct Assembler<'a> {
     resolver: Resolver,
     builder: Builder,
     tester: Tester,
+    keeper: Keeper,
     /// `x-kiln.allow_secrets`.
     allowed: Arc<Allowed>,
     /// Images that were there before: building them again is no news.
@@ -160,8 +161,10 @@ impl<'a> Assembler<'a> {
             .into_iter()
             .map(|i| i.manifest)
             .collect();
+        let keeper = Keeper::new(context, store.clone(), progress.clone());
         Ok(Self {
             had,
+            keeper,
             live: false,
             allowed,
             context,
@@ -193,9 +196,11 @@ impl<'a> Assembler<'a> {
         let lock_path = self.spec().folder.join("kiln.lock");
         let mut lock = Lock::load(&lock_path).map_err(input)?;
         let result = self.services(&mut lock, over).await;
+        let kept = self.keeper.end().await;
         // What was learned is kept even if something later failed.
         lock.save(&lock_path).map_err(input)?;
         let (services, bases) = result?;
+        kept?;
         let release = Release {
             format: Release::FORMAT,
             environment: environment.clone(),
@@ -229,6 +234,7 @@ impl<'a> Assembler<'a> {
             let verified = self.builder.verify(prepared, images, first).await;
             found.insert(name.clone(), verified.map_err(build_error)?);
         }
+        self.keeper.end().await?;
         Ok(found)
     }
 
@@ -392,7 +398,10 @@ impl<'a> Assembler<'a> {
             took: began.elapsed().into(),
         });
         if !built.as_ref().is_ok_and(|digest| self.had.contains(digest)) {
-            self.keep_cache()?;
+            // A failed build has filled the cache, too.
+            self.keeper
+                .begin(ops::running_images(self.context)?)
+                .await?;
         }
         let digest = built.map_err(build_error)?;
         if !self.had.contains(&digest) {
@@ -408,19 +417,6 @@ impl<'a> Assembler<'a> {
             self.context.record("build", &subject, &details)?;
         }
         Ok(digest)
-    }
-
-    /// A failed build has filled the cache, too.
-    fn keep_cache(&self) -> Result<(), Failure> {
-        let running = ops::running_images(self.context)?;
-        let pruned = cache::keep(self.context, &self.store, &running, false)?;
-        if let Some(pruned) = pruned.filter(|pruned| pruned.before > pruned.kept) {
-            self.progress.event(ProgressEvent::Warning {
-                task: "cache".into(),
-                text: cache::told(&pruned),
-            });
-        }
-        Ok(())
     }
 
     /// Every image that a build needs, also what the ONBUILD of others needs.

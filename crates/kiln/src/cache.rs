@@ -1,10 +1,12 @@
 //! The build cache's size: kept to its cap, cut on request.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_build::cache::{self, CacheError, Pruned, Pruning};
-use kiln_model::Digest;
+use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_store::{GcError, Store};
+use tokio::task::JoinHandle;
 
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
@@ -23,19 +25,88 @@ pub fn keep(
     running: &[Digest],
     dry_run: bool,
 ) -> Result<Option<Pruned>, Failure> {
-    let cache = folder(context);
-    std::fs::create_dir_all(&cache).map_err(machine)?;
-    let cap = match context.cache_size {
+    keep_below(
+        &folder(context),
+        context.cache_size,
+        store,
+        running,
+        dry_run,
+    )
+}
+
+fn keep_below(
+    cache: &Path,
+    cap: Option<u64>,
+    store: &Store,
+    running: &[Digest],
+    dry_run: bool,
+) -> Result<Option<Pruned>, Failure> {
+    std::fs::create_dir_all(cache).map_err(machine)?;
+    let cap = match cap {
         Some(cap) => cap,
-        None => cache::default_cap(&cache).map_err(failed)?,
+        None => cache::default_cap(cache).map_err(failed)?,
     };
     prune(&Pruning {
         store,
-        cache: &cache,
+        cache,
         running,
         cap,
         dry_run,
     })
+}
+
+type Work = JoinHandle<Result<Option<Pruned>, Failure>>;
+
+/// Keeps the cache to its cap beside other work: an image is tested meanwhile, and the next
+/// build waits for it.
+pub struct Keeper {
+    store: Arc<Store>,
+    cache: PathBuf,
+    cap: Option<u64>,
+    progress: Arc<dyn Progress>,
+    under_way: Mutex<Option<Work>>,
+}
+
+impl Keeper {
+    pub fn new(context: &Context, store: Arc<Store>, progress: Arc<dyn Progress>) -> Self {
+        Self {
+            store,
+            cache: folder(context),
+            cap: context.cache_size,
+            progress,
+            under_way: Mutex::default(),
+        }
+    }
+
+    /// Begins once more, after the last time has ended.
+    pub async fn begin(&self, running: Vec<Digest>) -> Result<(), Failure> {
+        self.end().await?;
+        let (store, cache, cap) = (self.store.clone(), self.cache.clone(), self.cap);
+        let work = move || keep_below(&cache, cap, &store, &running, false);
+        *self.slot() = Some(tokio::task::spawn_blocking(work));
+        Ok(())
+    }
+
+    /// Waits for what is under way, and tells what was cut.
+    pub async fn end(&self) -> Result<(), Failure> {
+        let Some(work) = self.slot().take() else {
+            return Ok(());
+        };
+        let pruned = work.await.map_err(machine)??;
+        if let Some(pruned) = pruned.filter(|pruned| pruned.before > pruned.kept) {
+            self.progress.event(ProgressEvent::Warning {
+                task: "cache".into(),
+                text: told(&pruned),
+            });
+        }
+        Ok(())
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Work>> {
+        self.under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn prune(pruning: &Pruning<'_>) -> Result<Option<Pruned>, Failure> {

@@ -23,7 +23,7 @@ use kiln_store::Store;
 use crate::cache;
 use crate::containerfile::{self, Containerfile, Kind, ParseErrors, Span, mount};
 use crate::context::source::ContextSource;
-use crate::context::{self, Context, ContextError};
+use crate::context::{self, ContextError};
 use crate::evaluate::EvaluateError;
 use crate::exec::{Conditions, ExecError, StepError};
 use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
@@ -414,13 +414,14 @@ impl Builder {
         folder: &Path,
         patterns: &context::ignore::Patterns,
     ) -> Result<ContextSource, BuildError> {
-        let context = Context::scan(folder, patterns)?;
-        Ok(ContextSource::new(
-            context,
-            &self.cache,
-            self.store.clone(),
+        let (cache, store) = (&self.cache, self.store.clone());
+        Ok(ContextSource::scan(
+            folder,
+            patterns,
+            cache,
+            store,
             now_nanos(),
-        ))
+        )?)
     }
 }
 

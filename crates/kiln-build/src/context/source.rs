@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,8 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kiln_model::Digest;
 use kiln_store::Store;
 
+use super::ignore::Patterns;
 use super::stat_cache::{Stamp, StatCache};
-use super::{Context, EntryKind};
+use super::{Context, ContextError, EntryKind};
 use crate::files::{FilesError, Kind, Meta, Names, Shape, Source, shown};
 
 /// Files read at the same time; a bound on memory.
@@ -33,10 +35,31 @@ pub struct ContextSource {
 impl ContextSource {
     /// `cache`: the builder's cache folder; `now`: nanoseconds since the epoch.
     pub fn new(context: Context, cache: &Path, store: Arc<Store>, now: i128) -> Self {
-        let cache = Mutex::new(StatCache::load(cache, context.folder()));
+        let cache = StatCache::load(cache, context.folder());
+        Self::with(context, cache, store, now)
+    }
+
+    /// The same of a folder that is scanned meanwhile.
+    pub fn scan(
+        folder: &Path,
+        patterns: &Patterns,
+        cache: &Path,
+        store: Arc<Store>,
+        now: i128,
+    ) -> Result<Self, ContextError> {
+        let (context, cache) = std::thread::scope(|scope| {
+            let cache = scope.spawn(|| StatCache::load(cache, folder));
+            let context = Context::scan(folder, patterns);
+            let cache = cache.join();
+            (context, cache.unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        Ok(Self::with(context?, cache, store, now))
+    }
+
+    fn with(context: Context, cache: StatCache, store: Arc<Store>, now: i128) -> Self {
         Self {
             context,
-            cache,
+            cache: Mutex::new(cache),
             store,
             now,
             read: AtomicUsize::new(0),
@@ -166,7 +189,6 @@ impl Source for ContextSource {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::context::ignore::Patterns;
 
     const FILES: usize = 10_000;
     const SECOND: i128 = 1_000_000_000;
