@@ -23,7 +23,7 @@ pub struct Networks {
     tag: String,
     /// What is laid out: which subnets, shares and addresses are taken.
     known: Mutex<Known>,
-    /// Those that stand now: what the firewall is made of.
+    /// Those that stand now, or will at once: what the firewall is made of.
     standing: Mutex<BTreeMap<EnvironmentName, Vec<BridgeNetwork>>>,
 }
 
@@ -37,7 +37,7 @@ impl Networks {
     pub fn new(root: &Path, worlds: &[World], free: Vec<BridgeNetwork>) -> Self {
         let layouts = worlds.iter().map(|world| {
             let mut layout = world.layout.clone();
-            if world.goal == Goal::Nothing && world.instances.is_empty() {
+            if is_down(world) {
                 leave(&mut layout);
             }
             (world.environment.clone(), layout)
@@ -48,7 +48,8 @@ impl Networks {
                 layouts: layouts.collect(),
                 free: free.into_iter().map(|n| (n.name.clone(), n)).collect(),
             }),
-            standing: Mutex::new(BTreeMap::new()),
+            // An earlier daemon's: until its turn comes, none may lose its rules to another.
+            standing: Mutex::new(worlds.iter().filter_map(standing).collect()),
         }
     }
 
@@ -246,6 +247,26 @@ impl Networks {
         remove_unused(&standing, &before)
     }
 
+    /// Puts the firewall back where another program has taken it away (`nft flush ruleset`, a
+    /// reload of nftables.service); says whether it had to.
+    pub fn mend(&self, catch_all_port: u16) -> Result<bool, String> {
+        let standing = self.standing();
+        if standing.is_empty() {
+            return Ok(false);
+        }
+        let wanted = self.wanted(&standing, catch_all_port);
+        if wanted.is_in_place().map_err(|e| e.to_string())? {
+            return Ok(false);
+        }
+        wanted.apply().map_err(|e| e.to_string())?;
+        Ok(true)
+    }
+
+    /// Whether there is anything that needs a firewall.
+    pub fn any_stand(&self) -> bool {
+        !self.standing().is_empty()
+    }
+
     /// Takes an environment's networks down.
     pub fn forget(&self, environment: &EnvironmentName, catch_all_port: u16) -> Result<(), String> {
         if let Some(layout) = self.known().layouts.get_mut(environment) {
@@ -262,6 +283,15 @@ impl Networks {
         standing: &BTreeMap<EnvironmentName, Vec<BridgeNetwork>>,
         catch_all_port: u16,
     ) -> Result<(), String> {
+        let wanted = self.wanted(standing, catch_all_port);
+        wanted.apply().map_err(|e| e.to_string())
+    }
+
+    fn wanted(
+        &self,
+        standing: &BTreeMap<EnvironmentName, Vec<BridgeNetwork>>,
+        catch_all_port: u16,
+    ) -> net::Firewall {
         // Environments that share a network have the same bridge.
         let networks: BTreeMap<&str, &BridgeNetwork> = standing
             .values()
@@ -274,8 +304,6 @@ impl Networks {
             catch_all_port: Some(catch_all_port),
             recorder: None,
         }
-        .apply()
-        .map_err(|e| e.to_string())
     }
 }
 
@@ -419,6 +447,17 @@ fn leave(layout: &mut Layout) {
         layout.networks.remove(&key);
         layout.services.remove(&key);
     }
+}
+
+/// The networks of an environment that is not down.
+fn standing(world: &World) -> Option<(EnvironmentName, Vec<BridgeNetwork>)> {
+    let networks: Vec<BridgeNetwork> = world.layout.networks.values().cloned().collect();
+    (!is_down(world)).then(|| (world.environment.clone(), networks))
+}
+
+/// Nothing of it is wanted, and nothing is there.
+pub fn is_down(world: &World) -> bool {
+    world.goal == Goal::Nothing && world.instances.is_empty()
 }
 
 /// Removes bridges that no environment needs any more.

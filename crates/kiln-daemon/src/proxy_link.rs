@@ -147,6 +147,14 @@ impl ProxyLink {
         ended(fd).await.map_err(|e| e.to_string())
     }
 
+    /// Ends the proxy, if one runs; open connections have their time to end.
+    pub async fn stop(&self) -> Result<(), String> {
+        let Ok(client) = Client::connect(&self.socket).await else {
+            return Ok(());
+        };
+        client.shutdown().await.map_err(|e| e.to_string())
+    }
+
     /// The process behind the control socket.
     pub fn pid(&self) -> Option<u32> {
         let stream = std::os::unix::net::UnixStream::connect(&self.socket).ok()?;

@@ -10,20 +10,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_plan::Event;
-use kiln_runtime::{Runtime, RuntimeConfig};
+use kiln_runtime::{Runtime, RuntimeConfig, net};
 use kiln_store::Store;
 use kiln_trust::{AuditLog, SecretStore};
 use rustix::fs::{FlockOperation, flock};
+use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 
 use crate::api;
 use crate::engine::{self, Message};
-use crate::networks::Networks;
+use crate::networks::{Networks, is_down};
 use crate::proxy_link::ProxyLink;
-use crate::shared::{EVENT_QUEUE, Shared};
+use crate::shared::{EVENT_QUEUE, Shared, blocking};
 use crate::state::State;
+
+/// What is changed within this time is looked at together.
+const SETTLED: Duration = Duration::from_millis(50);
 
 /// What the daemon is told by whoever starts it.
 pub struct DaemonConfig {
@@ -63,7 +67,8 @@ pub fn lock_path(root: &Path) -> PathBuf {
     root.join("run/daemon.lock")
 }
 
-/// Runs until SIGTERM, SIGINT or a call to shut down. Services go on.
+/// Runs until SIGTERM, SIGINT or a call to shut down. Services go on; where there are none,
+/// the proxy ends too.
 pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let root = config.root.clone();
     let io = |what, path: &Path| {
@@ -88,7 +93,13 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("signals of", &root))?;
     let (stop, mut stopped) = tokio::sync::mpsc::channel(1);
     let router = api::router(shared.clone(), stop);
-    tokio::spawn(watch_proxy(shared.clone()));
+    let watch = tokio::spawn(watch_proxy(shared.clone()));
+    let firewall = shared.clone();
+    tokio::spawn(async move {
+        if let Err(cause) = watch_firewall(firewall).await {
+            tracing::warn!(cause, "what other programs do to the firewall is not seen");
+        }
+    });
     tracing::info!(root = %root.display(), "serving");
     tokio::select! {
         served = axum::serve(listener, router) => served.map_err(io("serving", &socket))?,
@@ -100,6 +111,10 @@ pub async fn run(config: DaemonConfig) -> Result<(), DaemonError> {
         }
     }
     let _ = fs::remove_file(&socket);
+    watch.abort();
+    if (shared.state.environments().map_err(part)?.iter()).all(is_down) {
+        shared.proxy.stop().await.map_err(part)?;
+    }
     Ok(())
 }
 
@@ -188,6 +203,34 @@ async fn watch_proxy(shared: Arc<Shared>) {
         for engine in shared.all_engines() {
             // An engine only ends with the daemon.
             let _ = engine.send(Message::Event(Event::ProxyRestarted)).await;
+        }
+    }
+}
+
+/// Whenever another program takes the firewall's table away, it is put back.
+// `new` is deprecated for descriptors that might be closed meanwhile; this one is owned.
+#[allow(deprecated)]
+async fn watch_firewall(shared: Arc<Shared>) -> Result<(), String> {
+    let watch = net::RulesetWatch::open().map_err(|e| e.to_string())?;
+    let watch = AsyncFd::new(watch).map_err(|e| e.to_string())?;
+    loop {
+        let mut ready = watch.readable().await.map_err(|e| e.to_string())?;
+        // Who reloads all rules does so in several changes.
+        tokio::time::sleep(SETTLED).await;
+        ready.clear_ready();
+        watch.get_ref().clear().map_err(|e| e.to_string())?;
+        if !shared.networks.any_stand() {
+            continue;
+        }
+        let inner = shared.clone();
+        let mended = match shared.proxy.catch_all_port().await {
+            Ok(port) => blocking(move || inner.networks.mend(port)).await,
+            Err(cause) => Ok(Err(cause)),
+        };
+        match mended.and_then(|mended| mended) {
+            Ok(true) => tracing::warn!("another program removed the firewall's table; it is back"),
+            Ok(false) => {}
+            Err(cause) => tracing::error!(cause, "the firewall"),
         }
     }
 }

@@ -28,7 +28,7 @@ pub async fn daemon(context: &Context, command: &DaemonCommand) -> Result<(), Fa
         DaemonCommand::Stop => {
             context.client.stop().await?;
             ended(&context.root).await?;
-            outln!("the daemon has stopped; services go on serving");
+            outln!("the daemon has stopped; services, if any, go on serving");
             Ok(())
         }
         DaemonCommand::Restart => restart(context).await,

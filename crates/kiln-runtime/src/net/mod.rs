@@ -33,6 +33,7 @@ mod nft;
 mod subnet;
 mod survey;
 mod sysctl;
+mod watch;
 
 pub use attach::{AttachError, attach, detach};
 pub use bridge::{Bridge, BridgeError, Ensured, bridges, ensure_bridge, remove_bridge};
@@ -45,6 +46,7 @@ pub use names::{INTERFACE_NAME_BYTES, mac_of, root_tag, veth_name};
 pub use netns::{NetnsError, create_netns, delete_netns, inside, is_netns, netns_files};
 pub use subnet::{DEFAULT_POOLS, FreeSubnetError, SUBNET_PREFIX, free_subnet, free_subnet_in};
 pub use sysctl::SysctlError;
+pub use watch::RulesetWatch;
 
 #[cfg(test)]
 mod recorder_tests;

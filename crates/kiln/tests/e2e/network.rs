@@ -127,6 +127,37 @@ fn down_leaves_nothing_running_or_mounted() {
     // Two times down is fine, and releases are still known.
     project.run("down", &[]).ok();
     assert_eq!(project.releases().len(), 1);
+    // Nor does the proxy outlive the daemon, as it does where something serves.
+    kiln.run(&["daemon", "stop"]).ok();
+    let all = || leftovers(&kiln.root, false);
+    wait_until("not even a proxy left", || all().is_empty());
+}
+
+/// As `nft flush ruleset` does, which would also take what other tests have.
+#[test]
+fn a_firewall_that_another_program_removes_comes_back() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("flushed", &Page::default());
+    project.up().ok();
+    let table = format!("kiln-{}", kiln_runtime::net::root_tag(&kiln.root));
+    let nft = |words: &[&str]| {
+        let ran = std::process::Command::new("nft").args(words).output();
+        let ran = ran.unwrap_or_else(|e| panic!("nft: {e}"));
+        ran.status.success().then_some(ran.stdout)
+    };
+    let before = nft(&["list", "table", "ip", &table]).expect("a table");
+    nft(&["delete", "table", "ip", &table]).expect("it is removed");
+    wait_until("the table is back", || {
+        nft(&["list", "table", "ip", &table]).is_some_and(|now| now == before)
+    });
+    // A daemon that comes later sees it, too.
+    kiln.run(&["daemon", "stop"]).ok();
+    nft(&["delete", "table", "ip", &table]).expect("it is removed");
+    project.run("status", &[]);
+    project.up().ok();
+    wait_until("the table is back", || {
+        nft(&["list", "table", "ip", &table]).is_some_and(|now| now == before)
+    });
 }
 
 #[test]
