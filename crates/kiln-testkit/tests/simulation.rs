@@ -31,6 +31,12 @@ fn faults_break_no_law() {
     assert!(sum.answered > sum.requests / 2, "{sum:?}");
 }
 
+/// Programs that take long to start, one copy after the other, under many callers.
+#[test]
+fn many_callers_do_not_count_as_unrest() {
+    simulate(852, None).unwrap();
+}
+
 #[test]
 fn equal_seeds_give_equal_runs() {
     assert_eq!(simulate(3, None).unwrap(), simulate(3, None).unwrap());
