@@ -44,6 +44,12 @@ fn many_callers_do_not_count_as_unrest() {
     simulate(852, None).unwrap();
 }
 
+/// A copy too old is being drained when the next release is wanted.
+#[test]
+fn who_is_leaving_need_not_be_kept() {
+    simulate(8761, None).unwrap();
+}
+
 #[test]
 fn equal_seeds_give_equal_runs() {
     assert_eq!(simulate(3, None).unwrap(), simulate(3, None).unwrap());

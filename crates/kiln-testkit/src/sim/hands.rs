@@ -236,7 +236,6 @@ impl Sim {
             }
             _ => {}
         }
-        self.may_be_drained(&id)?;
         if !self.outside.proxy_up {
             self.fail(EffectKey::Drain(id));
             return Ok(None);
@@ -250,8 +249,9 @@ impl Sim {
     }
 
     /// Where the file asks for a verdict after the switch, what served before stays ready
-    /// until it is there.
-    fn may_be_drained(&self, id: &InstanceId) -> Result<(), Broken> {
+    /// until it is there. Asked when a drain is decided: a release that is wanted a moment
+    /// later does not call back who is on its way out.
+    pub(super) fn may_be_drained(&self, id: &InstanceId) -> Result<(), Broken> {
         let facts = || {
             let world = &self.keeper.as_ref()?.world;
             let newest = world.goal.release()?;

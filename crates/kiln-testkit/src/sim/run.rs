@@ -92,6 +92,8 @@ pub(super) struct Sim {
     told_ended: BTreeSet<InstanceId>,
     /// Instances that kiln was told were unwell.
     pub told_unwell: BTreeSet<InstanceId>,
+    /// Instances of which kiln has decided that they go; it may say so again.
+    leaving: BTreeSet<InstanceId>,
     /// What was proven when the last release was wanted, unless somebody has had a say since.
     pub undisturbed: Option<ReleaseNumber>,
     /// Many callers come while a release is judged.
@@ -127,6 +129,7 @@ impl Sim {
             report: Vec::new(),
             told_ended: BTreeSet::new(),
             told_unwell: BTreeSet::new(),
+            leaving: BTreeSet::new(),
             undisturbed: None,
             busy: false,
             canary: None,
@@ -346,6 +349,11 @@ impl Sim {
                 }
                 effect => {
                     self.intent_is_stored(&effect)?;
+                    if let Effect::Drain { id, .. } = &effect
+                        && self.leaving.insert(id.clone())
+                    {
+                        self.may_be_drained(id)?;
+                    }
                     self.begin(effect);
                 }
             }
