@@ -1,6 +1,7 @@
 //! Reading compose files: a large one within this process, and the corpus with whole
 //! processes, kiln's and docker compose's in turns.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -88,6 +89,12 @@ fn project() -> String {
     text
 }
 
+/// Docker compose, if it can be started.
+pub fn other() -> Option<OsString> {
+    let other = std::env::var_os(OTHER).unwrap_or("docker-compose".into());
+    answers(program(&other).arg("version")).then_some(other)
+}
+
 /// `config` of every file of the corpus that docker compose accepts, kiln's and docker
 /// compose's in turns. Who is not there has a row that says so.
 pub fn corpus(kiln: &Path, passes: usize) -> Result<Vec<Row>, Failure> {
@@ -96,8 +103,7 @@ pub fn corpus(kiln: &Path, passes: usize) -> Result<Vec<Row>, Failure> {
         return Ok(vec![Row::not_run(WHOLE, "kiln", why)]);
     };
     let home = tempfile::tempdir()?;
-    let other = std::env::var_os(OTHER).unwrap_or("docker-compose".into());
-    let compared = answers(program(&other).arg("version"));
+    let other = other();
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     // The first pass fills the machine's caches.
     for pass in 0..=passes {
@@ -106,12 +112,14 @@ pub fn corpus(kiln: &Path, passes: usize) -> Result<Vec<Row>, Failure> {
             command.args(["config", "--no-env-resolution", "--profile=*", "-f"]);
             let own = timed(command.arg(file), file, home.path())?;
             let own = own.ok_or_else(|| format!("kiln refuses {}", file.display()))?;
-            let mut compose = program(&other);
-            compose.arg("-f").arg(file);
-            compose.args(["--profile=*", "config", "--no-env-resolution"]);
-            let their = match compared {
-                true => timed(&mut compose, file, home.path())?,
-                false => None,
+            let their = match &other {
+                Some(other) => {
+                    let mut compose = program(other);
+                    compose.arg("-f").arg(file);
+                    compose.args(["--profile=*", "config", "--no-env-resolution"]);
+                    timed(&mut compose, file, home.path())?
+                }
+                None => None,
             };
             if pass > 0 {
                 ours.push(own);
@@ -121,7 +129,7 @@ pub fn corpus(kiln: &Path, passes: usize) -> Result<Vec<Row>, Failure> {
     }
     let note = format!("{} files, {passes} times", files.len());
     let mut rows = vec![row("kiln", &ours, &note)];
-    if !compared {
+    if other.is_none() {
         let why = format!("not installed; name it with {OTHER}");
         rows.push(Row::not_run(WHOLE, "docker compose", &why));
         return Ok(rows);

@@ -29,8 +29,6 @@ type Failure = Box<dyn std::error::Error>;
 
 /// Runs of each measure, unless told otherwise.
 const RUNS: usize = 20;
-/// Who else replaces instances under load.
-const BEHIND: &str = "podman run --replace behind haproxy";
 /// Connections of a keep-alive load.
 const CONNECTIONS: usize = 16;
 
@@ -166,7 +164,7 @@ fn replacements(bed: &Bed, runs: usize, rows: &mut Vec<Row>) -> Result<u64, Fail
         ("new connections", Mode::NewConnection),
         ("keep-alive", keep_alive),
     ];
-    let mut others = behind::Podman::new();
+    let mut others = behind::peers();
     let mut failed = 0;
     for (name, mode) in loads {
         eprintln!("replace, {name}: {runs} runs");
@@ -179,23 +177,33 @@ fn replacements(bed: &Bed, runs: usize, rows: &mut Vec<Row>) -> Result<u64, Fail
         let (row, failures) = replace::under_load(&mut kiln, name, mode, runs)?;
         rows.push(row);
         failed += failures;
-        match &mut others {
-            Ok(podman) => {
-                let mut podman = Subject {
-                    who: BEHIND,
-                    address: podman.address,
-                    aim: None,
-                    replace: &mut |revision| podman.replace_all(revision),
-                };
-                rows.push(replace::under_load(&mut podman, name, mode, runs)?.0);
-            }
-            Err(why) => {
-                let what = format!("replacing instances, {name}");
-                rows.push(Row::not_run(&what, BEHIND, &why.to_string()));
-            }
+        for (who, other) in &mut others {
+            rows.push(by_other(who, other, (name, mode), runs)?);
         }
     }
     Ok(failed)
+}
+
+fn by_other(
+    who: &'static str,
+    other: &mut behind::Started,
+    (name, mode): (&str, Mode),
+    runs: usize,
+) -> Result<Row, Failure> {
+    let other = match other {
+        Ok(other) => other,
+        Err(why) => {
+            let what = format!("replacing instances, {name}");
+            return Ok(Row::not_run(&what, who, &why.to_string()));
+        }
+    };
+    let mut subject = Subject {
+        who,
+        address: other.address(),
+        aim: None,
+        replace: &mut |revision| other.replace(revision),
+    };
+    Ok(replace::under_load(&mut subject, name, mode, runs)?.0)
 }
 
 /// `kiln up` when nothing has changed, as a whole process.

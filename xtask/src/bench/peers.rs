@@ -91,28 +91,22 @@ fn podman(runs: usize) -> Result<Samples, Failure> {
     })
 }
 
+/// Makes an image of a folder.
+pub fn import(root: &Path, archive: &Path, image: &str) -> Result<(), Failure> {
+    let mut tar = program("tar");
+    tar.arg("-C").arg(root).arg("-cf").arg(archive).arg(".");
+    said(&tar.output()?)?;
+    let mut import = program("docker");
+    import.arg("import").arg(archive).arg(image);
+    said(&import.output()?)
+}
+
 fn docker(runs: usize) -> Result<Samples, Failure> {
     said(&program("docker").arg("info").output()?)?;
     let folder = tempfile::tempdir()?;
     let root = root(folder.path())?;
-    let archive = folder.path().join("root.tar");
-    said(
-        &program("tar")
-            .arg("-C")
-            .arg(root)
-            .arg("-cf")
-            .arg(&archive)
-            .arg(".")
-            .output()?,
-    )?;
     let image = format!("kiln-bench:{}", std::process::id());
-    said(
-        &program("docker")
-            .arg("import")
-            .arg(archive)
-            .arg(&image)
-            .output()?,
-    )?;
+    import(&root, &folder.path().join("root.tar"), &image)?;
     let samples = sample(runs, |_| {
         let mut command = program("docker");
         command
