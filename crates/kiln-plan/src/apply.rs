@@ -325,12 +325,11 @@ fn count_failure<'w>(
 ) -> &'w mut Attempt {
     let attempt = world
         .attempts
-        .entry((instance.service.clone(), instance.index))
+        .entry((instance.service.clone(), instance.index, instance.revision))
         .or_default();
     let served = ready_since.map_or(Millis(0), |since| now.saturating_sub(since));
-    if attempt.revision != Some(instance.revision) || served >= FORGIVEN_AFTER {
+    if served >= FORGIVEN_AFTER {
         *attempt = Default::default();
-        attempt.revision = Some(instance.revision);
     }
     attempt.failures += 1;
     attempt.last = now;

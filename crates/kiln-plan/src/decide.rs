@@ -7,8 +7,9 @@ use kiln_model::spec::Condition;
 use kiln_model::{Generation, InstanceId, Millis, ReleaseNumber, ServiceName};
 
 use crate::age;
+use crate::before::{Before, has_begun};
 use crate::effect::{Conclusion, Effect, EffectKey, Plan, ReportLine};
-use crate::handoff::{free_places, making_room, room};
+use crate::handoff::{free_places, held, making_room, room};
 use crate::probe::probe_plan;
 use crate::routes;
 use crate::service::{batch, drain_limit, is_exclusive, restarts, stop_of, stops_first};
@@ -29,6 +30,7 @@ pub(crate) fn decide(world: &mut World, releases: &Releases, now: Millis) -> Pla
     planner.judge_while_it_moves();
     planner.step_canary();
     planner.start_what_is_missing();
+    planner.keep_whole_what_serves();
     planner.remember_how_it_was();
     planner.route();
     planner.end_watch();
@@ -91,13 +93,21 @@ impl<'a> Planner<'a> {
     fn rest_what_has_finished(&mut self) {
         if let Some((_, goal)) = self.goal() {
             for (name, released) in &goal.release.services {
-                self.rest_copies(goal, name, released);
+                let fails_it = self.world.rollout.is_some();
+                self.rest_copies(goal, name, released, fails_it);
             }
         }
     }
 
-    /// Copies that ended by themselves and whose policy says to leave it at that.
-    fn rest_copies(&mut self, goal: &Prepared, name: &ServiceName, released: &ReleasedService) {
+    /// Copies that ended by themselves and whose policy says to leave it at that. Whose
+    /// failure `fails` a rollout does not rest: it is judged.
+    pub(crate) fn rest_copies(
+        &mut self,
+        goal: &Prepared,
+        name: &ServiceName,
+        released: &ReleasedService,
+        fails: bool,
+    ) {
         let job = goal.is_job(name);
         let revision = goal.revisions.get(name);
         let policy = &released.service.restart;
@@ -110,11 +120,12 @@ impl<'a> Planner<'a> {
             }
             // What the host lost (a reboot) is brought back whatever the policy.
             let lost = status == kiln_model::instance::ExitStatus::Unknown;
-            if let Some(attempt) = self.world.attempts.get_mut(&(name.clone(), instance.index))
+            let key = (name.clone(), instance.index, instance.revision);
+            if let Some(attempt) = self.world.attempts.get_mut(&key)
                 && !lost
                 && !restarts(policy, !status.success(), attempt.failures)
             {
-                attempt.finished = status.success() || self.world.rollout.is_none();
+                attempt.finished = status.success() || !fails;
             }
         }
     }
@@ -142,7 +153,10 @@ impl<'a> Planner<'a> {
             }
         }
         let running = runs.iter().any(|(_, p)| p.alive());
-        if self.world.jobs_done.contains(&key) || running || self.attempts_left(name, 1).is_none() {
+        if self.world.jobs_done.contains(&key)
+            || running
+            || self.attempts_left(goal, name, 1).is_none()
+        {
             return;
         }
         if let Some(blocked) = waits_for(self.world, goal, released) {
@@ -163,7 +177,7 @@ impl<'a> Planner<'a> {
         let well: BTreeSet<u32> = self
             .current(goal, name)
             .iter()
-            .filter(|(_, i)| !matches!(i.health, Health::Unhealthy { .. }))
+            .filter(|(_, i)| !i.is_sick())
             .map(|(_, i)| i.index)
             .collect();
         let mut missing: Vec<u32> = (1..=released.service.replicas)
@@ -176,9 +190,20 @@ impl<'a> Planner<'a> {
         if missing.is_empty() {
             return;
         }
+        // What has begun is finished, and the next batch waits.
+        let moved = self.world.rollout.as_ref().is_some_and(|r| r.moved);
+        let ready = || {
+            self.current(goal, name)
+                .iter()
+                .any(|(_, i)| i.phase.ready())
+        };
+        if held(self.world) && (moved || ready()) {
+            missing.retain(|index| has_begun(self.world, goal, name, *index));
+        }
         // One that fails again and again must not take the others' turn.
+        let revision = goal.revisions.get(name);
         missing.sort_by_key(|index| {
-            let attempt = self.world.attempts.get(&(name.clone(), *index));
+            let attempt = self.world.attempt(name, *index, revision);
             attempt.map_or(0, |a| a.failures)
         });
         if let Some(blocked) = waits_for(self.world, goal, released) {
@@ -187,7 +212,7 @@ impl<'a> Planner<'a> {
         }
         if is_exclusive(released) {
             // Until another may be started, a sick copy is better than none.
-            let due = |p: &mut Self, index: &u32| p.attempts_left(name, *index).is_some();
+            let due = |p: &mut Self, index: &u32| p.attempts_left(goal, name, *index).is_some();
             if !missing.iter().any(|index| due(self, index)) || self.hand_over(name) {
                 return;
             }
@@ -203,7 +228,7 @@ impl<'a> Planner<'a> {
             if room == 0 {
                 break;
             }
-            if self.attempts_left(name, index).is_none() {
+            if self.attempts_left(goal, name, index).is_none() {
                 continue;
             }
             self.start(number, goal, name, index, false);
@@ -228,8 +253,14 @@ impl<'a> Planner<'a> {
     }
 
     /// Waits out the backoff after failures; `None`: not now.
-    fn attempts_left(&mut self, name: &ServiceName, index: u32) -> Option<()> {
-        let Some(attempt) = self.world.attempts.get(&(name.clone(), index)) else {
+    pub(crate) fn attempts_left(
+        &mut self,
+        goal: &Prepared,
+        name: &ServiceName,
+        index: u32,
+    ) -> Option<()> {
+        let revision = goal.revisions.get(name);
+        let Some(attempt) = self.world.attempt(name, index, revision) else {
             return Some(());
         };
         let at = attempt.next();
@@ -285,7 +316,7 @@ impl<'a> Planner<'a> {
         routes::current(self.world, goal, name)
     }
 
-    fn start(
+    pub(crate) fn start(
         &mut self,
         number: ReleaseNumber,
         goal: &Prepared,
@@ -363,12 +394,14 @@ impl<'a> Planner<'a> {
     fn retire_what_is_not_wanted(&mut self) {
         let leaving = self.making_room();
         let warm = |i: &Instance| is_warm(self.world, self.releases, i, self.now);
+        let before = Before::of(self.world, self.releases);
+        let awaited = |i: &Instance| before.as_ref().is_some_and(|b| b.awaits(self.world, i));
         let unwanted: Vec<InstanceId> = self
             .world
             .instances
             .iter()
             .filter(|(id, i)| i.phase.rising() && !self.is_wanted(id, i))
-            .filter(|(id, i)| leaving.contains(*id) || !warm(i))
+            .filter(|(id, i)| leaving.contains(*id) || !(warm(i) || awaited(i)))
             .map(|(id, _)| id.clone())
             .collect();
         if unwanted.is_empty() {
@@ -393,7 +426,7 @@ impl<'a> Planner<'a> {
             let phase = match instance.phase {
                 Phase::Starting | Phase::Warming { .. } => Phase::Stopping,
                 _ if in_wanted => continue,
-                _ if !open && !leaving.contains(&id) && !self.left_over(instance) => continue,
+                _ if !open && !leaving.contains(&id) && !self.left_over(&id, instance) => continue,
                 _ if !self.proxy_known() || self.world.routed(&id) => continue,
                 _ if self.still_needed_by(&service, &retiring) => continue,
                 _ => Phase::Draining,
@@ -413,11 +446,15 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Kept warm behind the release that serves, which another is to follow now.
-    fn left_over(&self, instance: &Instance) -> bool {
+    /// Kept warm behind the release that serves, which another is to follow now; or
+    /// another copy serves in its place.
+    fn left_over(&self, id: &InstanceId, instance: &Instance) -> bool {
         let from = self.world.rollout.as_ref().and_then(|r| r.from);
+        let of_another =
+            |from: &Prepared| from.revisions.get(&instance.service) != Some(&instance.revision);
         from.and_then(|n| self.releases.get(n))
-            .is_some_and(|from| from.revisions.get(&instance.service) != Some(&instance.revision))
+            .is_some_and(of_another)
+            || self.is_replaced(id, instance)
     }
 
     /// Old copies of `stop-first`, whose turn it is before all has been proven.
@@ -455,21 +492,23 @@ impl<'a> Planner<'a> {
         {
             return false;
         }
-        // A sick copy may get well again after another took its place: one of them goes.
-        let sick = matches!(instance.health, Health::Unhealthy { .. });
+        !self.is_replaced(id, instance)
+    }
+
+    /// Another copy of its number and revision serves. A sick one may get well again after
+    /// that: one of them goes.
+    fn is_replaced(&self, id: &InstanceId, instance: &Instance) -> bool {
         let better = |other: &InstanceId, i: &Instance| {
             i.index == instance.index
                 && other != id
                 && i.phase.ready()
                 && !i.job
-                && !matches!(i.health, Health::Unhealthy { .. })
-                && (sick || routes::newer(other, id))
-                && self.world.is_current(i, revision)
+                && !i.is_sick()
+                && (instance.is_sick() || routes::newer(other, id))
+                && self.world.is_current(i, Some(&instance.revision))
         };
-        !self
-            .world
-            .of_service(&instance.service)
-            .any(|(other, i)| better(other, i))
+        let mut others = self.world.of_service(&instance.service);
+        others.any(|(other, i)| better(other, i))
     }
 
     /// When services go for good, those that depend on others go first: as the release that

@@ -8,7 +8,7 @@ use crate::age;
 use crate::decide::waits_for;
 use crate::routes::{current, rests};
 use crate::service::{batch, is_exclusive, manner, stops_first};
-use crate::world::{Health, Instance, Phase, Prepared, World};
+use crate::world::{Instance, Phase, Prepared, World};
 
 /// A handoff begins when the new copy could start but for the one there is, which is of
 /// another revision, surplus, sick or too old. The new release says whether copies may overlap; the
@@ -26,7 +26,7 @@ pub(crate) fn can_hand_over(
         i.phase.ready()
             && i.index <= released.service.replicas
             && world.is_current(i, goal.revisions.get(name))
-            && !matches!(i.health, Health::Unhealthy { .. })
+            && !i.is_sick()
             && !age::is_over(world, released, i, now)
     };
     let copies: Vec<_> = world.of_service(name).filter(|(_, i)| !i.job).collect();
@@ -54,13 +54,14 @@ fn due(
 ) -> Vec<u32> {
     (1..=released.service.replicas)
         .filter(|index| {
-            let attempt = world.attempts.get(&(name.clone(), *index));
+            let attempt = world.attempt(name, *index, goal.revisions.get(name));
             attempt.is_none_or(|a| a.next() <= now) && !rests(world, goal, name, *index)
         })
         .collect()
 }
 
 /// How many copies may be begun now (`parallelism` and `delay`), or when to ask again.
+/// Which of them, while the rollout is paused, others say.
 pub(crate) fn room(
     world: &World,
     goal: &Prepared,
@@ -78,8 +79,6 @@ pub(crate) fn room(
     let next = proven.max().map(|latest| latest.saturating_add(delay));
     match next {
         Some(next) if world.rollout.is_some() && next > now => Err(next),
-        // What has begun is finished, and the next batch waits.
-        Some(_) if held(world) => Ok(0),
         _ => Ok(batch(world, released).saturating_sub(unproven)),
     }
 }

@@ -17,7 +17,7 @@ use crate::decide::next_generation;
 use crate::handoff::{can_hand_over, held, making_room};
 use crate::service::{batch, joins};
 use crate::watch::written_off;
-use crate::world::{Health, Instance, Layout, Phase, Prepared, Releases, World};
+use crate::world::{Instance, Layout, Phase, Prepared, Releases, World};
 
 /// Callers of a service that is between two copies wait at most this long: longer than
 /// most programs take to start, shorter than most callers' own patience.
@@ -40,12 +40,8 @@ pub(crate) fn current<'w>(
 
 /// A copy that ended by itself and whose policy lets it rest.
 pub fn rests(world: &World, goal: &Prepared, name: &ServiceName, index: u32) -> bool {
-    world
-        .attempts
-        .get(&(name.clone(), index))
-        .is_some_and(|attempt| {
-            attempt.finished && attempt.revision.as_ref() == goal.revisions.get(name)
-        })
+    let attempt = world.attempt(name, index, goal.revisions.get(name));
+    attempt.is_some_and(|attempt| attempt.finished)
 }
 
 /// May traffic move? Not before every service's (first batch of) new copies and every
@@ -152,7 +148,7 @@ fn service_route(
     let weight = canary.and_then(|c| Some((c.weight(name)?, c.from.revisions.get(name))));
     let (serving, split) = match weight {
         _ if handing_over => (Vec::new(), None),
-        _ if !open && !old.is_empty() => (old, None),
+        _ if !open && !old.is_empty() => (chosen(old, Vec::new(), replicas), None),
         Some((weight, before)) => {
             old.retain(|(_, i)| world.is_current(i, before));
             side_by_side(weight, new, old, replicas)
@@ -186,7 +182,7 @@ fn side_by_side<'w>(
     mut old: Copies<'w>,
     replicas: u32,
 ) -> (Copies<'w>, Option<Split>) {
-    old.retain(|(_, i)| !matches!(i.health, Health::Unhealthy { .. }));
+    old.retain(|(_, i)| !i.is_sick());
     if new.is_empty() || old.is_empty() || weight >= 100 {
         return (chosen(new, old, replicas), None);
     }
@@ -200,9 +196,8 @@ fn side_by_side<'w>(
 /// the wanted count, which are on their way out, too; unhealthy ones only when there is
 /// nothing better.
 fn chosen<'w>(new: Copies<'w>, old: Copies<'w>, replicas: u32) -> Copies<'w> {
-    let sick = |i: &Instance| matches!(i.health, Health::Unhealthy { .. });
     let (surplus, new): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.index > replicas);
-    let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| sick(i));
+    let (ill, well): (Vec<_>, Vec<_>) = new.into_iter().partition(|(_, i)| i.is_sick());
     // Of two well copies with one number, the older is on its way out.
     let mut serving = well.clone();
     serving.retain(|(id, i)| {
@@ -210,8 +205,10 @@ fn chosen<'w>(new: Copies<'w>, old: Copies<'w>, replicas: u32) -> Copies<'w> {
         !others.any(|(other, _)| newer(other, id))
     });
     let lacking = (replicas as usize).saturating_sub(serving.len());
-    let (worse, others): (Vec<_>, Vec<_>) =
-        surplus.into_iter().chain(old).partition(|(_, i)| sick(i));
+    let (worse, others): (Vec<_>, Vec<_>) = surplus
+        .into_iter()
+        .chain(old)
+        .partition(|(_, i)| i.is_sick());
     serving.extend(others.into_iter().take(lacking));
     match () {
         () if !serving.is_empty() => serving,
@@ -236,10 +233,11 @@ fn worth_waiting(world: &World, goal: Option<&Prepared>, name: &ServiceName) -> 
             !route.backends.is_empty() || matches!(route.mode, RouteMode::Park { .. })
         });
     let coming = goal.is_some_and(|g| g.release.services.contains_key(name));
-    let failing = world
-        .attempts
-        .iter()
-        .any(|((service, _), a)| service == name && (a.failures >= PARK_FAILURES || a.finished));
+    let revision = goal.and_then(|g| g.revisions.get(name));
+    let failing = world.attempts.iter().any(|((service, _, of), a)| {
+        let coming = service == name && Some(of) == revision;
+        coming && (a.failures >= PARK_FAILURES || a.finished)
+    });
     served && coming && !failing
 }
 
@@ -415,7 +413,7 @@ pub(crate) fn partners(
                 .into_iter()
                 .filter(|(_, i)| i.phase != Phase::Starting)
                 .min_by_key(|(_, i)| {
-                    let sick = matches!(i.health, Health::Unhealthy { .. });
+                    let sick = i.is_sick();
                     (sick, i.index != index, i.index)
                 })?;
             Some((other.clone(), id.clone()))

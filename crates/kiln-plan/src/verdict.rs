@@ -312,9 +312,8 @@ pub(crate) fn over(
     let revision = goal.revisions.get(name);
     (1..=released.service.replicas.max(1))
         .filter_map(|index| {
-            let attempt = world.attempts.get(&(name.clone(), index))?;
-            let over = attempt.revision.as_ref() == revision
-                && (attempt.failures >= tries || attempt.timed_out)
+            let attempt = world.attempt(name, index, revision)?;
+            let over = (attempt.failures >= tries || attempt.timed_out)
                 && !finished(world, goal, name, released, index);
             over.then(|| (index, attempt.cause.clone()))
         })

@@ -9,7 +9,7 @@ use kiln_model::{ReleaseNumber, ServiceName};
 use crate::canary;
 use crate::handoff::held;
 use crate::service::{is_exclusive, manner, restarts, stops_first};
-use crate::world::{Health, Instance, Phase, Prepared, Releases, Rollout, Watch, World};
+use crate::world::{Instance, Phase, Prepared, Releases, Rollout, Watch, World};
 
 /// Where the file says nothing.
 const MONITOR: Millis = Millis(10_000);
@@ -90,9 +90,9 @@ pub(crate) fn failed<'w>(
     let policy = &released.service.restart;
     (1..=released.service.replicas)
         .filter_map(|index| {
-            let attempt = world.attempts.get(&(name.clone(), index))?;
+            let attempt = world.attempt(name, index, revision)?;
             let rests = attempt.well && !restarts(policy, false, attempt.failures);
-            let counts = attempt.revision.as_ref() == revision && attempt.last > since && !rests;
+            let counts = attempt.last > since && !rests;
             counts.then_some((index, attempt.cause.as_str()))
         })
         .collect()
@@ -142,7 +142,7 @@ pub(crate) fn is_warm(
     };
     let fit = instance.phase.ready()
         && !instance.job
-        && !matches!(instance.health, Health::Unhealthy { .. })
+        && !instance.is_sick()
         && instance.index <= old.service.replicas
         && world.is_current(instance, back.revisions.get(service))
         && back.revisions.get(service) != goal.revisions.get(service);
@@ -203,7 +203,7 @@ pub(crate) fn culprit(
     copies
         .max_by_key(|(_, i)| {
             let ended = matches!(i.phase, Phase::Ended { .. });
-            (ended, matches!(i.health, Health::Unhealthy { .. }))
+            (ended, i.is_sick())
         })
         .map(|(id, _)| id.clone())
 }

@@ -96,9 +96,9 @@ pub struct World {
     pub instances: Instances,
     /// Jobs that have succeeded, by the digest of the release they ran for.
     pub jobs_done: BTreeSet<(Digest, ServiceName)>,
-    /// Ends and failures since a copy last proved itself, by service and index.
+    /// Ends and failures since a copy last proved itself.
     #[serde(with = "attempts_as_list")]
-    pub attempts: BTreeMap<(ServiceName, u32), Attempt>,
+    pub attempts: Attempts,
     pub layout: Layout,
     /// The table the proxy last confirmed.
     pub routes: Option<Arc<RoutingTable>>,
@@ -268,6 +268,12 @@ pub struct Instance {
     pub created: Millis,
 }
 
+impl Instance {
+    pub(crate) fn is_sick(&self) -> bool {
+        matches!(self.health, Health::Unhealthy { .. })
+    }
+}
+
 /// Where an instance is in its life; it only ever moves down this list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "phase")]
@@ -338,9 +344,10 @@ pub struct Attempt {
     /// The last end was a success.
     #[serde(default)]
     pub well: bool,
-    /// The revision this counts for; another one starts afresh.
-    pub revision: Option<Digest>,
 }
+
+/// By service, index and revision: while one release replaces another, each has its own.
+pub type Attempts = BTreeMap<(ServiceName, u32, Digest), Attempt>;
 
 impl Watch {
     /// Its whole time from now on.
@@ -400,7 +407,7 @@ impl World {
             watch: None,
             instances: Instances::default(),
             jobs_done: BTreeSet::new(),
-            attempts: BTreeMap::new(),
+            attempts: Attempts::new(),
             layout: Layout::default(),
             routes: None,
             routes_doubtful: false,
@@ -532,6 +539,16 @@ impl World {
         self.instances.of_service(service)
     }
 
+    /// What has happened to copies of this number and revision.
+    pub(crate) fn attempt(
+        &self,
+        service: &ServiceName,
+        index: u32,
+        revision: Option<&Digest>,
+    ) -> Option<&Attempt> {
+        self.attempts.get(&(service.clone(), index, *revision?))
+    }
+
     /// On the way to an earlier release, by wish or after a failure.
     pub(crate) fn goes_back(&self) -> bool {
         match &self.rollout {
@@ -563,20 +580,28 @@ impl World {
 }
 
 mod attempts_as_list {
-    use super::{Attempt, BTreeMap, ServiceName};
-    use serde::{Deserialize, Deserializer, Serializer};
+    use super::{Attempt, Attempts, Digest, ServiceName};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    type Map = BTreeMap<(ServiceName, u32), Attempt>;
-
-    pub fn serialize<S: Serializer>(map: &Map, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(map.iter())
+    #[derive(Serialize, Deserialize)]
+    struct Listed<A> {
+        #[serde(flatten)]
+        attempt: A,
+        revision: Digest,
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map, D::Error> {
-        Ok(
-            Vec::<((ServiceName, u32), Attempt)>::deserialize(deserializer)?
-                .into_iter()
-                .collect(),
-        )
+    pub fn serialize<S: Serializer>(map: &Attempts, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(map.iter().map(|((name, index, revision), attempt)| {
+            let revision = *revision;
+            ((name, index), Listed { attempt, revision })
+        }))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Attempts, D::Error> {
+        let list = Vec::<((ServiceName, u32), Listed<Attempt>)>::deserialize(deserializer)?;
+        let entry = |((name, index), listed): (_, Listed<_>)| {
+            ((name, index, listed.revision), listed.attempt)
+        };
+        Ok(list.into_iter().map(entry).collect())
     }
 }

@@ -3,12 +3,19 @@
 use kiln_model::release::{Outcome, ReleasedService};
 use kiln_model::route::RoutingTable;
 use kiln_model::spec::{CanaryStep, NetworkMode, Order, Strategy};
-use kiln_model::{InstanceId, ServiceName};
+use kiln_model::{Digest, InstanceId, ServiceName};
 use kiln_plan::{Event, Health, is_exclusive};
 
 use super::laws::{Broken, Plant};
 use super::project::Behaviour;
 use super::run::Sim;
+
+/// The revisions whose traffic a canary divides, and how.
+struct Steps {
+    new: Digest,
+    old: Digest,
+    steps: Vec<CanaryStep>,
+}
 
 impl Sim {
     /// Who works on it answers, as its program does.
@@ -55,10 +62,11 @@ impl Sim {
     }
 
     /// A table that is sent gives each new instance no more than the steps, which take
-    /// their time, allow by now.
+    /// their time, allow by now. Where no well old one is left they have all of it, and the
+    /// steps go on.
     pub(super) fn keeps_to_the_steps(&mut self, table: &RoutingTable) -> Result<(), Broken> {
         for (name, route) in &table.services {
-            let Some((new, steps)) = self.steps_to_keep(name) else {
+            let Some(Steps { new, old, steps }) = self.steps_to_keep(name) else {
                 continue;
             };
             let is_new = |id: &InstanceId| {
@@ -99,16 +107,16 @@ impl Sim {
                 }
                 left -= step.duration.0;
             }
-            if gets > allowed {
+            if gets > allowed && self.is_well(name, old) {
                 return Err(Broken::TooMuchWeight(name.clone()));
             }
         }
         Ok(())
     }
 
-    /// The new revision and the steps of a service whose traffic moves step by step, as long
-    /// as nobody has had a say and kiln knows of a well old instance.
-    fn steps_to_keep(&self, name: &ServiceName) -> Option<(kiln_model::Digest, Vec<CanaryStep>)> {
+    /// The steps of a service whose traffic moves step by step, as long as nobody has had a
+    /// say.
+    fn steps_to_keep(&self, name: &ServiceName) -> Option<Steps> {
         let world = &self.keeper.as_ref()?.world;
         let newest = world.goal.release()?;
         let open = self.disk.outcomes.get(&newest) == Some(&Outcome::RollingOut);
@@ -126,11 +134,19 @@ impl Sim {
             && !is_exclusive(new)
             && !shares(new)
             && !shares(old);
-        let (old_revision, revision) = (old.revision().ok()?, new.revision().ok()?);
-        let well = world.of_service(name).any(|(_, i)| {
-            i.phase.ready() && i.revision == old_revision && i.health == Health::Healthy
-        });
-        let changed = revision != old_revision;
-        (canary && changed && well).then(|| (revision, options.steps.clone()))
+        let steps = Steps {
+            new: new.revision().ok()?,
+            old: old.revision().ok()?,
+            steps: options.steps.clone(),
+        };
+        (canary && steps.new != steps.old).then_some(steps)
+    }
+
+    /// Kiln knows of an instance of this revision that is well.
+    fn is_well(&self, name: &ServiceName, revision: Digest) -> bool {
+        let world = self.keeper.as_ref().map(|k| &k.world);
+        let mut copies = world.into_iter().flat_map(|w| w.of_service(name));
+        copies
+            .any(|(_, i)| i.phase.ready() && i.revision == revision && i.health == Health::Healthy)
     }
 }
