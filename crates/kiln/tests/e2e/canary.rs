@@ -198,15 +198,17 @@ fn prometheus_has_a_say_at_the_end_of_a_step() {
     assert_eq!(project.page(), "1");
 }
 
-/// Answers every query with this value.
-fn prometheus(value: &'static str) -> (std::net::SocketAddr, std::thread::JoinHandle<()>) {
+/// Answers every query with this value. Who asks may die before it has the answer.
+pub fn prometheus(value: &'static str) -> (std::net::SocketAddr, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             let mut request = [0; 4096];
-            let read = stream.read(&mut request).unwrap();
+            let Ok(read @ 1..) = stream.read(&mut request) else {
+                continue;
+            };
             let asked = String::from_utf8_lossy(&request[..read]).into_owned();
             assert!(
                 asked.starts_with("GET /api/v1/query?query=errors "),
@@ -216,11 +218,10 @@ fn prometheus(value: &'static str) -> (std::net::SocketAddr, std::thread::JoinHa
                 r#"{{"status":"success","data":{{"resultType":"vector","result":[{{"metric":{{}},"value":[1,"{value}"]}}]}}}}"#
             );
             let length = body.len();
-            write!(
+            let _ = write!(
                 stream,
                 "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}"
-            )
-            .unwrap();
+            );
         }
     });
     (address, server)

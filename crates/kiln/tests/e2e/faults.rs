@@ -5,6 +5,7 @@ use std::fs;
 
 use kiln_testkit::load::{Load, Mode};
 
+use crate::canary::prometheus;
 use crate::common::{App, Instance, Kiln, Project, Running, wait_until};
 use crate::honour::nothing_is_left;
 use crate::matrix::{at, under};
@@ -74,9 +75,14 @@ fn dies_at(project: &mut Project, point: &str, version: u32) {
 }
 
 fn all_points(name: &str, points: &[String]) {
+    with_rollout(name, "", points);
+}
+
+/// `rollout` is the service's `x-kiln` block, if it has one.
+fn with_rollout(name: &str, rollout: &str, points: &[String]) {
     let Some(kiln) = Kiln::new() else { return };
     let app = App {
-        keys: "    restart: always\n    deploy: {replicas: 2}",
+        keys: &format!("    restart: always\n    deploy: {{replicas: 2}}\n{rollout}"),
         more: WRITER,
         ..App::default()
     };
@@ -106,6 +112,24 @@ fn the_daemon_dies_before_each_effect() {
 #[test]
 fn the_daemon_dies_after_each_effect() {
     all_points("after", &around("after"));
+}
+
+/// What is asked of the proxy, and of Prometheus, while a release is judged.
+#[test]
+fn the_daemon_dies_while_a_canary_is_judged() {
+    let (address, _server) = prometheus("0");
+    let rollout = format!(
+        "    x-kiln: {{rollout: {{strategy: canary, steps: [{{weight: 20, duration: 1s}}], \
+         analysis: {{prometheus: {{url: 'http://{address}', query: errors, max: 1}}}}}}}}"
+    );
+    let points = [
+        "before-measure",
+        "after-measure",
+        "after-measure:3",
+        "before-query",
+        "after-query",
+    ];
+    with_rollout("judged", &rollout, &points.map(str::to_owned));
 }
 
 #[test]
