@@ -30,6 +30,6 @@ fuzz_target!(|data: &[u8]| {
     };
     if let Ok(resolved) = resolve(&options, &reader) {
         let _ = resolved.project.config(ConfigFormat::Yaml);
-        let _ = lower(&resolved.project, &reader, &[]);
+        let _ = lower(&resolved.project, &resolved.sources, &reader, &[]);
     }
 });

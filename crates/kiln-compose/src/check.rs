@@ -6,6 +6,7 @@ use std::net::IpAddr;
 
 use crate::cycles;
 use crate::diag::{Code, Diagnostic, Diagnostics, did_you_mean};
+use crate::lint;
 use crate::node::{Map, Node};
 use crate::short;
 use crate::span::Span;
@@ -207,7 +208,7 @@ impl Checker<'_> {
         let told = diagnostics.error_touches(self.service.span);
         if !image
             && !told
-            && self.service.get("build").is_none()
+            && !lint::is_built(self.service)
             && self.service.get("provider").is_none()
         {
             diagnostics.push(

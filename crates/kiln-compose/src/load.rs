@@ -44,7 +44,7 @@ pub fn load(options: &LoadOptions, reader: &dyn Reader) -> Result<Loaded, LoadEr
     let project = resolve_in(options, &mut session);
     let lowered = project
         .as_ref()
-        .map(|project| lower(project, reader, &options.allow_ignored));
+        .map(|project| lower(project, &session.sources, reader, &options.allow_ignored));
     let mut spec = None;
     match lowered {
         Some(Ok(lowered)) => {

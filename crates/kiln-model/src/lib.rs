@@ -9,6 +9,7 @@
 //! What must not enter: tokio, clocks, the file system, environment variables,
 //! randomness. Time, ids and random numbers are arguments.
 
+pub mod declared;
 mod digest;
 mod duration;
 pub mod identity;

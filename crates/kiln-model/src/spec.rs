@@ -8,6 +8,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::declared::{
+    DeclaredContent, DeclaredEntry, DeclaredGroup, DeclaredImage, DeclaredPlace, DeclaredUser,
+};
 pub use crate::rollout::{Analysis, CanaryStep, Number, Prometheus, RolloutOptions, Strategy};
 use crate::{Digest, Millis, NetworkName, ProjectName, ServiceName, VolumeName};
 
@@ -69,7 +72,8 @@ pub enum WatchAction {
 pub enum ImageSource {
     /// A reference: registry, `x-kiln.bases` name, `oci:<folder>` or `docker-archive:<file>`.
     Reference(String),
-    /// Built from a Containerfile; `tag` is the service's `image` key, if it has one.
+    /// Built from a Containerfile or `x-kiln.image`; `tag` is the service's `image` key, if
+    /// it has one.
     Build {
         build: Box<Build>,
         tag: Option<String>,
@@ -86,6 +90,8 @@ pub struct Build {
     pub containerfile: Option<PathBuf>,
     /// `dockerfile_inline`: the text itself.
     pub inline: Option<String>,
+    /// `x-kiln.image`, in place of a Containerfile.
+    pub declared: Option<Box<DeclaredImage>>,
     pub args: BTreeMap<String, String>,
     pub target: Option<String>,
     pub labels: BTreeMap<String, String>,

@@ -104,11 +104,12 @@ fn look(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     verdict(&all, args.fail_on)
 }
 
-/// The project's builds, each once.
+/// The project's builds that have a Containerfile, each once.
 fn builds(loaded: &Loaded) -> Vec<&Build> {
     let mut builds: Vec<&Build> = Vec::new();
     for service in loaded.spec.services.values() {
         if let ImageSource::Build { build, .. } = &service.image
+            && build.declared.is_none()
             && !builds.contains(&&**build)
         {
             builds.push(build);

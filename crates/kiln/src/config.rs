@@ -203,7 +203,7 @@ fn pinned(project: &Project) -> Result<BTreeMap<String, String>, Failure> {
         let Some(image) = node.get("image").and_then(Node::text) else {
             continue;
         };
-        if node.get("build").is_some() || lint::is_local(project, &image) {
+        if lint::is_built(node) || lint::is_local(project, &image) {
             continue;
         }
         let reference: Reference = image

@@ -2,6 +2,7 @@
 //! stages are carried out, and the target becomes an image in the store.
 
 mod check;
+mod declared;
 mod image;
 mod stages;
 mod sync;
@@ -222,12 +223,7 @@ fn image_context(value: &str) -> Option<String> {
 /// Reads a request's Containerfile and finds out what is built.
 pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
     supported(&request)?;
-    let (file_name, file_path, text) = read_file(&request.build)?;
-    let file = containerfile::parse(&text).map_err(|errors| BuildError::Parse {
-        file: file_name.clone(),
-        errors,
-    })?;
-    check::enforce(&request.build, &file_name, &file)?;
+    let (file_name, file_path, file) = read(&request.build)?;
     let contexts: Vec<&str> = request
         .build
         .additional_contexts
@@ -267,6 +263,24 @@ fn supported(request: &BuildRequest) -> Result<(), BuildError> {
         return Err(BuildError::Unsupported("cache_to"));
     }
     Ok(())
+}
+
+/// Its name for people, where it is, and what it says.
+fn read(build: &Build) -> Result<(String, Option<PathBuf>, Containerfile), BuildError> {
+    if let Some(image) = &build.declared {
+        return Ok((
+            image.place.file.clone(),
+            None,
+            declared::containerfile(image),
+        ));
+    }
+    let (file_name, file_path, text) = read_file(build)?;
+    let file = containerfile::parse(&text).map_err(|errors| BuildError::Parse {
+        file: file_name.clone(),
+        errors,
+    })?;
+    check::enforce(build, &file_name, &file)?;
+    Ok((file_name, file_path, file))
 }
 
 fn read_file(build: &Build) -> Result<(String, Option<PathBuf>, Vec<u8>), BuildError> {
@@ -426,7 +440,7 @@ impl Builder {
 }
 
 /// Nanoseconds since the epoch: only for telling how settled a file is.
-fn now_nanos() -> i128 {
+pub(crate) fn now_nanos() -> i128 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |s| i128::try_from(s.as_nanos()).unwrap_or(i128::MAX))
 }

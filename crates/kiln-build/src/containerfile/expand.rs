@@ -99,6 +99,18 @@ impl Lexer {
     }
 }
 
+/// Writes `text` so that it stands for itself, as a word with this escape character.
+pub fn literal(text: &str, escape: char) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == escape || matches!(c, '$' | '"' | '\'' | '<') {
+            out.push(escape);
+        }
+        out.push(c);
+    }
+    out
+}
+
 #[derive(Default)]
 struct Words {
     done: Vec<String>,

@@ -2,6 +2,7 @@
 
 use kiln_model::Millis;
 
+use super::declared::Declared;
 use super::flags::{Flags, Form};
 use super::heredoc::{self, Heredoc};
 use super::lines::Line;
@@ -40,6 +41,8 @@ pub enum Kind {
     Arg(Vec<Arg>),
     Cmd(CommandLine),
     Copy(Copy),
+    /// No text has it: it comes of `x-kiln.image`.
+    Declared(Box<Declared>),
     Entrypoint(CommandLine),
     Env(Vec<Pair>),
     Expose(Vec<String>),
@@ -63,6 +66,7 @@ impl Kind {
             Kind::Arg(_) => "ARG",
             Kind::Cmd(_) => "CMD",
             Kind::Copy(_) => "COPY",
+            Kind::Declared(_) => "x-kiln.image",
             Kind::Entrypoint(_) => "ENTRYPOINT",
             Kind::Env(_) => "ENV",
             Kind::Expose(_) => "EXPOSE",

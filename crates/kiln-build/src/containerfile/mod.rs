@@ -8,6 +8,7 @@
 //!
 //! What must not enter: the file system, the store, knowledge of what is built.
 
+mod declared;
 mod duration;
 pub mod expand;
 mod flags;
@@ -20,6 +21,7 @@ mod words;
 
 use std::fmt;
 
+pub use declared::Declared;
 pub use heredoc::{Heredoc, chomp};
 pub use instruction::{
     Arg, CommandLine, Copy, Health, HealthCommand, Instruction, Kind, Pair, Run, RunNetwork,

@@ -438,6 +438,14 @@ fn mounts_are_checked_once_their_variables_are_known() {
 
 proptest::proptest! {
     #[test]
+    fn a_literal_stands_for_itself(text in "(?s)([$'\"\\\\<>{}`]|.){0,20}", tick in proptest::bool::ANY) {
+        let escape = if tick { '`' } else { '\\' };
+        let lexer = expand::Lexer::new(escape);
+        let word = lexer.word(&expand::literal(&text, escape), &expand::NoVariables);
+        proptest::prop_assert_eq!(word, Ok(text));
+    }
+
+    #[test]
     fn any_bytes_end_in_a_file_or_in_problems(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..400)) {
         let mut text = b"FROM a\n".to_vec();
         text.extend(bytes);

@@ -5,6 +5,7 @@
 //! Invariants: [`pick`] only reads, so that its result can serve as a cache key before
 //! anything is changed; [`place`] follows no link out of the target.
 
+pub mod accounts;
 pub mod archive;
 pub mod mode;
 pub mod owner;

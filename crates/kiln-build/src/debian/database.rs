@@ -1,6 +1,7 @@
 //! dpkg's own records of what is in a root: `status`, the `info` folder, trigger
-//! interests; or, for a base without dpkg, one file per package in `status.d`, which
-//! scanners know. Texts are made here; [`write`] and [`write_distroless`] put them
+//! interests; or, for a base without dpkg, one file per package in `status.d`, as
+//! distroless images have it: Trivy and Syft (and so Grype) read it beside `status`, and
+//! nothing claims that a dpkg manages these files. Texts are made here; [`write`] and [`write_distroless`] put them
 //! into the root.
 
 use std::collections::BTreeMap;

@@ -13,7 +13,8 @@ use kiln_model::spec::{ExposedPort, HealthTest, Healthcheck, Protocol};
 use crate::containerfile::expand::{ExpandError, Lexer};
 use crate::containerfile::mount::Mount;
 use crate::containerfile::{
-    CommandLine, Containerfile, Health, HealthCommand, Instruction, Kind, Pair, RunNetwork, Span,
+    CommandLine, Containerfile, Declared, Health, HealthCommand, Instruction, Kind, Pair,
+    RunNetwork, Span,
 };
 use crate::context::ignore::clean;
 use crate::copy::mode::ModeChange;
@@ -84,6 +85,7 @@ pub struct Step {
 pub enum Action {
     None,
     Copy(CopyAction),
+    Declared(Box<Declared>),
     Run(Box<RunAction>),
     /// WORKDIR: made with this owner if it is missing.
     Folder {
@@ -246,6 +248,9 @@ impl State<'_> {
             Kind::Add(copy) => self.copy(name, copy),
             Kind::Run(run) => self.run(run),
             Kind::Workdir(path) => self.workdir(path),
+            Kind::Declared(declared) => {
+                Ok((Action::Declared(declared.clone()), declared.to_string()))
+            }
             kind => Ok((Action::None, format!("{name} {}", self.change(kind)?))),
         }
     }
@@ -333,7 +338,9 @@ impl State<'_> {
                 self.on_build.push(text.clone());
                 text.clone()
             }
-            Kind::Add(_) | Kind::Copy(_) | Kind::Run(_) | Kind::Workdir(_) => String::new(),
+            Kind::Add(_) | Kind::Copy(_) | Kind::Declared(_) | Kind::Run(_) | Kind::Workdir(_) => {
+                String::new()
+            }
         })
     }
 

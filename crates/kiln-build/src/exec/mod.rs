@@ -6,6 +6,7 @@
 
 mod agent;
 mod apt;
+mod declared;
 mod fetches;
 pub mod layer;
 mod mounts;
@@ -36,6 +37,7 @@ use kiln_store::Store;
 use crate::containerfile::{RunNetwork, Span};
 use crate::context::source::ContextSource;
 use crate::copy::CopyError;
+use crate::copy::accounts::AccountError;
 use crate::copy::archive::ArchiveError;
 use crate::copy::owner::OwnerError;
 use crate::evaluate::{Action, Step};
@@ -73,6 +75,15 @@ pub enum ExecError {
     Remote(#[from] crate::remote::RemoteError),
     #[error(transparent)]
     Context(#[from] crate::context::ContextError),
+    #[error("{place}: {path}")]
+    Declared {
+        place: kiln_model::spec::DeclaredPlace,
+        path: String,
+        #[source]
+        cause: Box<ExecError>,
+    },
+    #[error(transparent)]
+    Account(#[from] AccountError),
     #[error(transparent)]
     Owner(#[from] OwnerError),
     #[error(transparent)]
@@ -337,6 +348,14 @@ impl Site<'_> {
                 let inputs = || self.copy_inputs(&before, copy, &picked);
                 self.cached(building, key, told, inputs, |files| {
                     self.place(files, copy, &picked).map(Carried::from)
+                })
+            }
+            Action::Declared(declared) => {
+                let picked = self.pick_declared(declared)?;
+                let key = self.declared_key(&before, declared, &picked);
+                let inputs = || self.declared_inputs(&before, declared, &picked);
+                self.cached(building, key, told, inputs, |files| {
+                    self.declared(files, declared, &picked).map(Carried::from)
                 })
             }
             Action::Run(run) => {

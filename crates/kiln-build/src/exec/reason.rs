@@ -47,6 +47,14 @@ impl Inputs {
         inputs
     }
 
+    pub(super) fn of_parts(before: &Digest, epoch: i64, parts: Vec<(String, String)>) -> Self {
+        let mut inputs = Self::new(before, epoch);
+        for (name, value) in parts {
+            inputs.add(name, &value);
+        }
+        inputs
+    }
+
     fn add(&mut self, name: impl Into<String>, value: &impl std::fmt::Debug) {
         let digest = Digest::of(format!("{value:?}")).short();
         self.0.insert(name.into(), digest);

@@ -268,6 +268,7 @@ fn texts(kind: &Kind) -> Vec<&str> {
         Kind::Run(run) => run.mounts.iter().map(String::as_str).collect(),
         Kind::StopSignal(text) | Kind::User(text) | Kind::Workdir(text) => vec![text],
         Kind::Cmd(_)
+        | Kind::Declared(_)
         | Kind::Entrypoint(_)
         | Kind::Healthcheck(_)
         | Kind::Maintainer(_)

@@ -48,6 +48,11 @@ pub fn lint(project: &Project, sources: &Sources) -> Vec<Finding> {
     findings
 }
 
+/// Its image is made here: `image` is only what it is called.
+pub fn is_built(service: &Node) -> bool {
+    service.get("build").is_some() || service.at(&["x-kiln", "image"]).is_some()
+}
+
 /// Bases that kiln composes, layouts and archives: no registry has them.
 pub fn is_local(project: &Project, image: &str) -> bool {
     image.starts_with("oci:")

@@ -7,7 +7,7 @@ use kiln_model::secrets::{self, Finder};
 
 use super::fix::{Fix, read_only_fix};
 use super::rules::by_id;
-use super::{Finding, is_local};
+use super::{Finding, is_built, is_local};
 use crate::diag::{Code, Diagnostic};
 use crate::node::{Map, Node};
 use crate::project::Project;
@@ -46,8 +46,7 @@ impl Lint<'_> {
             return;
         };
         let image = node.text().unwrap_or_default();
-        // With `build`, the name is what the result is called.
-        if self.node.get("build").is_some() || is_local(self.project, &image) || image.is_empty() {
+        if is_built(self.node) || is_local(self.project, &image) || image.is_empty() {
             return;
         }
         let name = image.rsplit('/').next().unwrap_or_default();

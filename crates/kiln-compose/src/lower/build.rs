@@ -32,6 +32,7 @@ impl Lowering<'_> {
         Build {
             containerfile: containerfile(node, &context),
             inline: text(node, "dockerfile_inline"),
+            declared: None,
             args: self.build_args(node),
             target: text(node, "target"),
             labels: self.pairs(node.get("labels")),

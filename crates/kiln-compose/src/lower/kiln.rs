@@ -92,7 +92,7 @@ impl Lowering<'_> {
         out
     }
 
-    fn base(&mut self, path: &str, node: &Node) -> DebianBase {
+    pub(super) fn base(&mut self, path: &str, node: &Node) -> DebianBase {
         let mut base = DebianBase {
             components: vec!["main".into()],
             essential: true,
@@ -143,7 +143,7 @@ impl Lowering<'_> {
         text
     }
 
-    fn strings(&mut self, node: &Node, path: &str) -> Vec<String> {
+    pub(super) fn strings(&mut self, node: &Node, path: &str) -> Vec<String> {
         match values::texts(node) {
             Some(texts) => texts,
             None => {
@@ -156,7 +156,7 @@ impl Lowering<'_> {
         }
     }
 
-    fn boolean(&mut self, node: &Node, path: &str) -> Option<bool> {
+    pub(super) fn boolean(&mut self, node: &Node, path: &str) -> Option<bool> {
         self.take(
             values::boolean(node).map_err(|what| format!("{path}: {what}")),
             node.span,
@@ -183,7 +183,7 @@ impl Lowering<'_> {
         self.take(number.map_err(|what| format!("{path}: {what}")), node.span)
     }
 
-    fn absolute(&mut self, node: &Node, path: &str) -> Option<String> {
+    pub(super) fn absolute(&mut self, node: &Node, path: &str) -> Option<String> {
         let text = self.string(node, path)?;
         if text.starts_with('/') {
             return Some(crate::canonical::clean_path(&text));
@@ -216,6 +216,7 @@ impl Lowering<'_> {
             "rollout",
             "max_age",
             "snapshot",
+            "image",
         ];
         for (key, value) in self.known(node, &path, &known) {
             let here = format!("{path}.{key}");
@@ -232,6 +233,8 @@ impl Lowering<'_> {
                 "max_age" => out.max_age = self.max_age(value, &here),
                 "snapshot" => out.snapshot = self.snapshot(value, &here, mounts),
                 "rollout" => rollout = Some(self.rollout(value, &here)),
+                // Read with what else says where the image comes from.
+                "image" => {}
                 _ => out.exclusive = self.boolean(value, &here),
             }
         }

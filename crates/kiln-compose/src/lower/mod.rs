@@ -3,6 +3,7 @@
 
 mod analysis;
 mod build;
+mod image;
 mod kiln;
 mod network;
 mod resources;
@@ -13,9 +14,10 @@ mod storage;
 mod volume;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use kiln_model::spec::FileSource;
+use kiln_model::spec::{DebianBase, FileSource};
 use kiln_model::{Millis, ServiceName, Spec};
 
 use crate::diag::{Code, Diagnostic, Diagnostics, Severity};
@@ -23,7 +25,7 @@ use crate::keys::{self, Support};
 use crate::node::{Node, Value};
 use crate::project::Project;
 use crate::session::Reader;
-use crate::span::Span;
+use crate::span::{Sources, Span};
 use crate::values;
 
 /// [`lower`]'s result. The Spec is only of use when no diagnostic is an error.
@@ -35,10 +37,11 @@ pub struct Lowered {
     pub files_read: Vec<PathBuf>,
 }
 
-/// Lowers a project. `allow_ignored`: keys (`services.*.gpus`, `deploy.placement`, `gpus`)
+/// Lowers a project that was read from `sources`. `allow_ignored`: keys (`services.*.gpus`, `deploy.placement`, `gpus`)
 /// whose refusal is only a warning. `None`: the project's name itself cannot be carried.
 pub fn lower(
     project: &Project,
+    sources: &Sources,
     reader: &dyn Reader,
     allow_ignored: &[String],
 ) -> Result<Lowered, Diagnostic> {
@@ -51,10 +54,12 @@ pub fn lower(
     })?;
     let mut lowering = Lowering {
         project,
+        sources,
         reader,
         diagnostics: Diagnostics::default(),
         files_read: vec![],
         rollout: None,
+        bases: BTreeMap::new(),
     };
     lowering.support(&project.tree, String::new());
     let extension = lowering.project_extension();
@@ -84,6 +89,7 @@ pub fn lower(
             spec.services.insert(name, service);
         }
     }
+    spec.bases.append(&mut lowering.bases);
     storage::volumes_from(project, &mut spec);
     let mut diagnostics = lowering.diagnostics.into_list();
     for diagnostic in &mut diagnostics {
@@ -117,11 +123,14 @@ fn allow(diagnostic: &mut Diagnostic, allow_ignored: &[String]) {
 
 struct Lowering<'a> {
     project: &'a Project,
+    sources: &'a Sources,
     reader: &'a dyn Reader,
     diagnostics: Diagnostics,
     files_read: Vec<PathBuf>,
     /// The project's, for services that say nothing.
     rollout: Option<rollout::Rollout>,
+    /// Those of `x-kiln.image`.
+    bases: BTreeMap<String, DebianBase>,
 }
 
 impl Lowering<'_> {
@@ -236,11 +245,8 @@ impl Lowering<'_> {
         self.id(name, span)
     }
 
-    fn file_sources(
-        &mut self,
-        section: &'static str,
-    ) -> std::collections::BTreeMap<String, FileSource> {
-        let mut out = std::collections::BTreeMap::new();
+    fn file_sources(&mut self, section: &'static str) -> BTreeMap<String, FileSource> {
+        let mut out = BTreeMap::new();
         for (key, node) in self.project.section(section) {
             let text = |key: &str| node.get(key).and_then(Node::text);
             let source = if node.get("external").and_then(Node::as_bool) == Some(true) {
@@ -260,7 +266,7 @@ impl Lowering<'_> {
     }
 
     /// `KEY=value` lists and mappings; names without a value are empty.
-    fn pairs(&mut self, node: Option<&Node>) -> std::collections::BTreeMap<String, String> {
+    fn pairs(&mut self, node: Option<&Node>) -> BTreeMap<String, String> {
         node.map(values::key_values)
             .and_then(Result::ok)
             .unwrap_or_default()

@@ -17,12 +17,13 @@ use crate::values;
 
 impl Lowering<'_> {
     pub(super) fn service(&mut self, name: &ServiceName, node: &Node) -> Option<Service> {
-        let image = match node.get("build") {
-            Some(build) => ImageSource::Build {
+        let image = match (self.declared(name, node), node.get("build")) {
+            (Some(declared), _) => declared,
+            (None, Some(build)) => ImageSource::Build {
                 build: Box::new(self.build(build)),
                 tag: text(node, "image"),
             },
-            None => ImageSource::Reference(text(node, "image").unwrap_or_default()),
+            (None, None) => ImageSource::Reference(text(node, "image").unwrap_or_default()),
         };
         let mut labels = self.pairs(node.at(&["deploy", "labels"]));
         labels.extend(self.pairs(node.get("labels")));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod carried;
+mod declared;
 mod refused;
 
 use std::collections::BTreeMap;

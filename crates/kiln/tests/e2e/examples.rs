@@ -61,6 +61,26 @@ fn scratch_serves_and_has_nothing_else_in_it() {
 }
 
 #[test]
+fn a_declared_image_serves_and_is_built_once() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = example(&kiln, "distroless", "DISTROLESS_PORT");
+    project.up().ok();
+    assert!(project.page().contains("only its own files"));
+    // No change: no work. One of its files: a new release.
+    let before = project.instances(None);
+    project.up().ok();
+    assert_eq!(project.instances(None), before);
+    project.edit("pages/index.html", "only its own", "only its very own");
+    project.edit("compose.yaml", "body: only its own", "body: only its very own");
+    project.up().ok();
+    assert!(project.page().contains("only its very own"));
+    // A place for what only the build finds.
+    project.edit("compose.yaml", "owner: www-data", "owner: nobody-here");
+    let told = project.run("up", &[]).code(&[4]);
+    told.says(&["compose.yaml:", "/var/lib/nginx", "nobody-here"]);
+}
+
+#[test]
 fn the_site_is_replaced_under_load_and_rolled_back() {
     let Some(kiln) = Kiln::new() else { return };
     let project = example(&kiln, "site", "SITE_PORT");
