@@ -6,6 +6,7 @@
 
 mod agent;
 mod apt;
+mod databases;
 mod fetches;
 pub mod layer;
 mod mounts;
@@ -345,7 +346,7 @@ impl Site<'_> {
                 let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
                 self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
-                    self.run(files, run, &mounts, taped.as_ref(), told.task)
+                    self.run(files, (run, &key), &mounts, taped.as_ref(), told.task)
                 })
             }
         }
