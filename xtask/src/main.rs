@@ -1,7 +1,7 @@
-//! Chores of the repository: `cargo xtask test`, `bench`, `simulate`, `advisories`.
+//! Chores of the repository: `cargo xtask test`, `bench`, `reproduce`, `simulate`, `advisories`.
 //!
-//! `test` is built without any dependency, so that it starts at once; `bench` and `simulate`
-//! start this program again with a feature of their own.
+//! `test` is built without any dependency, so that it starts at once; `bench`, `reproduce` and
+//! `simulate` start this program again with a feature of their own.
 
 mod cargo;
 mod debian;
@@ -10,6 +10,8 @@ mod test;
 
 #[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "reproduce")]
+mod reproduce;
 #[cfg(feature = "simulate")]
 mod simulate;
 
@@ -19,6 +21,7 @@ const USAGE: &str = "\
 usage: cargo xtask test     install what the tests need (Debian, as root), then check and test everything
        cargo xtask bench    measure the release build, as a table; --runs N (default 20), NAME of one measure
        cargo xtask soak     50 replacements under every kind of load, 500 requests a second (as root)
+       cargo xtask reproduce    build images on 30 Debian packages twice in other conditions, and compare (as root); PACKAGE… for others
        cargo xtask simulate run kiln's loop against a made-up machine and its faults; --seeds N (default 1000), --seed FIRST (default 1)
        cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";
 
@@ -29,6 +32,7 @@ fn main() -> ExitCode {
         Some("advisories") if words.len() == 1 => test::advisories(),
         Some("bench") => bench(&words[1..]),
         Some("soak") if words.len() == 1 => soak(),
+        Some("reproduce") => reproduce(&words[1..]),
         Some("simulate") => simulate(&words[1..]),
         _ => {
             eprintln!("{USAGE}");
@@ -42,15 +46,30 @@ fn bench(words: &[String]) -> ExitCode {
     bench::run(words)
 }
 
-/// Builds kiln and this program, optimised, and starts the latter.
 #[cfg(not(feature = "bench"))]
 fn bench(words: &[String]) -> ExitCode {
+    optimised("bench", words)
+}
+
+#[cfg(feature = "reproduce")]
+fn reproduce(words: &[String]) -> ExitCode {
+    reproduce::run(words)
+}
+
+#[cfg(not(feature = "reproduce"))]
+fn reproduce(words: &[String]) -> ExitCode {
+    optimised("reproduce", words)
+}
+
+/// Builds kiln and this program with one of its features, optimised, and starts the latter.
+#[cfg(not(all(feature = "bench", feature = "reproduce")))]
+fn optimised(feature: &str, words: &[String]) -> ExitCode {
     let build: &[&str] = &["build", "--release", "--package", "kiln"];
     let built = again(build, &[]);
     if built != ExitCode::SUCCESS {
         return built;
     }
-    let run = "run --quiet --release --package xtask --features bench -- bench";
+    let run = format!("run --quiet --release --package xtask --features {feature} -- {feature}");
     again(&run.split(' ').collect::<Vec<_>>(), words)
 }
 
