@@ -1,4 +1,5 @@
-//! Chores of the repository: `cargo xtask test`, `bench`, `reproduce`, `simulate`, `advisories`.
+//! Chores of the repository: `cargo xtask test`, `bench`, `reproduce`, `simulate`, `goldens`,
+//! `advisories`.
 //!
 //! `test` is built without any dependency, so that it starts at once; `bench`, `reproduce` and
 //! `simulate` start this program again with a feature of their own.
@@ -23,6 +24,7 @@ usage: cargo xtask test     install what the tests need (Debian, as root), then 
        cargo xtask soak     50 replacements under every kind of load, 500 requests a second (as root)
        cargo xtask reproduce    build images on 30 Debian packages twice in other conditions, and compare (as root); PACKAGE… for others
        cargo xtask simulate run kiln's loop against a made-up machine and its faults; --seeds N (default 1000), --seed FIRST (default 1)
+       cargo xtask goldens  ask docker (one that reaches an engine; as root) what it makes of the build cases, and keep that
        cargo xtask advisories   look for known holes in the dependencies (needs cargo-deny and its database)";
 
 fn main() -> ExitCode {
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Some("bench") => bench(&words[1..]),
         Some("soak") if words.len() == 1 => soak(),
         Some("reproduce") => reproduce(&words[1..]),
+        Some("goldens") if words.len() == 1 => goldens(),
         Some("simulate") => simulate(&words[1..]),
         _ => {
             eprintln!("{USAGE}");
@@ -82,6 +85,18 @@ fn soak() -> ExitCode {
     }
     let run = "test --release --package kiln --test e2e --config env.KILN_SOAK='full' \
                soak:: -- --nocapture";
+    again(&run.split_whitespace().collect::<Vec<_>>(), &[])
+}
+
+/// The conformance test, recording instead of comparing. The shim is what builds the image
+/// that the cases begin with.
+fn goldens() -> ExitCode {
+    let built = again(&["build", "--package", "kiln-runtime"], &[]);
+    if built != ExitCode::SUCCESS {
+        return built;
+    }
+    let run = "test --package kiln-build --test conformance --config env.KILN_GOLDENS='record' \
+               -- --nocapture";
     again(&run.split_whitespace().collect::<Vec<_>>(), &[])
 }
 

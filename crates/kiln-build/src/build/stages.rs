@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use kiln_model::secrets::Finder;
 use kiln_model::spec::Build;
-use kiln_model::{Digest, ProgressEvent};
+use kiln_model::{Digest, ImageConfig, ProgressEvent};
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
 use kiln_store::Tree;
 
@@ -495,7 +495,13 @@ fn nothing() -> Built {
             layers: Vec::new(),
             findings: Vec::new(),
         },
-        document: ConfigDocument::default(),
+        document: ConfigDocument {
+            config: ImageConfig {
+                working_dir: "/".into(),
+                ..ImageConfig::default()
+            },
+            ..ConfigDocument::default()
+        },
         args: BTreeMap::new(),
     }
 }

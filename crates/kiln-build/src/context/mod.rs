@@ -70,6 +70,8 @@ pub enum EntryKind {
     File {
         size: u64,
         stamp: Stamp,
+        /// It has other names (hard links), here or elsewhere.
+        linked: bool,
     },
     Link(Vec<u8>),
     Fifo,
@@ -214,6 +216,7 @@ impl Scan<'_> {
             EntryKind::File {
                 size: meta.len(),
                 stamp: Stamp::of(meta),
+                linked: meta.nlink() > 1,
             }
         } else if kind.is_symlink() {
             let target = fs::read_link(host).map_err(|cause| ContextError::Read {
