@@ -140,6 +140,12 @@ fn service_paths(service: &mut Map, base: Base<'_>) {
             base.key(rule, "path");
         }
     }
+    if let Some(own) = service.get_mut("x-kiln").and_then(Node::as_map_mut) {
+        for check in items(own, "test").filter_map(Node::as_map_mut) {
+            base.key(check, "structure");
+            base.key(check, "goss");
+        }
+    }
     for volume in items(service, "volumes").filter_map(Node::as_map_mut) {
         if volume.get("type").and_then(Node::as_str) == Some("bind") {
             base.host_key(volume, "source");

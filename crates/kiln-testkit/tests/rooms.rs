@@ -74,6 +74,7 @@ const PURE: &[(&str, &[&str])] = &[
             "granit-parser",
             "strsim",
             "miette",
+            "regex",
             "foldhash",
             "indexmap",
             "thiserror",

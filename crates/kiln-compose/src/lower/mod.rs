@@ -3,6 +3,7 @@
 
 mod analysis;
 mod build;
+mod goss;
 mod kiln;
 mod network;
 mod resources;
@@ -10,20 +11,24 @@ mod rollout;
 mod security;
 mod service;
 mod storage;
+mod structure;
+mod suite;
 mod volume;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kiln_model::spec::FileSource;
-use kiln_model::{Millis, ServiceName, Spec};
+use kiln_model::suite::Suite;
+use kiln_model::{Digest, Millis, ServiceName, Spec};
 
 use crate::diag::{Code, Diagnostic, Diagnostics, Severity};
 use crate::keys::{self, Support};
 use crate::node::{Node, Value};
 use crate::project::Project;
 use crate::session::Reader;
-use crate::span::Span;
+use crate::span::{Sources, Span};
 use crate::values;
 
 /// [`lower`]'s result. The Spec is only of use when no diagnostic is an error.
@@ -31,15 +36,16 @@ use crate::values;
 pub struct Lowered {
     pub spec: Spec,
     pub diagnostics: Vec<Diagnostic>,
-    /// Files whose content is in the Spec (seccomp profiles).
+    /// Files whose content is in the Spec (seccomp profiles, tests).
     pub files_read: Vec<PathBuf>,
 }
 
 /// Lowers a project. `allow_ignored`: keys (`services.*.gpus`, `deploy.placement`, `gpus`)
-/// whose refusal is only a warning. `None`: the project's name itself cannot be carried.
+/// whose refusal is only a warning. `sources`: grows by the files of tests. `None`: the project's name itself cannot be carried.
 pub fn lower(
     project: &Project,
     reader: &dyn Reader,
+    sources: &mut Sources,
     allow_ignored: &[String],
 ) -> Result<Lowered, Diagnostic> {
     let name = project.name.parse().map_err(|error| {
@@ -52,6 +58,8 @@ pub fn lower(
     let mut lowering = Lowering {
         project,
         reader,
+        sources,
+        suites: BTreeMap::new(),
         diagnostics: Diagnostics::default(),
         files_read: vec![],
         rollout: None,
@@ -71,6 +79,8 @@ pub fn lower(
         debian_mirror: extension.mirror,
         allow_secrets: extension.allow_secrets,
         watch: Default::default(),
+        stack: extension.stack,
+        suites: Default::default(),
     };
     for (name, node) in project.services() {
         let Some(name) = lowering.id::<ServiceName>(name, node.key) else {
@@ -84,6 +94,7 @@ pub fn lower(
             spec.services.insert(name, service);
         }
     }
+    spec.suites = std::mem::take(&mut lowering.suites);
     storage::volumes_from(project, &mut spec);
     let mut diagnostics = lowering.diagnostics.into_list();
     for diagnostic in &mut diagnostics {
@@ -118,6 +129,9 @@ fn allow(diagnostic: &mut Diagnostic, allow_ignored: &[String]) {
 struct Lowering<'a> {
     project: &'a Project,
     reader: &'a dyn Reader,
+    /// Files of tests are added, so that what is wrong in them has a place.
+    sources: &'a mut Sources,
+    suites: BTreeMap<Digest, Suite>,
     diagnostics: Diagnostics,
     files_read: Vec<PathBuf>,
     /// The project's, for services that say nothing.
