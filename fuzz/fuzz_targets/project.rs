@@ -30,6 +30,7 @@ fuzz_target!(|data: &[u8]| {
     };
     if let Ok(resolved) = resolve(&options, &reader) {
         let _ = resolved.project.config(ConfigFormat::Yaml);
-        let _ = lower(&resolved.project, &resolved.sources, &reader, &[]);
+        let mut sources = resolved.sources.clone();
+        let _ = lower(&resolved.project, &reader, &mut sources, &[]);
     }
 });

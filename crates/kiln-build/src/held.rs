@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 /// Such a folder; removed when dropped.
-pub(crate) struct Held {
+pub struct Held {
     path: PathBuf,
     _lock: File,
 }
@@ -57,7 +57,7 @@ impl Drop for Held {
 }
 
 /// The folders with one of these prefixes whose processes are gone: the caller's now.
-pub(crate) fn abandoned(scratch: &Path, prefixes: &[&str]) -> io::Result<Vec<Held>> {
+pub fn abandoned(scratch: &Path, prefixes: &[&str]) -> io::Result<Vec<Held>> {
     let making = File::open(scratch)?;
     flock(&making, FlockOperation::LockExclusive)?;
     let mut found = Vec::new();

@@ -12,12 +12,11 @@ use std::sync::atomic::AtomicBool;
 use kiln_build::build::{BuildRequest, Synced};
 use kiln_build::context::Context;
 use kiln_build::context::changes::changes;
-use kiln_build::test::{Outcome, TestRequest, Tester};
-use kiln_model::instance::{InstanceLimits, InstanceSecurity};
+use kiln_build::test::{Outcome, TestRequest};
 use kiln_model::spec::{Check, HealthTest, Healthcheck};
 use kiln_model::{Digest, Millis};
 use kiln_store::tree::Kind;
-use world::{busybox, context, sandboxes, world};
+use world::{busybox, context, request, sandboxes, world};
 
 const FILES: [(&str, &str); 4] = [("a", "1"), ("d/b", "2"), ("d/c/e", "3"), ("x.log", "no")];
 
@@ -297,33 +296,6 @@ fn a_failed_command_tells_its_last_lines_and_leaves_nothing() {
     assert!(told.contains("line 2: RUN x"), "{told}");
 }
 
-fn request(image: Digest, command: &str) -> TestRequest {
-    TestRequest {
-        name: "app".into(),
-        image,
-        argv: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
-        env: BTreeMap::from([("PATH".to_owned(), "/bin".to_owned())]),
-        cwd: "/".into(),
-        user: "0".into(),
-        group_add: Vec::new(),
-        stop_signal: "SIGTERM".into(),
-        stop_grace: Millis(500),
-        init: false,
-        mounts: Vec::new(),
-        volumes: vec!["/data".into()],
-        security: InstanceSecurity::default(),
-        limits: InstanceLimits::default(),
-        healthcheck: None,
-        shell: Vec::new(),
-        checks: Vec::new(),
-        post_start: Vec::new(),
-        completes: false,
-        peers: false,
-        hosts: Vec::new(),
-        settle: Millis(300),
-    }
-}
-
 #[test]
 fn an_image_proves_itself_and_its_write_set_is_learned() {
     if !sandboxes() {
@@ -335,11 +307,7 @@ fn an_image_proves_itself_and_its_write_set_is_learned() {
         "{base}RUN mkdir -p /www /data /tmp /run /var/cache/app && echo hello > /www/index.html"
     );
     let image = one.build(folder.path(), &text).unwrap();
-    let tester = Tester {
-        store: one.builder.store.clone(),
-        runtime: one.builder.runtime.clone(),
-        cache: one.builder.cache.clone(),
-    };
+    let tester = one.tester();
     let cancel = AtomicBool::new(false);
     let mut web = request(
         image,

@@ -42,9 +42,10 @@ impl Loaded {
 pub fn load(options: &LoadOptions, reader: &dyn Reader) -> Result<Loaded, LoadError> {
     let mut session = Session::new(reader);
     let project = resolve_in(options, &mut session);
-    let lowered = project
-        .as_ref()
-        .map(|project| lower(project, &session.sources, reader, &options.allow_ignored));
+    let lowered = project.as_ref().map(|project| {
+        let sources = &mut session.sources;
+        lower(project, reader, sources, &options.allow_ignored)
+    });
     let mut spec = None;
     match lowered {
         Some(Ok(lowered)) => {

@@ -140,11 +140,15 @@ fn service_paths(service: &mut Map, base: Base<'_>) {
             base.key(rule, "path");
         }
     }
-    let declared = service.get_mut("x-kiln").and_then(Node::as_map_mut);
-    let declared = declared.and_then(|own| own.get_mut("image")?.as_map_mut());
-    for file in declared.into_iter().flat_map(|image| items(image, "files")) {
-        if let Some(file) = file.as_map_mut() {
-            base.key(file, "source");
+    if let Some(own) = service.get_mut("x-kiln").and_then(Node::as_map_mut) {
+        for check in items(own, "test").filter_map(Node::as_map_mut) {
+            base.key(check, "structure");
+            base.key(check, "goss");
+        }
+        if let Some(declared) = own.get_mut("image").and_then(Node::as_map_mut) {
+            for file in items(declared, "files").filter_map(Node::as_map_mut) {
+                base.key(file, "source");
+            }
         }
     }
     for volume in items(service, "volumes").filter_map(Node::as_map_mut) {

@@ -29,7 +29,7 @@ impl Span {
 pub struct Source {
     pub path: PathBuf,
     pub text: Arc<str>,
-    /// Which `include` or `extends` brought it in.
+    /// Which `include`, `extends` or `x-kiln.test` brought it in.
     pub from: Option<(Via, Span)>,
 }
 
@@ -38,6 +38,7 @@ pub struct Source {
 pub enum Via {
     Include,
     Extends,
+    Test,
 }
 
 impl Via {
@@ -45,6 +46,7 @@ impl Via {
         match self {
             Via::Include => "included",
             Via::Extends => "extended",
+            Via::Test => "named",
         }
     }
 }

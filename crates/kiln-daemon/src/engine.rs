@@ -55,6 +55,11 @@ pub enum Message {
         by: String,
         reply: Reply<()>,
     },
+    /// The last message of an environment that was only made to be thrown away.
+    Forget {
+        by: String,
+        reply: Reply<()>,
+    },
     Pause {
         by: String,
         reply: Reply<()>,
@@ -116,6 +121,8 @@ pub struct Engine {
     observers: BTreeMap<InstanceId, JoinHandle<()>>,
     report: Vec<String>,
     look_again: Interval,
+    /// Nothing is left to see to.
+    forgotten: bool,
 }
 
 /// Starts the engine of an environment, new or as it was stored.
@@ -131,6 +138,7 @@ pub fn spawn(shared: Arc<Shared>, world: World) -> EngineHandle {
         observers: BTreeMap::new(),
         report: Vec::new(),
         look_again: look_again(),
+        forgotten: false,
     };
     tokio::spawn(engine.run());
     EngineHandle { sender }
@@ -151,7 +159,9 @@ impl Engine {
         for early in self.find_routes().await {
             self.handle(early).await;
         }
-        while let Some(message) = self.next().await {
+        while !self.forgotten
+            && let Some(message) = self.next().await
+        {
             self.handle(message).await;
         }
     }
@@ -260,6 +270,11 @@ impl Engine {
             Message::Abandon { by, reply } => {
                 let why = format!("asked by {by}");
                 let _ = reply.send(self.wish(Event::Abandoned { why }));
+            }
+            Message::Forget { by, reply } => {
+                let done = self.forget(&by).await;
+                self.forgotten = done.is_ok();
+                let _ = reply.send(done);
             }
             Message::Pause { by, reply } => {
                 let _ = reply.send(self.pause(&by));
@@ -510,7 +525,7 @@ impl Engine {
         }
     }
 
-    fn records(&self) -> Result<Vec<ReleaseRecord>, ApiError> {
+    pub(crate) fn records(&self) -> Result<Vec<ReleaseRecord>, ApiError> {
         self.shared
             .state
             .records(&self.keeper.world.environment)

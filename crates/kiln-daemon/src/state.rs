@@ -225,6 +225,22 @@ impl State {
         row.map(|text| self.decode("releases", &text)).transpose()
     }
 
+    /// Everything of an environment but what the audit log says.
+    pub fn forget(&self, environment: &EnvironmentName) -> Result<(), StateError> {
+        self.with(|c| {
+            let all = c.transaction()?;
+            for (table, key) in [
+                ("environments", "name"),
+                ("releases", "environment"),
+                ("events", "environment"),
+            ] {
+                let delete = format!("DELETE FROM {table} WHERE {key} = ?1");
+                all.execute(&delete, [environment.as_str()])?;
+            }
+            all.commit()
+        })
+    }
+
     /// Returns the event's id: greater than every earlier one's.
     pub fn add_event(&self, event: &EventRecord) -> Result<u64, StateError> {
         let text = self.encode("events", event)?;

@@ -23,6 +23,7 @@ pub mod rollout;
 pub mod route;
 pub mod secrets;
 pub mod spec;
+pub mod suite;
 pub mod traffic;
 
 pub use digest::{Digest, DigestParseError, Hasher};

@@ -12,6 +12,7 @@ pub use crate::declared::{
     DeclaredContent, DeclaredEntry, DeclaredGroup, DeclaredImage, DeclaredPlace, DeclaredUser,
 };
 pub use crate::rollout::{Analysis, CanaryStep, Number, Prometheus, RolloutOptions, Strategy};
+use crate::suite::{Suite, SuiteKind};
 use crate::{Digest, Millis, NetworkName, ProjectName, ServiceName, VolumeName};
 
 /// A whole project.
@@ -36,6 +37,34 @@ pub struct Spec {
     /// `develop.watch`, by service. Beside the services, as no release is made of it.
     #[serde(default)]
     pub watch: BTreeMap<ServiceName, Vec<WatchRule>>,
+    /// `x-kiln.test`: what the whole stack is tested by.
+    #[serde(default)]
+    pub stack: Option<StackTest>,
+    /// What the files of [`Check::Suite`] say, by their digest. A release has the digest.
+    #[serde(default)]
+    pub suites: BTreeMap<Digest, Suite>,
+}
+
+/// A service whose exit code is the verdict over a candidate release. It is no part of the
+/// release itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StackTest {
+    pub service: ServiceName,
+    /// How long all of it may take.
+    pub timeout: Millis,
+}
+
+impl Spec {
+    /// What the files among these checks say.
+    pub fn suites_of(&self, checks: &[Check]) -> BTreeMap<Digest, Suite> {
+        let named = checks.iter().filter_map(|check| match check {
+            Check::Suite { digest, .. } => Some(digest),
+            _ => None,
+        });
+        named
+            .filter_map(|digest| Some((*digest, self.suites.get(digest)?.clone())))
+            .collect()
+    }
 }
 
 /// One rule of `develop.watch`: what a change of files leads to.
@@ -685,6 +714,14 @@ pub enum Check {
         exists: bool,
         contains: Option<String>,
         mode: Option<u32>,
+    },
+    /// A file of tests.
+    Suite {
+        kind: SuiteKind,
+        /// As it is shown: from the project's folder, where it is below that.
+        path: String,
+        /// Of its bytes, and of those that it includes.
+        digest: Digest,
     },
 }
 

@@ -2,8 +2,8 @@
 //!
 //! **Format** (version 1): `log` holds one JSON object a line,
 //! `{"time":<milliseconds since the epoch>,"stream":"stdout"|"stderr"|"system","text":"…"}`,
-//! with `"partial":true` where a line longer than [`MAX_LINE`] goes on in the next
-//! record. Bytes that aren't UTF-8 are replaced. `system` is kiln's own word (why a
+//! with `"partial":true` where no newline follows: a line longer than [`MAX_LINE`] goes on in
+//! the next record, or the stream has ended. Bytes that aren't UTF-8 are replaced. `system` is kiln's own word (why a
 //! start failed). When `log` reaches the service's `max_size` it becomes `log.1`,
 //! `log.1` becomes `log.2`, and so on up to `max_files` files in all.
 
@@ -36,7 +36,7 @@ pub struct Record {
     pub time: Millis,
     pub stream: Stream,
     pub text: String,
-    /// The line goes on in the stream's next record.
+    /// No newline follows: the line goes on in the stream's next record, or there is none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub partial: bool,
 }
@@ -69,7 +69,7 @@ impl Lines {
     /// The last line, which had no end.
     pub fn finish(&mut self, mut emit: impl FnMut(&str, bool)) {
         if !self.pending.is_empty() {
-            emit(&String::from_utf8_lossy(&self.pending), false);
+            emit(&String::from_utf8_lossy(&self.pending), true);
             self.pending.clear();
         }
     }
@@ -302,7 +302,7 @@ mod tests {
         let text = |s: &str| (s.to_owned(), false);
         assert_eq!(
             lines(&[b"a\nb", b"c\r\n\nlast"]),
-            [text("a"), text("bc"), text(""), text("last")]
+            [text("a"), text("bc"), text(""), ("last".to_owned(), true)]
         );
         let long = vec![b'x'; MAX_LINE * 2 + 5];
         let cut = lines(&[&long, b"\n"]);

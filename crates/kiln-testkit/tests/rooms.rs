@@ -76,6 +76,7 @@ const PURE: &[(&str, &[&str])] = &[
             "granit-parser",
             "strsim",
             "miette",
+            "regex",
             "foldhash",
             "indexmap",
             "thiserror",

@@ -33,6 +33,7 @@ use kiln_trust::SecretStore;
 use crate::cache::Keeper;
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
+use crate::junit::Suite;
 use crate::{named, ops};
 
 /// Scratch without a stated size: 64 MiB.
@@ -56,15 +57,20 @@ pub struct Assembler<'a> {
     had: BTreeSet<Digest>,
     /// What RUNs fetch is fetched and recorded anew.
     live: bool,
+    /// How each image did in its test.
+    suites: Mutex<Vec<Suite>>,
 }
 
-/// What `kiln watch` has beside the project, by service; nothing for everyone else.
+/// What `kiln watch` and whole-stack tests have beside the project, by service; nothing for
+/// everyone else.
 #[derive(Default)]
 pub struct Over<'w> {
     /// Images that are not found or built again.
     pub bases: BTreeMap<ServiceName, Digest>,
     /// Files that are put over the image.
     pub synced: BTreeMap<ServiceName, Vec<Synced<'w>>>,
+    /// What is known of services that are not tested here.
+    pub proven: BTreeMap<ServiceName, Verdict>,
 }
 
 /// A release, and each service's image before anything was put over it.
@@ -166,6 +172,7 @@ impl<'a> Assembler<'a> {
             had,
             keeper,
             live: false,
+            suites: Mutex::default(),
             allowed,
             context,
             loaded,
@@ -181,6 +188,12 @@ impl<'a> Assembler<'a> {
     pub fn live(mut self, live: bool) -> Self {
         self.live = live;
         self
+    }
+
+    /// How each image did in its test, also where that failed.
+    pub fn suites(&self) -> Vec<Suite> {
+        let suites = self.suites.lock().unwrap_or_else(PoisonError::into_inner);
+        suites.clone()
     }
 
     fn spec(&self) -> &Spec {
@@ -310,7 +323,7 @@ impl<'a> Assembler<'a> {
                 files,
             });
         }
-        let verdicts = self.test_all(&candidates)?;
+        let verdicts = self.test_all(&candidates, &over.proven)?;
         let released = candidates.into_iter().zip(verdicts).map(|(c, verdict)| {
             let found = Found {
                 image: c.image,

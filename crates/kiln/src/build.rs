@@ -16,6 +16,7 @@ use crate::cli::{BuildArgs, Fetching};
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
 use crate::report::{self, Problem, Region};
+use crate::test::{Asked, Proven};
 use crate::{output, project, up};
 
 pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
@@ -32,7 +33,12 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
         return verify(context, args).await;
     }
     let live = args.network == Fetching::Live;
-    let (_, release) = up::assembled(context, &args.project, live).await?;
+    let asked = Asked {
+        stack: false,
+        live,
+        junit: args.junit.as_deref(),
+    };
+    let release = Proven::of(context, &args.project, asked).await?.release;
     if context.json {
         return output::json(&release);
     }

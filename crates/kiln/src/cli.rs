@@ -97,6 +97,10 @@ pub enum Command {
     Plan(ProjectArgs),
     /// Build and test the images, and roll nothing out
     Build(BuildArgs),
+    /// Build the images, test each and the whole stack, and roll nothing out
+    ///
+    /// What was tested before as it is, is not tested again. Exit code 5: a test failed.
+    Test(TestArgs),
     /// Stop and remove everything that runs of a project; volumes and releases stay
     Down(EnvironmentArgs),
     /// Show what serves, since when, from which release, and what has drifted
@@ -217,6 +221,18 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+    /// Write how each check went to FILE, as JUnit's XML
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct TestArgs {
+    #[command(flatten)]
+    pub project: ProjectArgs,
+    /// Write how each check went to FILE, as JUnit's XML
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -259,6 +275,9 @@ pub struct BuildArgs {
     /// How to show what is being done
     #[arg(long, value_enum, default_value_t = Form::Auto)]
     pub progress: Form,
+    /// Write how each check of the images went to FILE, as JUnit's XML
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "verify", "prune"])]
+    pub junit: Option<PathBuf>,
 }
 
 /// Where what a RUN fetches comes from.

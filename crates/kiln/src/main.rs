@@ -14,6 +14,7 @@ mod config;
 mod context;
 mod failure;
 mod init;
+mod junit;
 mod live;
 mod machine;
 mod named;
@@ -24,8 +25,10 @@ mod report;
 mod rollout;
 mod see;
 mod snapshots;
+mod stack;
 mod steer;
 mod terminal;
+mod test;
 mod up;
 mod watch;
 
@@ -92,6 +95,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Watch(args) => watch::watch(context, args).await?,
         Command::Plan(args) => up::plan(context, args).await?,
         Command::Build(args) => build::build(context, args).await?,
+        Command::Test(args) => test::test(context, args).await?,
         Command::Down(args) => up::down(context, args).await?,
         Command::Lock(args) => up::lock(context, args).await?,
         Command::Rollback(args) => up::rollback(context, args).await?,

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kiln_daemon::api::types::{EventKind, EventRecord, ReleaseAnswer};
 use kiln_model::EnvironmentName;
@@ -10,6 +11,10 @@ use kiln_model::EnvironmentName;
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind};
 use crate::live::Live;
+
+/// While an environment is on its way, it takes no other release. Asked so often, so long.
+const BUSY_STEP: Duration = Duration::from_millis(100);
+const BUSY_LIMIT: Duration = Duration::from_secs(120);
 
 /// How a rollout ended.
 enum End {
@@ -69,6 +74,24 @@ pub async fn follow(
             .hint("kiln rollout resume, promote or abort says how to go on")),
         Some(End::Failed { text, log }) => Err(failed(text, &log, interrupted)),
         None => Ok(()),
+    }
+}
+
+/// Waits until nothing is on its way: a rollout that failed may still be returning.
+pub async fn until_idle(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
+    let idle = async {
+        while let Ok(status) = context.client.status(environment).await
+            && status.rollout.is_some()
+        {
+            tokio::time::sleep(BUSY_STEP).await;
+        }
+    };
+    match tokio::time::timeout(BUSY_LIMIT, idle).await {
+        Ok(()) => Ok(()),
+        Err(_) => Err(Failure::new(
+            Kind::Conflict,
+            format!("`{environment}` does not come to rest"),
+        )),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::assemble::{Assembled, Assembler, Over};
 use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
+use crate::test::{Asked, Proven};
 use crate::{output, progress, project, rollout};
 
 pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
@@ -18,7 +19,12 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     context.make_root()?;
     // Held from the first write until the daemon has pinned what the release needs.
     let _lease = context.store()?.lease().map_err(machine)?;
-    let (environment, release) = assembled(context, &args.project, false).await?;
+    let asked = Asked {
+        stack: !args.dry_run,
+        ..Asked::whole(args.junit.as_deref())
+    };
+    let proven = Proven::of(context, &args.project, asked).await?;
+    let (environment, release) = (proven.environment, proven.release);
     context.need_daemon().await?;
     let request = ReleaseRequest {
         release,
@@ -48,26 +54,9 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
         project: args.clone(),
         dry_run: true,
         detach: false,
+        junit: None,
     };
     up(context, &args).await
-}
-
-/// `live`: what RUNs fetch is fetched and recorded anew.
-pub async fn assembled(
-    context: &Context,
-    args: &ProjectArgs,
-    live: bool,
-) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
-    let loaded = project::load(args)?;
-    let environment = match &args.environment {
-        Some(name) => name.parse(),
-        None => loaded.spec.project.as_str().parse(),
-    }
-    .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
-    let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = assembler(context, &loaded, &cancel)?.live(live);
-    let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
-    Ok((environment, assembled.release))
 }
 
 /// Shows its progress on standard error.

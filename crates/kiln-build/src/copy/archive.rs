@@ -8,7 +8,6 @@ use std::io::{self, BufRead, BufReader, Read};
 
 use kiln_model::Digest;
 
-use super::bzip2::Decoder;
 use super::{Changes, CopyError, Item};
 use crate::files::{self, FilesError, Meta, Names, Shape, Target, shown};
 
@@ -54,7 +53,9 @@ pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>
             let decoder = zstd::Decoder::with_buffer(content).map_err(ArchiveError::Read)?;
             entries(decoder, sink)
         }
-        [b'B', b'Z', b'h', b'1'..=b'9', ..] => entries(Decoder::new(content), sink),
+        [b'B', b'Z', b'h', b'1'..=b'9', ..] => {
+            entries(bzip2::bufread::MultiBzDecoder::new(content), sink)
+        }
         _ => entries(content, sink),
     }
 }

@@ -7,7 +7,6 @@
 
 pub mod accounts;
 pub mod archive;
-mod bzip2;
 pub mod mode;
 pub mod owner;
 

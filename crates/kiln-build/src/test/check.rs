@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use kiln_model::instance::ObservedState;
+use kiln_model::instance::{ExitStatus, ObservedState};
 use kiln_model::spec::{Check, Hook};
 use kiln_model::{InstanceId, Millis};
 use kiln_runtime::{ExecIo, ExecSpec, Runtime};
@@ -25,6 +25,7 @@ pub fn shown(check: &Check) -> String {
         Check::Tcp { port } => format!("tcp :{port}"),
         Check::Exec { command, .. } => format!("exec {}", command.join(" ")),
         Check::File { path, .. } => format!("file {path}"),
+        Check::Suite { kind, path, .. } => format!("{} {path}", kind.as_str()),
     }
 }
 
@@ -56,6 +57,8 @@ pub fn run(runtime: &Runtime, id: &InstanceId, check: &Check) -> Result<(), Stri
             contains,
             mode,
         } => file(runtime, id, path, *exists, contains.as_deref(), *mode),
+        // Their cases are their own.
+        Check::Suite { .. } => Ok(()),
     }
 }
 
@@ -143,6 +146,38 @@ pub fn hook(runtime: &Runtime, id: &InstanceId, hook: &Hook, limit: Millis) -> R
     execute(runtime, id, &spec, 0, None)
 }
 
+/// A command's end, with each of its outputs up to [`MAX_ANSWER`].
+pub struct Captured {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a command in the instance; the error says why it could not be.
+pub fn capture(runtime: &Runtime, id: &InstanceId, spec: &ExecSpec) -> Result<Captured, String> {
+    let text = |e: std::io::Error| e.to_string();
+    let (stdout, stderr) = (tempfile::tempfile(), tempfile::tempfile());
+    let (stdout, stderr) = (stdout.map_err(text)?, stderr.map_err(text)?);
+    let io = ExecIo {
+        stdin: OwnedFd::from(File::open("/dev/null").map_err(text)?),
+        stdout: OwnedFd::from(stdout.try_clone().map_err(text)?),
+        stderr: OwnedFd::from(stderr.try_clone().map_err(text)?),
+    };
+    let status = runtime.exec(id, spec, io).map_err(|e| e.to_string())?;
+    Ok(Captured {
+        status,
+        stdout: said(stdout).map_err(text)?,
+        stderr: said(stderr).map_err(text)?,
+    })
+}
+
+fn said(mut file: File) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.take(MAX_ANSWER).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 fn execute(
     runtime: &Runtime,
     id: &InstanceId,
@@ -150,30 +185,17 @@ fn execute(
     exit: i32,
     output: Option<&str>,
 ) -> Result<(), String> {
-    let text = |e: std::io::Error| e.to_string();
-    let mut out = tempfile::tempfile().map_err(text)?;
-    let io = ExecIo {
-        stdin: OwnedFd::from(File::open("/dev/null").map_err(text)?),
-        stdout: OwnedFd::from(out.try_clone().map_err(text)?),
-        stderr: OwnedFd::from(out.try_clone().map_err(text)?),
-    };
-    let status = runtime.exec(id, spec, io).map_err(|e| e.to_string())?;
-    let mut said = Vec::new();
-    out.rewind().map_err(text)?;
-    out.take(MAX_ANSWER).read_to_end(&mut said).map_err(text)?;
-    let said = String::from_utf8_lossy(&said);
-    if status != kiln_model::instance::ExitStatus::Code(exit) {
-        return Err(format!(
-            "`{}` {status}: {}",
-            spec.argv.join(" "),
-            said.trim()
-        ));
+    let ended = capture(runtime, id, spec)?;
+    let all = format!("{}{}", ended.stdout, ended.stderr);
+    let said = all.trim();
+    if ended.status != ExitStatus::Code(exit) {
+        let command = spec.argv.join(" ");
+        return Err(format!("`{command}` {}: {said}", ended.status));
     }
     match output {
-        Some(wanted) if !said.contains(wanted) => Err(format!(
-            "the output doesn't contain `{wanted}`: {}",
-            said.trim()
-        )),
+        Some(wanted) if !all.contains(wanted) => {
+            Err(format!("the output doesn't contain `{wanted}`: {said}"))
+        }
         _ => Ok(()),
     }
 }

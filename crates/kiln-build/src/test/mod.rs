@@ -7,10 +7,20 @@
 //! proves it later, beside what serves. Checks under `x-kiln.test` are promises about the
 //! image alone, so a failed one is a failure all the same.
 //!
-//! Verdicts are remembered by image and request: `cache/tests/<digest>.json`.
+//! Files of tests that others' tools have formats for are carried out as they are
+//! ([`structure`]).
+//!
+//! # Format
+//! Verdicts are remembered by image and request: `cache/tests/<the request's digest>.json`,
+//! a [`Record`], version 4.
 
 mod check;
+mod goss;
 pub mod learn;
+mod matching;
+mod observe;
+mod sheet;
+mod structure;
 mod write_set;
 
 use std::collections::BTreeMap;
@@ -19,14 +29,15 @@ use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use kiln_model::instance::{
-    ExitStatus, InstanceLimits, InstanceMount, InstanceNetwork, InstanceSecurity, ObservedState,
-    Purpose, Root, Scratch, SharedNamespaces,
+    InstanceLimits, InstanceMount, InstanceNetwork, InstanceSecurity, Purpose, Root, Scratch,
+    SharedNamespaces,
 };
-use kiln_model::spec::{Check, HealthTest, Healthcheck, Hook, Logging};
+use kiln_model::spec::{Check, Healthcheck, Hook, Logging};
+use kiln_model::suite::{Goss, Suite};
 use kiln_model::{Digest, InstanceId, InstanceSpec, Millis};
 use kiln_runtime::Runtime;
 use kiln_store::Store;
@@ -35,7 +46,12 @@ use serde::{Deserialize, Serialize};
 use crate::cache;
 use crate::held::Held;
 
-const FORMAT: u32 = 3;
+use self::observe::Running;
+use self::sheet::Sheet;
+pub use self::sheet::{Case, CaseResult, Failed};
+use self::structure::Subject;
+
+const FORMAT: u32 = 4;
 
 /// Before the six letters and digits that a test's folder and instance are named by.
 pub(crate) const PREFIX: &str = "test-";
@@ -43,20 +59,11 @@ pub(crate) const PREFIX: &str = "test-";
 /// How often a test looks.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How long a service must stay up once it listens.
-const LISTENING: Duration = Duration::from_millis(300);
+/// A program's output, or a file, is looked through up to this many bytes.
+const MAX_TEXT_BYTES: u64 = 16 << 20;
 
 /// How many of the last log lines are kept.
 pub const LOG_LINES: usize = 50;
-
-/// How long checks are retried: a program may listen late.
-const CHECK_LIMIT: Duration = Duration::from_secs(20);
-
-/// How long a `post_start` hook may take alone.
-const HOOK_LIMIT: Millis = Millis(120_000);
-
-/// A healthcheck's start period and retries are waited for, but never longer.
-const HEALTH_LIMIT: Duration = Duration::from_secs(120);
 
 /// What is tested, and how it would run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +91,8 @@ pub struct TestRequest {
     /// For healthchecks in shell form; empty: `/bin/sh -c`.
     pub shell: Vec<String>,
     pub checks: Vec<Check>,
+    /// What the files among the checks say, by digest.
+    pub suites: BTreeMap<Digest, Suite>,
     /// Run in it once it has started.
     pub post_start: Vec<Hook>,
     /// A job: it must end with code 0.
@@ -97,16 +106,17 @@ pub struct TestRequest {
 }
 
 /// How it went.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
+    #[default]
     Passed,
     /// It can't tell without its peers; why.
     Inconclusive(String),
 }
 
 /// A test that stops nothing.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     pub outcome: Outcome,
     /// The write set, with what is always scratch.
@@ -115,45 +125,28 @@ pub struct Verdict {
     pub listens: Vec<u16>,
     /// What people should know.
     pub warnings: Vec<String>,
+    /// Everything that was checked.
+    pub cases: Vec<Case>,
     /// Its last output.
     pub log: Vec<String>,
+}
+
+impl Verdict {
+    /// Of what was tested elsewhere.
+    pub fn known(scratch: Vec<Scratch>, listens: Vec<u16>) -> Self {
+        Self {
+            scratch,
+            listens,
+            ..Self::default()
+        }
+    }
 }
 
 /// A test that stops the release.
 #[derive(Debug, thiserror::Error)]
 pub enum TestFailure {
-    #[error("{name}: the program {status} in its isolated test{}", shown(.log))]
-    Ended {
-        name: String,
-        status: ExitStatus,
-        log: Vec<String>,
-    },
-    #[error("{name}: the job was still running after {limit}{}", shown(.log))]
-    Endless {
-        name: String,
-        limit: Millis,
-        log: Vec<String>,
-    },
-    #[error("{name}: the healthcheck kept failing: {cause}{}", shown(.log))]
-    Unhealthy {
-        name: String,
-        cause: String,
-        log: Vec<String>,
-    },
-    #[error("{name}: post_start: {cause}{}", shown(.log))]
-    Hook {
-        name: String,
-        cause: String,
-        log: Vec<String>,
-    },
-    #[error("{name}: x-kiln.test[{index}] ({what}): {cause}{}", shown(.log))]
-    Check {
-        name: String,
-        index: usize,
-        what: String,
-        cause: String,
-        log: Vec<String>,
-    },
+    #[error("{0}")]
+    Failed(Box<Failed>),
     #[error("{name}: the test can't be carried out")]
     Machine {
         name: String,
@@ -164,17 +157,50 @@ pub enum TestFailure {
     Cancelled,
 }
 
-fn shown(log: &[String]) -> String {
-    match log.is_empty() {
-        true => "; it printed nothing".into(),
-        false => format!("; its last output:\n  {}", log.join("\n  ")),
-    }
-}
-
 #[derive(Serialize, Deserialize)]
 struct Record {
     format: u32,
+    /// The image's manifest.
+    image: Digest,
+    /// As in the file's name: of what was asked of it.
+    request: Digest,
     verdict: Verdict,
+}
+
+impl TestRequest {
+    /// The digest by which its verdict is remembered.
+    pub fn digest(&self) -> Result<Digest, serde_json::Error> {
+        Digest::of_json(self)
+    }
+
+    /// Whether anything is asked of the running program.
+    fn asks_what_runs(&self) -> bool {
+        self.running_checks().next().is_some() || self.goss().next().is_some()
+    }
+
+    /// The files of goss among the checks, by their names.
+    fn goss(&self) -> impl Iterator<Item = (&str, &Goss)> {
+        self.checks.iter().filter_map(|check| match check {
+            Check::Suite { path, digest, .. } => match self.suites.get(digest) {
+                Some(Suite::Goss(goss)) => Some((path.as_str(), goss)),
+                _ => None,
+            },
+            _ => None,
+        })
+    }
+
+    /// The checks of something that runs, each with its case's name.
+    fn running_checks(&self) -> impl Iterator<Item = (String, &Check)> {
+        let checks = self.checks.iter().enumerate();
+        checks
+            .filter(|(_, check)| !matches!(check, Check::Suite { .. }))
+            .map(|(at, check)| {
+                (
+                    format!("x-kiln.test[{at}] ({})", check::shown(check)),
+                    check,
+                )
+            })
+    }
 }
 
 /// What carries tests out.
@@ -184,12 +210,6 @@ pub struct Tester {
     pub runtime: Arc<Runtime>,
     /// `KILN_ROOT/cache`.
     pub cache: PathBuf,
-}
-
-/// Why waiting ended.
-enum End {
-    Settled,
-    Exited(ExitStatus),
 }
 
 impl Tester {
@@ -202,11 +222,8 @@ impl Tester {
         if let Some(verdict) = self.known(request) {
             return Ok(verdict);
         }
-        let path = self.remembered(request);
         let verdict = self.run(request, cancel)?;
-        if let Some(path) = path
-            && let Err(cause) = remember(&path, &verdict)
-        {
+        if let Err(cause) = self.remember(request, &verdict) {
             tracing::debug!(%cause, "the verdict was not remembered");
         }
         Ok(verdict)
@@ -214,15 +231,32 @@ impl Tester {
 
     /// The verdict of an earlier test of exactly this.
     pub fn known(&self, request: &TestRequest) -> Option<Verdict> {
-        let path = self.remembered(request)?;
+        let path = self.remembered(&request.digest().ok()?);
         let verdict = read(&path)?;
         cache::used(&path);
         Some(verdict)
     }
 
-    fn remembered(&self, request: &TestRequest) -> Option<PathBuf> {
-        let key = Digest::of_json(request).ok()?;
-        Some(self.cache.join("tests").join(format!("{}.json", key.hex())))
+    fn remembered(&self, request: &Digest) -> PathBuf {
+        let name = format!("{}.json", request.hex());
+        self.cache.join("tests").join(name)
+    }
+
+    fn remember(&self, request: &TestRequest, verdict: &Verdict) -> std::io::Result<()> {
+        let digest = request.digest()?;
+        let path = self.remembered(&digest);
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
+        let record = Record {
+            format: FORMAT,
+            image: request.image,
+            request: digest,
+            verdict: verdict.clone(),
+        };
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&serde_json::to_vec(&record)?)?;
+        file.persist(path).map_err(|e| e.error)?;
+        Ok(())
     }
 
     fn run(&self, request: &TestRequest, cancel: &AtomicBool) -> Result<Verdict, TestFailure> {
@@ -240,6 +274,15 @@ impl Tester {
             .store
             .load_tree(&image.tree)
             .map_err(|e| machine(Box::new(e)))?;
+        let mut sheet = Sheet::new();
+        let subject = Subject {
+            tester: self,
+            request,
+            image: &image,
+            tree: &tree,
+            cancel,
+        };
+        subject.check_files(&mut sheet)?;
         let always: Vec<&str> = learn::ALWAYS
             .into_iter()
             .filter(|path| write_set::is_folder(&tree, path) || write_set::is_missing(&tree, path))
@@ -250,7 +293,15 @@ impl Tester {
             .spec(request, &image.tree, work.path())
             .map_err(|e| machine(Box::new(e)))?;
         let result = match self.runtime.start(&spec) {
-            Ok(_) => self.observe(request, &spec.id, cancel),
+            Ok(_) => {
+                let running = Running {
+                    tester: self,
+                    request,
+                    id: &spec.id,
+                    cancel,
+                };
+                running.observe(&mut sheet)
+            }
             Err(cause) => Err(machine(Box::new(cause))),
         };
         // Ends the program as a release would, so that what it writes at its end is seen;
@@ -262,8 +313,15 @@ impl Tester {
                 .stop(&spec.id, &request.stop_signal, request.stop_grace);
         }
         let removed = self.runtime.remove(&spec.id);
-        let (outcome, listens) = result.map_err(|failure| failure.with_log(log.clone()))?;
+        let (outcome, listens) = result?;
         removed.map_err(|e| machine(Box::new(e)))?;
+        if sheet.has_failed() {
+            return Err(TestFailure::Failed(Box::new(Failed {
+                name: request.name.clone(),
+                cases: sheet.into_cases(),
+                log,
+            })));
+        }
         let writes =
             write_set::read(&work.path().join("upper"), &tree).map_err(|e| machine(Box::new(e)))?;
         let mounted: Vec<String> = request.mounts.iter().map(|m| m.target.clone()).collect();
@@ -287,6 +345,7 @@ impl Tester {
             listens,
             warnings: warnings(&learned.uncovered, &outcome),
             outcome,
+            cases: sheet.into_cases(),
             log,
         })
     }
@@ -334,183 +393,6 @@ impl Tester {
         })
     }
 
-    fn observe(
-        &self,
-        request: &TestRequest,
-        id: &InstanceId,
-        cancel: &AtomicBool,
-    ) -> Result<(Outcome, Vec<u16>), TestFailure> {
-        let name = || request.name.clone();
-        let inconclusive = |why: String| Ok((Outcome::Inconclusive(why), Vec::new()));
-        if let Some(cause) = self.run_hooks(request, id)? {
-            return inconclusive(format!("post_start fails alone: {cause}"));
-        }
-        match (self.settle(request, id, cancel)?, request.completes) {
-            (End::Exited(status), true) if status.success() => {
-                return Ok((Outcome::Passed, Vec::new()));
-            }
-            (End::Exited(status), _) => {
-                // Checks need something that runs: without it they have failed.
-                if request.peers && request.checks.is_empty() {
-                    return inconclusive(format!("the program {status} alone"));
-                }
-                return Err(TestFailure::Ended {
-                    name: name(),
-                    status,
-                    log: Vec::new(),
-                });
-            }
-            (End::Settled, true) if request.peers => {
-                return inconclusive(format!(
-                    "the job was still running after {}",
-                    request.settle
-                ));
-            }
-            (End::Settled, true) => {
-                return Err(TestFailure::Endless {
-                    name: name(),
-                    limit: request.settle,
-                    log: Vec::new(),
-                });
-            }
-            (End::Settled, false) => {}
-        }
-        let mut outcome = Outcome::Passed;
-        if let Some(health) = &request.healthcheck
-            && let Err(cause) = self.healthy(request, id, health, cancel)?
-        {
-            if !request.peers {
-                return Err(TestFailure::Unhealthy {
-                    name: name(),
-                    cause,
-                    log: Vec::new(),
-                });
-            }
-            outcome = Outcome::Inconclusive(format!("the healthcheck fails alone: {cause}"));
-        }
-        for (index, wanted) in request.checks.iter().enumerate() {
-            let limit = Instant::now() + CHECK_LIMIT;
-            self.until(limit, cancel, || check::run(&self.runtime, id, wanted))?
-                .map_err(|cause| TestFailure::Check {
-                    name: name(),
-                    index,
-                    what: check::shown(wanted),
-                    cause,
-                    log: Vec::new(),
-                })?;
-        }
-        Ok((outcome, self.runtime.listening(id).unwrap_or_default()))
-    }
-
-    /// The cause, where a hook that fails alone says nothing yet.
-    fn run_hooks(
-        &self,
-        request: &TestRequest,
-        id: &InstanceId,
-    ) -> Result<Option<String>, TestFailure> {
-        for hook in &request.post_start {
-            match check::hook(&self.runtime, id, hook, HOOK_LIMIT) {
-                Ok(()) => {}
-                Err(cause) if request.peers => return Ok(Some(cause)),
-                Err(cause) => {
-                    return Err(TestFailure::Hook {
-                        name: request.name.clone(),
-                        cause,
-                        log: Vec::new(),
-                    });
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Waits until the program ends, or has stayed up for its time. One that listens is
-    /// done with its start: it has [`LISTENING`] to show what it writes then.
-    fn settle(
-        &self,
-        request: &TestRequest,
-        id: &InstanceId,
-        cancel: &AtomicBool,
-    ) -> Result<End, TestFailure> {
-        let mut end = Instant::now() + Duration::from(request.settle);
-        let mut listens = request.completes;
-        loop {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(TestFailure::Cancelled);
-            }
-            match self.runtime.observe(id).map(|o| o.state) {
-                Some(ObservedState::Exited { status, .. }) => return Ok(End::Exited(status)),
-                Some(ObservedState::Dead) | None => return Ok(End::Exited(ExitStatus::Unknown)),
-                Some(ObservedState::Starting | ObservedState::Running { .. }) => {}
-            }
-            if !listens && self.runtime.listening(id).is_ok_and(|p| !p.is_empty()) {
-                listens = true;
-                end = end.min(Instant::now() + LISTENING);
-            }
-            if Instant::now() >= end {
-                return Ok(End::Settled);
-            }
-            std::thread::sleep(LOOK);
-        }
-    }
-
-    /// Tries until it succeeds, or until `limit`.
-    fn until(
-        &self,
-        limit: Instant,
-        cancel: &AtomicBool,
-        mut attempt: impl FnMut() -> Result<(), String>,
-    ) -> Result<Result<(), String>, TestFailure> {
-        let mut wait = LOOK;
-        loop {
-            let result = attempt();
-            if result.is_ok() || Instant::now() >= limit {
-                return Ok(result);
-            }
-            if cancel.load(Ordering::Relaxed) {
-                return Err(TestFailure::Cancelled);
-            }
-            std::thread::sleep(wait);
-            wait = (wait * 2).min(Duration::from_secs(1));
-        }
-    }
-
-    fn healthy(
-        &self,
-        request: &TestRequest,
-        id: &InstanceId,
-        health: &Healthcheck,
-        cancel: &AtomicBool,
-    ) -> Result<Result<(), String>, TestFailure> {
-        let command = match &health.test {
-            None => return Ok(Ok(())),
-            Some(HealthTest::Exec(argv)) => argv.clone(),
-            Some(HealthTest::Shell(text)) => {
-                let default = || vec!["/bin/sh".to_owned(), "-c".to_owned()];
-                let mut argv = if request.shell.is_empty() {
-                    default()
-                } else {
-                    request.shell.clone()
-                };
-                argv.push(text.clone());
-                argv
-            }
-        };
-        let second = Millis::from_secs(1);
-        let interval = health.interval.unwrap_or(Millis::from_secs(30));
-        let retries = u64::from(health.retries.unwrap_or(3)).max(1);
-        let patience = health
-            .start_period
-            .unwrap_or_default()
-            .saturating_add(Millis(interval.0.saturating_mul(retries)))
-            .saturating_add(second);
-        let limit = Instant::now() + Duration::from(patience).min(HEALTH_LIMIT);
-        let timeout = health.timeout.unwrap_or(Millis::from_secs(30));
-        self.until(limit, cancel, || {
-            check::command(&self.runtime, id, &command, 0, None, timeout)
-        })
-    }
-
     fn log(&self, id: &InstanceId) -> Vec<String> {
         let mut lines = std::collections::VecDeque::new();
         let mut reader = self.runtime.log(id);
@@ -524,18 +406,8 @@ impl Tester {
     }
 }
 
-impl TestFailure {
-    fn with_log(mut self, lines: Vec<String>) -> Self {
-        match &mut self {
-            Self::Ended { log, .. }
-            | Self::Endless { log, .. }
-            | Self::Unhealthy { log, .. }
-            | Self::Hook { log, .. }
-            | Self::Check { log, .. } => *log = lines,
-            Self::Machine { .. } | Self::Cancelled => {}
-        }
-        self
-    }
+fn look_again() {
+    std::thread::sleep(LOOK);
 }
 
 /// The program's writable layer, gone with the test, with those folders of `always` in it
@@ -580,17 +452,4 @@ fn warnings(uncovered: &[String], outcome: &Outcome) -> Vec<String> {
 fn read(path: &Path) -> Option<Verdict> {
     let record: Record = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
     (record.format == FORMAT).then_some(record.verdict)
-}
-
-fn remember(path: &Path, verdict: &Verdict) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let record = Record {
-        format: FORMAT,
-        verdict: verdict.clone(),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&serde_json::to_vec(&record)?)?;
-    file.persist(path).map_err(|e| e.error)?;
-    Ok(())
 }

@@ -13,10 +13,11 @@ use kiln_build::build::{BuildRequest, Builder, prepare};
 use kiln_build::debian::{self, Asked, DebianContext, Machine, sandbox};
 use kiln_build::lock::Lock;
 use kiln_build::network::{Network, host_resolver};
-use kiln_model::instance::Resolver;
+use kiln_build::test::{TestRequest, Tester};
+use kiln_model::instance::{InstanceLimits, InstanceSecurity, Resolver};
 use kiln_model::progress::{Finish, Silent};
 use kiln_model::spec::{Build, DebianBase};
-use kiln_model::{Digest, Progress, ProgressEvent};
+use kiln_model::{Digest, Millis, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree};
@@ -121,6 +122,14 @@ pub fn builder(root: &Path, seen: Arc<Seen>, resolver: Resolver) -> Builder {
 }
 
 impl World {
+    pub fn tester(&self) -> Tester {
+        Tester {
+            store: self.builder.store.clone(),
+            runtime: self.builder.runtime.clone(),
+            cache: self.builder.cache.clone(),
+        }
+    }
+
     pub fn build(&self, context: &Path, file: &str) -> Result<Digest, String> {
         self.build_with(context, file, |_| {})
     }
@@ -257,4 +266,33 @@ pub async fn compose(world: &World, base: &DebianBase) -> Digest {
     let images = &mut world.images.lock().unwrap();
     images.insert("root".into(), manifest);
     manifest
+}
+
+/// A test of a program, as a service alone.
+pub fn request(image: Digest, command: &str) -> TestRequest {
+    TestRequest {
+        name: "app".into(),
+        image,
+        argv: ["/bin/sh", "-c", command].map(str::to_owned).to_vec(),
+        env: BTreeMap::from([("PATH".to_owned(), "/bin".to_owned())]),
+        cwd: "/".into(),
+        user: "0".into(),
+        group_add: Vec::new(),
+        stop_signal: "SIGTERM".into(),
+        stop_grace: Millis(500),
+        init: false,
+        mounts: Vec::new(),
+        volumes: vec!["/data".into()],
+        security: InstanceSecurity::default(),
+        limits: InstanceLimits::default(),
+        healthcheck: None,
+        shell: Vec::new(),
+        checks: Vec::new(),
+        suites: BTreeMap::new(),
+        post_start: Vec::new(),
+        completes: false,
+        peers: false,
+        hosts: Vec::new(),
+        settle: Millis(300),
+    }
 }

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_model::spec::{
-    Check, DebianBase, KilnOptions, Mount, MountSource, Ready, RootSetting, ScratchDir,
+    Check, DebianBase, KilnOptions, Mount, MountSource, Ready, RootSetting, ScratchDir, StackTest,
 };
+use kiln_model::suite::SuiteKind;
 use kiln_model::{Millis, ServiceName};
 
 use super::Lowering;
@@ -18,12 +19,16 @@ use crate::values;
 /// For a moment two copies run, and the new one has to get ready.
 const SHORTEST_AGE: Millis = Millis(10_000);
 
+/// How long a whole-stack test may take, where nothing is said.
+const STACK_LIMIT: Millis = Millis(600_000);
+
 /// The project's `x-kiln`.
 #[derive(Debug, Default)]
 pub(super) struct ProjectExtension {
     pub bases: BTreeMap<String, DebianBase>,
     pub mirror: Option<String>,
     pub allow_secrets: Vec<String>,
+    pub stack: Option<StackTest>,
     /// For services that say nothing themselves.
     pub rollout: Option<Rollout>,
 }
@@ -57,7 +62,7 @@ impl Lowering<'_> {
                     value.key,
                     format!("unknown key `{key}` in {path}"),
                 )
-                .label("not a key of x-kiln")
+                .label("not known here")
                 .hint(hint),
             );
         }
@@ -69,7 +74,7 @@ impl Lowering<'_> {
         let Some(node) = self.project.tree.get("x-kiln") else {
             return out;
         };
-        let known = ["bases", "debian", "allow_secrets", "rollout"];
+        let known = ["bases", "debian", "allow_secrets", "rollout", "test"];
         for (key, value) in self.known(node, "x-kiln", &known) {
             match key {
                 "bases" => {
@@ -78,6 +83,7 @@ impl Lowering<'_> {
                         out.bases.insert(name.clone(), base);
                     }
                 }
+                "test" => out.stack = self.stack_test(value),
                 "rollout" => out.rollout = Some(self.rollout(value, "x-kiln.rollout")),
                 "allow_secrets" => {
                     out.allow_secrets = self.strings(value, "x-kiln.allow_secrets");
@@ -90,6 +96,47 @@ impl Lowering<'_> {
             }
         }
         out
+    }
+
+    /// `{service: NAME, timeout: 10m}`. The service is out of releases by a profile.
+    fn stack_test(&mut self, node: &Node) -> Option<StackTest> {
+        let mut timeout = Some(STACK_LIMIT);
+        let mut named = None;
+        for (key, value) in self.known(node, "x-kiln.test", &["service", "timeout"]) {
+            let here = format!("x-kiln.test.{key}");
+            match key {
+                "service" => named = self.string(value, &here).map(|name| (name, value.span)),
+                _ => timeout = self.span_of_time(value, &here),
+            }
+        }
+        if node.get("service").is_none() {
+            self.wrong(node.span, "x-kiln.test: the key `service` is missing");
+        }
+        let (name, span) = named?;
+        let project = self.project;
+        let disabled = project
+            .disabled
+            .iter()
+            .map(|(name, node)| (name.as_str(), node));
+        let all: Vec<(&str, &Node)> = project.services().chain(disabled).collect();
+        let Some((_, service)) = all.iter().find(|(known, _)| *known == name) else {
+            let what = format!("x-kiln.test.service: there is no service `{name}`");
+            let mut wrong = Diagnostic::error(Code::Schema, span, what);
+            wrong.hint = did_you_mean(&name, all.iter().map(|(known, _)| *known));
+            self.diagnostics.push(wrong);
+            return None;
+        };
+        if super::texts(service, "profiles").is_empty() {
+            let what = format!("x-kiln.test.service: `{name}` would be part of every release");
+            self.diagnostics.push(
+                Diagnostic::error(Code::Schema, span, what)
+                    .hint("give the service `profiles: [test]`: it is run all the same"),
+            );
+        }
+        Some(StackTest {
+            service: self.id(&name, span)?,
+            timeout: timeout?,
+        })
     }
 
     pub(super) fn base(&mut self, path: &str, node: &Node) -> DebianBase {
@@ -350,7 +397,7 @@ impl Lowering<'_> {
     }
 
     /// A mapping with exactly one of the known keys.
-    fn choice<'n>(
+    pub(super) fn choice<'n>(
         &mut self,
         node: &'n Node,
         path: &str,
@@ -451,13 +498,19 @@ impl Lowering<'_> {
         let mut out = vec![];
         for (at, item) in self.list(node, path).iter().enumerate() {
             let here = format!("{path}[{at}]");
-            let chosen = self.choice(item, &here, &["http", "tcp", "exec", "file"]);
+            let chosen = self.choice(
+                item,
+                &here,
+                &["http", "tcp", "exec", "file", "structure", "goss"],
+            );
             let Some((key, value)) = chosen else { continue };
             let here = format!("{here}.{key}");
             out.extend(match key {
                 "http" => self.http_check(value, &here),
                 "tcp" => self.tcp(value, &here).map(|port| Check::Tcp { port }),
                 "exec" => self.exec_check(value, &here),
+                "structure" => self.suite(SuiteKind::Structure, value, &here),
+                "goss" => self.suite(SuiteKind::Goss, value, &here),
                 _ => self.file_check(value, &here),
             });
         }

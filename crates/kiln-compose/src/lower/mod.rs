@@ -3,6 +3,7 @@
 
 mod analysis;
 mod build;
+mod goss;
 mod image;
 mod kiln;
 mod network;
@@ -11,6 +12,8 @@ mod rollout;
 mod security;
 mod service;
 mod storage;
+mod structure;
+mod suite;
 mod volume;
 mod watch;
 
@@ -18,7 +21,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kiln_model::spec::{DebianBase, FileSource};
-use kiln_model::{Millis, ServiceName, Spec};
+use kiln_model::suite::Suite;
+use kiln_model::{Digest, Millis, ServiceName, Spec};
 
 use crate::diag::{Code, Diagnostic, Diagnostics, Severity};
 use crate::keys::{self, Support};
@@ -33,16 +37,17 @@ use crate::values;
 pub struct Lowered {
     pub spec: Spec,
     pub diagnostics: Vec<Diagnostic>,
-    /// Files whose content is in the Spec (seccomp profiles).
+    /// Files whose content is in the Spec (seccomp profiles, tests).
     pub files_read: Vec<PathBuf>,
 }
 
-/// Lowers a project that was read from `sources`. `allow_ignored`: keys (`services.*.gpus`, `deploy.placement`, `gpus`)
-/// whose refusal is only a warning. `None`: the project's name itself cannot be carried.
+/// Lowers a project that was read from `sources`, which grow by the files of tests.
+/// `allow_ignored`: keys (`services.*.gpus`, `deploy.placement`, `gpus`) whose refusal is only
+/// a warning. `None`: the project's name itself cannot be carried.
 pub fn lower(
     project: &Project,
-    sources: &Sources,
     reader: &dyn Reader,
+    sources: &mut Sources,
     allow_ignored: &[String],
 ) -> Result<Lowered, Diagnostic> {
     let name = project.name.parse().map_err(|error| {
@@ -54,8 +59,9 @@ pub fn lower(
     })?;
     let mut lowering = Lowering {
         project,
-        sources,
         reader,
+        sources,
+        suites: BTreeMap::new(),
         diagnostics: Diagnostics::default(),
         files_read: vec![],
         rollout: None,
@@ -76,6 +82,8 @@ pub fn lower(
         debian_mirror: extension.mirror,
         allow_secrets: extension.allow_secrets,
         watch: Default::default(),
+        stack: extension.stack,
+        suites: Default::default(),
     };
     for (name, node) in project.services() {
         let Some(name) = lowering.id::<ServiceName>(name, node.key) else {
@@ -90,6 +98,7 @@ pub fn lower(
         }
     }
     spec.bases.append(&mut lowering.bases);
+    spec.suites = std::mem::take(&mut lowering.suites);
     storage::volumes_from(project, &mut spec);
     let mut diagnostics = lowering.diagnostics.into_list();
     for diagnostic in &mut diagnostics {
@@ -123,8 +132,10 @@ fn allow(diagnostic: &mut Diagnostic, allow_ignored: &[String]) {
 
 struct Lowering<'a> {
     project: &'a Project,
-    sources: &'a Sources,
     reader: &'a dyn Reader,
+    /// Files of tests are added, so that what is wrong in them has a place.
+    sources: &'a mut Sources,
+    suites: BTreeMap<Digest, Suite>,
     diagnostics: Diagnostics,
     files_read: Vec<PathBuf>,
     /// The project's, for services that say nothing.

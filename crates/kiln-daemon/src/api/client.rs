@@ -166,6 +166,13 @@ impl Client {
         .await
     }
 
+    /// Only one that is down; releases, events and its own volumes go.
+    pub async fn forget(&self, e: &EnvironmentName, by: &str) -> Result<(), ClientError> {
+        let request = DownRequest { by: by.to_owned() };
+        let path = format!("/v1/environments/{e}");
+        self.call(Method::DELETE, &path, Some(&request)).await
+    }
+
     /// `pause`, `resume` or `promote`.
     pub async fn steer(
         &self,

@@ -59,6 +59,7 @@ pub struct Api {
         rollback,
         down,
         abandon,
+        forget,
         rollout::pause,
         rollout::resume,
         rollout::promote,
@@ -83,7 +84,7 @@ pub fn document() -> utoipa::openapi::OpenApi {
 
 pub fn router(shared: Arc<Shared>, stop: mpsc::Sender<()>) -> Router {
     let environment = Router::new()
-        .route("/", get(self::environment))
+        .route("/", get(self::environment).delete(forget))
         .route("/releases", get(releases).post(release))
         .route("/releases/{number}", get(release_content))
         .route("/rollback", post(rollback))
@@ -325,6 +326,25 @@ async fn abandon(
             })
             .await?,
     ))
+}
+
+#[utoipa::path(delete, path = "/v1/environments/{environment}",
+    params(("environment" = String, Path)), request_body = DownRequest,
+    responses((status = 200, description = "its releases, events and own volumes are gone"),
+        (status = 404, body = ApiErrorBody), (status = 409, body = ApiErrorBody)))]
+async fn forget(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Json(request): Json<DownRequest>,
+) -> Result<Json<()>, ApiError> {
+    let engine = api.engine(&name)?;
+    engine
+        .ask(|reply| Message::Forget {
+            by: request.by,
+            reply,
+        })
+        .await?;
+    Ok(Json(()))
 }
 
 #[utoipa::path(get, path = "/v1/environments/{environment}/instances/{id}",

@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::PoisonError;
 use std::time::Instant;
 
-use kiln_build::test::{Outcome, TestFailure, TestRequest, Verdict};
+use kiln_build::test::{Case, CaseResult, Outcome, TestFailure, TestRequest, Verdict};
 use kiln_model::instance::{InstanceMount, InstanceMountSource};
 use kiln_model::progress::Finish;
 use kiln_model::spec::{FileKind, FileVersion, Mount, MountSource, Service, Spec};
@@ -16,6 +17,7 @@ use kiln_trust::SecretStore;
 
 use super::{Assembler, Candidate};
 use crate::failure::{Failure, Kind, machine};
+use crate::junit::Suite;
 
 /// How long a service must stay up in its test; how long a job may take.
 const SETTLE: Millis = Millis(1500);
@@ -32,13 +34,17 @@ struct Tested {
 impl Assembler<'_> {
     /// A few tests at a time: mostly they wait. All of them are recorded, in the services'
     /// order; the first that failed stops the release.
-    pub(super) fn test_all(&self, candidates: &[Candidate]) -> Result<Vec<Verdict>, Failure> {
+    pub(super) fn test_all(
+        &self,
+        candidates: &[Candidate],
+        proven: &BTreeMap<ServiceName, Verdict>,
+    ) -> Result<Vec<Verdict>, Failure> {
         let mut verdicts = Vec::new();
         for few in candidates.chunks(TESTS_AT_A_TIME) {
             let results: Vec<_> = std::thread::scope(|scope| {
                 let running: Vec<_> = few
                     .iter()
-                    .map(|one| scope.spawn(|| self.test(one)))
+                    .map(|one| scope.spawn(|| self.test(one, proven.get(&one.name))))
                     .collect();
                 running
                     .into_iter()
@@ -61,7 +67,13 @@ impl Assembler<'_> {
         Ok(verdicts)
     }
 
-    fn test(&self, candidate: &Candidate) -> Result<Tested, TestFailure> {
+    fn test(&self, candidate: &Candidate, proven: Option<&Verdict>) -> Result<Tested, TestFailure> {
+        if let Some(verdict) = proven {
+            return Ok(Tested {
+                verdict: verdict.clone(),
+                fresh: false,
+            });
+        }
         let task = format!("test {}", candidate.name);
         let began = Instant::now();
         let finished = |how| {
@@ -103,6 +115,7 @@ impl Assembler<'_> {
         candidate: &Candidate,
         tested: &Result<Tested, TestFailure>,
     ) -> Result<(), Failure> {
+        self.report(candidate, tested);
         let result = match tested {
             Ok(Tested { fresh: false, .. }) => return Ok(()),
             Ok(Tested { verdict, .. }) => match &verdict.outcome {
@@ -119,7 +132,45 @@ impl Assembler<'_> {
         };
         let subject = format!("{}/{}", self.spec().project, candidate.name);
         let digest = ("digest", candidate.image.manifest.to_string());
-        self.context.record("test", &subject, &[digest, result])
+        let mut details = vec![digest, result];
+        // By which the record of all its checks is found, while the cache has it.
+        let request = candidate.request.digest().map_err(machine)?;
+        details.push(("request", request.to_string()));
+        if let Some(cases) = cases(tested) {
+            details.push(("checks", counted(cases)));
+        }
+        self.context.record("test", &subject, &details)
+    }
+
+    /// For `--junit`.
+    fn report(&self, candidate: &Candidate, tested: &Result<Tested, TestFailure>) {
+        let cases = match (cases(tested), tested) {
+            (Some([]), _) => return,
+            (Some(cases), _) => cases.to_vec(),
+            (None, Err(error)) => vec![Case {
+                name: "test".into(),
+                result: CaseResult::Failed(error.to_string()),
+                took: Millis(0),
+            }],
+            (None, Ok(_)) => return,
+        };
+        let log = match tested {
+            Ok(Tested { verdict, .. }) => verdict.log.clone(),
+            Err(TestFailure::Failed(failed)) => failed.log.clone(),
+            Err(_) => Vec::new(),
+        };
+        let image = candidate.image.manifest.to_string();
+        let mut properties = vec![("image".to_owned(), image)];
+        let request = candidate.request.digest();
+        properties.extend(request.map(|digest| ("request".to_owned(), digest.to_string())));
+        let suite = Suite {
+            name: candidate.name.to_string(),
+            properties,
+            cases,
+            log,
+        };
+        let suites = self.suites.lock();
+        suites.unwrap_or_else(PoisonError::into_inner).push(suite);
     }
 
     pub(super) fn test_request(
@@ -185,6 +236,7 @@ impl Assembler<'_> {
             ),
             shell: image.config.shell.clone(),
             checks: service.kiln.test.clone(),
+            suites: spec.suites_of(&service.kiln.test),
             post_start: service.post_start.clone(),
             completes,
             peers: spec.services.len() > 1,
@@ -242,6 +294,30 @@ impl Assembler<'_> {
         });
         Ok(mounts.collect())
     }
+}
+
+/// Every check, where it could be found out how they went.
+fn cases(tested: &Result<Tested, TestFailure>) -> Option<&[Case]> {
+    match tested {
+        Ok(Tested { verdict, .. }) => Some(&verdict.cases),
+        Err(TestFailure::Failed(failed)) => Some(&failed.cases),
+        Err(TestFailure::Machine { .. } | TestFailure::Cancelled) => None,
+    }
+}
+
+/// `11 passed, 1 skipped`
+fn counted(cases: &[Case]) -> String {
+    let of = |is: fn(&CaseResult) -> bool| cases.iter().filter(|c| is(&c.result)).count();
+    let counts = [
+        (of(|r| matches!(r, CaseResult::Passed)), "passed"),
+        (of(|r| matches!(r, CaseResult::Skipped(_))), "skipped"),
+        (of(|r| matches!(r, CaseResult::Failed(_))), "failed"),
+    ];
+    let said = counts.iter().filter(|(count, _)| *count > 0);
+    let said: Vec<String> = said
+        .map(|(count, word)| format!("{count} {word}"))
+        .collect();
+    said.join(", ")
 }
 
 /// The names of the other services. Programs like nginx won't start when a peer's name

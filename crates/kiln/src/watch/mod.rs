@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use kiln_compose::Loaded;
 use kiln_compose::disk::DiskOptions;
@@ -35,9 +34,6 @@ const RESTART: &str = "kiln.watch.restart";
 /// New folders are looked at again, as something may have come before they were watched;
 /// folders within folders that keep coming are left to the next event after so many times.
 const LOOKS: usize = 10;
-/// While an environment is on its way, it takes no other release. Asked so often, so long.
-const BUSY_STEP: Duration = Duration::from_millis(100);
-const BUSY_LIMIT: Duration = Duration::from_secs(120);
 
 struct Watch<'a> {
     context: &'a Context,
@@ -190,6 +186,7 @@ impl<'a> Watch<'a> {
                 .map(|(name, base)| (name.clone(), *base))
                 .collect(),
             synced: laid.synced(),
+            proven: BTreeMap::new(),
         };
         let assembler = up::assembler(self.context, &loaded, &cancel)?;
         let assembled = up::assemble(&assembler, &cancel, &self.environment, &over).await?;
@@ -204,7 +201,7 @@ impl<'a> Watch<'a> {
 
     async fn release(&self, release: kiln_model::Release) -> Result<(), Failure> {
         self.context.need_daemon().await?;
-        self.until_idle().await?;
+        rollout::until_idle(self.context, &self.environment).await?;
         let request = ReleaseRequest {
             release,
             by: who(),
@@ -220,24 +217,6 @@ impl<'a> Watch<'a> {
             up::print_urls(self.context, &self.environment).await?;
         }
         Ok(())
-    }
-
-    /// A rollout that failed may still be on its way back.
-    async fn until_idle(&self) -> Result<(), Failure> {
-        let idle = async {
-            while let Ok(status) = self.context.client.status(&self.environment).await
-                && status.rollout.is_some()
-            {
-                tokio::time::sleep(BUSY_STEP).await;
-            }
-        };
-        match tokio::time::timeout(BUSY_LIMIT, idle).await {
-            Ok(()) => Ok(()),
-            Err(_) => Err(Failure::new(
-                Kind::Conflict,
-                format!("`{}` does not come to rest", self.environment),
-            )),
-        }
     }
 
     /// What the next change may put right is told; anything else ends the watching.
@@ -262,7 +241,7 @@ impl<'a> Watch<'a> {
         if self.context.client.status(&self.environment).await.is_err() {
             return Ok(());
         }
-        self.until_idle().await?;
+        rollout::until_idle(self.context, &self.environment).await?;
         let after = self.context.client.down(&self.environment, &who()).await?;
         rollout::follow(self.context, &self.environment, after).await
     }
