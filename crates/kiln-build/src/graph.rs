@@ -374,7 +374,8 @@ mod tests {
                     FROM two AS four\nRUN --mount=from=extra,target=/x true\nFROM d\nCOPY --from=3 a b";
         assert_eq!(indexes(&graph(text, &[], None).unwrap()), [0, 1, 3, 4]);
         assert_eq!(indexes(&graph(text, &[], Some("THREE")).unwrap()), [2]);
-        assert_eq!(indexes(&graph(text, &[], Some("1")).unwrap()), [0, 1]);
+        assert_eq!(indexes(&graph(text, &[], Some("two")).unwrap()), [0, 1]);
+        assert!(graph(text, &[], Some("1")).is_err(), "as docker has it");
         let told = graph(text, &[], Some("five")).unwrap_err().to_string();
         assert_eq!(
             told,

@@ -91,6 +91,18 @@ fn only_what_is_needed_is_built_and_read() {
     assert!(told.contains("image nope is not there"), "{told}");
 }
 
+#[test]
+fn a_containerfile_that_is_a_fifo_is_not_waited_for() {
+    let folder = context(&FILES);
+    let path = folder.path().join("Containerfile");
+    let made = Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    let told = world()
+        .build_with(folder.path(), "", |request| request.build.inline = None)
+        .unwrap_err();
+    assert!(told.contains("it is no plain file"), "{told}");
+}
+
 /// The paths that `sync` puts over an image made of `COPY src /app`.
 const SRC: [(&str, &str); 4] = [
     ("src/kept", "1"),

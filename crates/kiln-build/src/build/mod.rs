@@ -11,7 +11,6 @@ mod verify;
 mod why;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -303,7 +302,7 @@ fn read_file(build: &Build) -> Result<(String, Option<PathBuf>, Vec<u8>), BuildE
         cause,
     };
     let mut bytes = Vec::new();
-    fs::File::open(&path)
+    context::open_plain(&path)
         // One byte more than allowed: the parser tells that it is too long.
         .and_then(|file| {
             file.take(containerfile::MAX_FILE as u64 + 1)

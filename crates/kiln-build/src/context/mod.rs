@@ -16,9 +16,9 @@ pub mod stat_cache;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ignore::{MAX_IGNORE_FILE, Patterns, Seen};
@@ -243,6 +243,19 @@ impl Scan<'_> {
 /// the next time. An ignore file may take it back.
 const OWN: &str = "**/kiln.lock\n**/kiln.lock.d\n";
 
+/// Opens what a build reads as a whole. Whoever wrote the context may have put a fifo there,
+/// which would be waited for without end.
+pub(crate) fn open_plain(path: &Path) -> io::Result<fs::File> {
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32)
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no plain file")),
+    }
+}
+
 /// Reads the ignore file that goes with a Containerfile: `<file>.dockerignore` beside it
 /// wins over `.dockerignore` in the context; the podman names are known too.
 pub fn read_ignore(folder: &Path, containerfile: Option<&Path>) -> Result<Patterns, ContextError> {
@@ -260,15 +273,16 @@ pub fn read_ignore(folder: &Path, containerfile: Option<&Path>) -> Result<Patter
             path: path.clone(),
             cause,
         };
-        match fs::metadata(&path) {
+        let file = match open_plain(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(read(e)),
-            Ok(meta) if meta.len() > MAX_IGNORE_FILE => {
-                return Err(ContextError::IgnoreTooLong(path));
-            }
-            Ok(_) => {}
+            file => file.map_err(read)?,
+        };
+        let mut text = Vec::new();
+        let bounded = &mut file.take(MAX_IGNORE_FILE + 1);
+        bounded.read_to_end(&mut text).map_err(read)?;
+        if text.len() as u64 > MAX_IGNORE_FILE {
+            return Err(ContextError::IgnoreTooLong(path));
         }
-        let text = fs::read(&path).map_err(read)?;
         let text = String::from_utf8_lossy(&text);
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         return Patterns::parse_file(&format!("{OWN}{text}"))
@@ -294,6 +308,27 @@ mod tests {
                 paths(entry, &path, out);
             }
         }
+    }
+
+    #[test]
+    fn a_fifo_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(".dockerignore");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            0o644.into(),
+            0,
+        )
+        .unwrap();
+        let told = read_ignore(folder.path(), None).err().unwrap();
+        assert!(matches!(told, ContextError::Read { .. }), "{told}");
+        fs::remove_file(&path).unwrap();
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(MAX_IGNORE_FILE + 1).unwrap();
+        let told = read_ignore(folder.path(), None).err().unwrap();
+        assert!(matches!(told, ContextError::IgnoreTooLong(_)), "{told}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Invariants: no entry leads out of the destination, whatever its name or its links
 //! say; memory holds names and metadata only, content streams into the sink.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -17,8 +18,18 @@ pub const MAX_ENTRIES: usize = 2_000_000;
 /// What an archive may hold when unpacked, in bytes.
 pub const MAX_UNPACKED: u64 = 64 << 30;
 
+/// Contents are padded to a multiple of it.
+const BLOCK: u64 = 512;
+
 /// The longest name or link target, in bytes.
 const MAX_PATH: usize = 4096;
+
+/// What may stand between two entries' contents, in bytes: headers with long names and
+/// extended attributes (64 KiB each in Linux), which are read into memory.
+const MAX_HEADERS: u64 = 1 << 20;
+
+/// Names, links and attributes of all entries together, in bytes.
+const MAX_METADATA: usize = 128 << 20;
 
 /// Why an archive can't be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +46,10 @@ pub enum ArchiveError {
     TooMany,
     #[error("the archive's content is larger than {MAX_UNPACKED} bytes")]
     TooLarge,
+    #[error(
+        "the archive's names and extended attributes are larger than {MAX_METADATA} bytes together"
+    )]
+    TooMuchMetadata,
 }
 
 /// Keeps a file's content.
@@ -61,12 +76,21 @@ pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>
 }
 
 fn entries(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>, ArchiveError> {
-    let mut archive = tar::Archive::new(content.take(MAX_UNPACKED));
+    let left = Cell::new(MAX_HEADERS);
+    let mut archive = tar::Archive::new(Metered {
+        content,
+        left: &left,
+    });
     let mut reading = Reading::default();
     let entries = archive.entries().map_err(ArchiveError::Read)?;
     for entry in entries {
         let mut entry = match entry {
-            Ok(entry) => entry,
+            Ok(entry) => {
+                // Its content, padded, and the headers after it.
+                let content = entry.size().saturating_add(BLOCK);
+                left.set(content.saturating_add(MAX_HEADERS));
+                entry
+            }
             // What doesn't begin like a tar is a file like any other.
             Err(_) if reading.items.is_empty() && !reading.begun => return Ok(None),
             Err(e) => return Err(ArchiveError::Read(e)),
@@ -77,10 +101,31 @@ fn entries(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>,
     Ok(reading.begun.then_some(reading.items))
 }
 
+/// Gives so many bytes at most: the tar reader keeps headers of any length in memory.
+struct Metered<'a, R> {
+    content: R,
+    left: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let left = self.left.get();
+        if left == 0 {
+            let told = format!("an entry has more than {MAX_HEADERS} bytes of headers");
+            return Err(io::Error::other(told));
+        }
+        let room = out.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self.content.read(&mut out[..room])?;
+        self.left.set(left - count as u64);
+        Ok(count)
+    }
+}
+
 #[derive(Default)]
 struct Reading {
     items: Vec<Item>,
     begun: bool,
+    metadata: usize,
     total: u64,
 }
 
@@ -108,6 +153,14 @@ impl Reading {
             return Err(ArchiveError::LongName(told()));
         }
         let meta = meta(entry).map_err(ArchiveError::Read)?;
+        let attributes = meta
+            .xattrs
+            .iter()
+            .map(|(name, value)| name.len() + value.len());
+        self.metadata += name.len() + link.len() + attributes.sum::<usize>();
+        if self.metadata > MAX_METADATA {
+            return Err(ArchiveError::TooMuchMetadata);
+        }
         let kind = entry.header().entry_type();
         let shape = if kind.is_dir() {
             Shape::Folder

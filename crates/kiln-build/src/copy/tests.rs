@@ -251,7 +251,11 @@ fn parents_and_exclude_select_within_the_source() {
         "/n/ /n/b/ /n/b/x.txt=1 /n/c/"
     );
     assert_eq!(run("a", &["*", "!b/y.md"], false), "/n/ /n/b/ /n/b/y.md=2");
-    assert_eq!(run("t*", &["top"], false), "");
+    assert_eq!(
+        run("t*", &["top"], false),
+        "/n/ /n/top=4",
+        "as docker has it"
+    );
     assert!(pick(&source, "a/nope", &Patterns::default(), true).is_err());
 }
 
@@ -425,4 +429,33 @@ fn archives_never_leave_their_folder() {
         "/n/to/f=x",
     ];
     assert_eq!(target.list(), expected);
+}
+
+#[test]
+fn an_archive_may_not_fill_the_memory_with_headers() {
+    let extended = |bytes: usize| {
+        tar(|b| {
+            add(b, "first", tar::EntryType::Regular, "", "x");
+            let value = vec![b'v'; bytes];
+            let pair = [("SCHILY.xattr.user.x", value.as_slice())];
+            b.append_pax_extensions(pair).unwrap();
+            add(b, "second", tar::EntryType::Regular, "", "y");
+        })
+    };
+    assert_eq!(
+        unpacked(&extended(1 << 16), &mut Memory::default()),
+        Ok(true)
+    );
+    let told = unpacked(&extended(2 << 20), &mut Memory::default()).unwrap_err();
+    assert!(told.contains("can't be read"), "{told}");
+    // What is stated counts before it is read.
+    let mut header = tar::Header::new_gnu();
+    header.set_path("huge").unwrap();
+    header.set_size(65 << 30);
+    header.set_cksum();
+    let mut bytes = extended(1);
+    bytes.truncate(1024);
+    bytes.extend(header.as_bytes());
+    let told = unpacked(&bytes, &mut Memory::default()).unwrap_err();
+    assert!(told.contains("larger than"), "{told}");
 }
