@@ -1,11 +1,16 @@
 //! Nothing secret, and nothing of one machine, in an image.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod server;
 mod world;
 
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use kiln_build::build::BuildRequest;
+use kiln_build::network::record::Recordings;
 use kiln_build::secrets::Allowed;
 use kiln_model::Digest;
 use kiln_store::tree::Kind;
@@ -124,6 +129,96 @@ fn a_builds_own_secret_is_found_wherever_a_command_leaves_it() {
         "{error}"
     );
     assert!(!error.contains("hush"));
+}
+
+/// Every file below a folder, and every path, that has this text: in it, or in what it has
+/// compressed.
+fn holding(folder: &Path, text: &str, found: &mut Vec<String>) {
+    let has = |bytes: &[u8]| {
+        bytes
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    };
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let meta = fs::symlink_metadata(&path).unwrap();
+        let mut holds = has(path.as_os_str().as_bytes());
+        if meta.is_dir() {
+            holding(&path, text, found);
+        } else if meta.is_file() {
+            let content = fs::read(&path).unwrap();
+            holds |= has(&content);
+            if let Ok(content) = zstd::decode_all(content.as_slice()) {
+                holds |= has(&content);
+            }
+        }
+        if holds {
+            found.push(path.display().to_string());
+        }
+    }
+}
+
+const FROM_FILE: &str = "Zx7-from-a-file-3311";
+const FROM_ENV: &str = "Zx8-from-a-variable-4422";
+
+#[test]
+fn what_a_run_was_given_in_secret_is_nowhere_afterwards() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let at = server::Address::new();
+    let server = server::Server::http(&at);
+    let query = format!("/query?token={FROM_FILE}");
+    for page in ["/bearer", "/basic", &query] {
+        server.set(page, &[server::Answer::of(200, "a page")]);
+    }
+    let url = server.url("");
+    let (_, host) = url.split_once("//").unwrap();
+    let mounts = "--mount=type=secret,id=file --mount=type=secret,id=env,env=GIVEN";
+    let used = format!(
+        "RUN {mounts} f=$(cat /run/secrets/file); echo file $f; echo variable $GIVEN >&2; \
+         printf 'machine h login me password %s\\n' $GIVEN > /dev/shm/.netrc; \
+         wget --header \"Authorization: Bearer $f\" -qO /a {url}/bearer && \
+         wget -qO /b http://me:$GIVEN@{host}/basic && wget -qO /c \"{url}/query?token=$f\"\n"
+    );
+    let failing = format!("{used}RUN {mounts} set -x; test -z $GIVEN$(cat /run/secrets/file)\n");
+    let give = |request: &mut BuildRequest| {
+        request.build.network = "default".into();
+        for (id, value) in [("file", FROM_FILE), ("env", FROM_ENV)] {
+            request.secrets.insert(id.into(), value.into());
+        }
+    };
+    let recordings = Arc::new(Recordings::default());
+    let kept = recordings.clone();
+    let built = one.build_with(folder.path(), &format!("{base}{used}"), |request| {
+        give(request);
+        request.recordings = kept;
+    });
+    let image = built.unwrap();
+    assert_eq!(one.text(&image, "b"), "a page");
+    let sent = server.pages.seen.lock().unwrap().join("\n");
+    assert!(sent.contains(FROM_FILE), "it was used: {sent}");
+    let told = one.seen.all();
+    assert!(
+        told.contains("file ***") && told.contains("variable ***"),
+        "{told}"
+    );
+    let error = one.build_with(folder.path(), &format!("{base}{failing}"), give);
+    let error = error.unwrap_err();
+    assert!(error.contains("test -z ******"), "{error}");
+    let lock = format!("{:?}", recordings.settled(None));
+    assert!(lock.contains("/query"), "{lock}");
+    let told = format!("{told}{}", one.seen.all());
+    for secret in [FROM_FILE, FROM_ENV] {
+        let mut found = Vec::new();
+        holding(one.root.path(), secret, &mut found);
+        assert_eq!(found, [""; 0], "{secret}");
+        for text in [&told, &error, &lock] {
+            assert!(!text.contains(secret), "{text}");
+        }
+    }
 }
 
 /// As openssh-server and dbus do when they are installed.

@@ -75,6 +75,54 @@ fn what_differs_is_told_with_its_instruction_and_how() {
 }
 
 #[test]
+fn why_a_file_differs_is_told_where_its_content_shows_it() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let text = format!(
+        "{base}FROM base AS maker\nRUN mkdir /out && cd /out && date > date && \
+         cat /proc/sys/kernel/random/uuid > uuid && seq 99 | shuf > lines && \
+         seq 99 | shuf | tr '\\n' ' ' > words && date +%s%N > x && \
+         tar -cf archive.tar date && rm date && date > date && \
+         head -c 99 /dev/urandom > bytes && touch -d @$(date +1%s) set && touch made.$(date +%s)\n\
+         FROM base\nCOPY --from=maker /out /out\nRUN true\n"
+    );
+    let told = verify(&world(), folder.path(), &text);
+    let of = |path: &str| {
+        let path = format!("/out/{path}");
+        let mut found = told.iter().filter(|d| d.path == path);
+        let first = found.next().unwrap_or_else(|| panic!("{path}: {told:?}"));
+        assert_eq!(first.stage.as_deref(), Some("maker"), "{first:?}");
+        assert!(first.instruction.starts_with("RUN"), "{first:?}");
+        // What took it from there is named, too.
+        let second = found.next().unwrap();
+        assert!(second.instruction.starts_with("COPY"), "{second:?}");
+        first.why
+    };
+    for (path, expected) in [
+        ("date", Some("the time of the build")),
+        ("uuid", Some("random")),
+        ("lines", Some("the same lines in another order")),
+        ("words", Some("the same words in another order")),
+        ("x", Some("the time of the build")),
+        ("archive.tar", Some("times within a tar archive")),
+        ("bytes", None),
+        ("set", Some("a time that the command gave it")),
+    ] {
+        let why = of(path);
+        let fits = match expected {
+            Some(expected) => why.is_some_and(|why| why.starts_with(expected)),
+            None => why.is_none(),
+        };
+        assert!(fits, "{path}: {why:?}");
+    }
+    let made = told.iter().find(|d| d.path.starts_with("/out/made."));
+    let why = made.unwrap().why.unwrap();
+    assert!(why.starts_with("the time of the build"), "{why}");
+}
+
+#[test]
 fn what_a_killed_second_build_left_goes_with_the_next() {
     if !sandboxes() {
         return;

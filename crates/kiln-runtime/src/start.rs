@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_model::instance::{ExitStatus, InstanceNetwork, Interface, ObservedState, Root};
 use kiln_model::{InstanceId, InstanceSpec, Millis};
@@ -56,6 +56,8 @@ pub enum StartError {
     CleanUp(#[from] RuntimeError),
     #[error("cancelled")]
     Cancelled,
+    #[error("it has not ended within {0}")]
+    TooLong(Millis),
 }
 
 impl Runtime {
@@ -198,12 +200,23 @@ impl Runtime {
         on_line: &mut dyn FnMut(Stream, &str),
         cancel: &AtomicBool,
     ) -> Result<ExitStatus, StartError> {
+        self.run_within(None, spec, on_line, cancel)
+    }
+
+    /// The same; what runs longer than `limit` is killed.
+    pub fn run_within(
+        &self,
+        limit: Option<Millis>,
+        spec: &InstanceSpec,
+        on_line: &mut dyn FnMut(Stream, &str),
+        cancel: &AtomicBool,
+    ) -> Result<ExitStatus, StartError> {
         if cancel.load(Ordering::Relaxed) {
             return Err(StartError::Cancelled);
         }
         let result = self
             .start(spec)
-            .and_then(|_| self.follow(&spec.id, on_line, cancel));
+            .and_then(|_| self.follow(limit, &spec.id, on_line, cancel));
         let removed = self.remove(&spec.id);
         let status = result?;
         removed?;
@@ -212,10 +225,12 @@ impl Runtime {
 
     fn follow(
         &self,
+        limit: Option<Millis>,
         id: &InstanceId,
         on_line: &mut dyn FnMut(Stream, &str),
         cancel: &AtomicBool,
     ) -> Result<ExitStatus, StartError> {
+        let begun = Instant::now();
         let mut reader = self.log(id);
         let shim = self.exit_fd(id).ok();
         loop {
@@ -233,6 +248,9 @@ impl Runtime {
             }
             if cancel.load(Ordering::Relaxed) {
                 return Err(StartError::Cancelled);
+            }
+            if let Some(limit) = limit.filter(|limit| begun.elapsed() > (*limit).into()) {
+                return Err(StartError::TooLong(limit));
             }
         }
     }

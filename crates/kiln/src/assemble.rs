@@ -464,8 +464,12 @@ impl<'a> Assembler<'a> {
         }
         let lock_path = self.spec().folder.join("kiln.lock");
         let recordings = Recordings::new(lock.network.get(name).cloned().unwrap_or_default());
+        let time_limit = self.context.run_timeout;
         Ok(BuildRequest {
-            build: build.clone(),
+            build: kiln_model::spec::Build {
+                time_limit,
+                ..build.clone()
+            },
             name: name.to_owned(),
             platform: kiln_oci::host_platform(),
             secrets,

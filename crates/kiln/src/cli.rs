@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use kiln_model::Millis;
+
 use crate::progress::Form;
 
 /// Immutable infrastructure: every change is a new release, put in place by replacement.
@@ -30,6 +32,11 @@ pub struct Cli {
     /// file system, at most 20 GiB.
     #[arg(long, env = "KILN_CACHE_SIZE", global = true, value_name = "SIZE", value_parser = bytes)]
     pub cache_size: Option<u64>,
+    /// The most time that one RUN of a build may take, such as 30m
+    ///
+    /// One that takes longer is ended, and the build fails. Default: 6 hours.
+    #[arg(long, env = "KILN_RUN_TIMEOUT", global = true, value_name = "TIME", value_parser = time)]
+    pub run_timeout: Option<Millis>,
     /// Print JSON for machines: results as one value, progress as one event a line
     #[arg(long, global = true)]
     pub json: bool,
@@ -665,6 +672,15 @@ pub enum DaemonCommand {
         #[arg(long)]
         print: bool,
     },
+}
+
+/// Go's durations, as compose has them.
+fn time(text: &str) -> Result<Millis, String> {
+    let nanos = kiln_compose::parse_duration(text)?;
+    match u64::try_from(nanos / 1_000_000) {
+        Ok(millis) if millis > 0 => Ok(Millis(millis)),
+        _ => Err("a time must be 1ms at least".into()),
+    }
 }
 
 fn bytes(text: &str) -> Result<u64, String> {

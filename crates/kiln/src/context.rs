@@ -27,6 +27,8 @@ pub struct Context {
     pub root: PathBuf,
     /// `--cache-size`.
     pub cache_size: Option<u64>,
+    /// `--run-timeout`.
+    pub run_timeout: Option<Millis>,
     pub json: bool,
     pub shown: Shown,
     pub client: Client,
@@ -39,6 +41,7 @@ impl Context {
             client: Client::new(&root),
             root,
             cache_size: cli.cache_size,
+            run_timeout: cli.run_timeout,
             json: cli.json,
             shown: shown(cli),
         })

@@ -99,6 +99,7 @@ impl<'a> Run<'a> {
             networks: builder.network.clone(),
             hosts: hosts(&request.build)?,
             shm_size: request.build.shm_size,
+            time_limit: request.build.time_limit,
             secrets: &request.secrets,
             given: Given::new(&request.secrets),
             pins: request.pins.clone(),

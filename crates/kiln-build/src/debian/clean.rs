@@ -6,6 +6,7 @@ use std::io;
 use kiln_model::identity;
 
 use super::edit::Edit;
+use crate::keystore;
 
 /// Removed with all that is in them.
 const REMOVED: [&str; 27] = [
@@ -58,6 +59,9 @@ const BLANK: [&str; 4] = [
     "etc/resolv.conf",
 ];
 
+/// Of ca-certificates-java: with the time at which each certificate was put in.
+const KEY_STORE: &str = "etc/ssl/certs/java/cacerts";
+
 /// Cleans the root; `configured`: maintainer scripts have run in it.
 pub fn clean(edit: &Edit, configured: bool) -> io::Result<()> {
     for path in REMOVED {
@@ -73,6 +77,12 @@ pub fn clean(edit: &Edit, configured: bool) -> io::Result<()> {
     for (path, _) in identity::PLACES {
         if edit.read(path)?.is_some_and(|content| !content.is_empty()) {
             edit.overwrite(path, b"")?;
+        }
+    }
+    if let Some(store) = edit.read(KEY_STORE)? {
+        let settled = keystore::settled(store.clone(), |_| 0);
+        if settled != store {
+            edit.overwrite(KEY_STORE, &settled)?;
         }
     }
     // Log files stay where a package made them (with their owners), without content.

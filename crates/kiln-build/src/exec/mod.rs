@@ -101,6 +101,8 @@ pub enum ExecError {
         #[source]
         cause: Option<io::Error>,
     },
+    #[error("the command has not ended within {limit}, the most that a RUN may take (--run-timeout){}", last_lines(.lines))]
+    TooLong { limit: Millis, lines: Vec<String> },
     #[error("there is no network for the command")]
     Network(#[source] Box<NetworkError>),
     #[error("what the command fetched")]
@@ -183,6 +185,8 @@ pub struct Site<'a> {
     pub networks: Arc<Network>,
     pub hosts: Vec<(std::net::IpAddr, String)>,
     pub shm_size: Option<u64>,
+    /// The most time that one RUN may take.
+    pub time_limit: Option<Millis>,
     /// By id.
     pub secrets: &'a BTreeMap<String, Vec<u8>>,
     /// The same, to be looked for in layers.

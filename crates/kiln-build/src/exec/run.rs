@@ -23,7 +23,7 @@ use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
 use crate::network::Connection;
-use crate::network::record::{Recording, Session};
+use crate::network::record::{Mask, Recording, Session};
 use crate::rootfs::Rootfs;
 
 /// SOURCE_DATE_EPOCH within a RUN is never earlier than this (1980-01-01): zip files, and
@@ -32,6 +32,16 @@ const EARLIEST_EPOCH: i64 = 315_532_800;
 
 /// The first one, which every machine has.
 const ONE_PROCESSOR: &str = "0";
+
+/// A RUN that takes longer hangs: the longest jobs of public build services end at this.
+const TIME_LIMIT: Millis = Millis(6 * 3600 * 1000);
+/// More processes and threads at once than any build tool makes, and so few that a RUN that
+/// does nothing but make them leaves the machine with numbers for others.
+const MAX_PROCESSES: i64 = 16_384;
+/// This part of the machine's memory a RUN may not have.
+const SPARED_MEMORY: u64 = 16;
+/// When memory runs out all the same, RUNs end first (proc(5): -1000 to 1000).
+const OOM_SCORE: i32 = 500;
 
 impl Site<'_> {
     pub(super) fn run_key(&self, before: &Digest, run: &RunAction, mounts: &[Mounted]) -> Digest {
@@ -157,18 +167,30 @@ impl Site<'_> {
     /// Runs the sandbox to its end; a failure carries the last lines.
     fn follow(&self, spec: &InstanceSpec, task: &str) -> Result<(), ExecError> {
         let mut last = VecDeque::new();
+        let mask = Mask::new(self.secrets.values().map(Vec::as_slice));
         let mut on_line = |_, line: &str| {
+            let line = mask.text(line);
             if last.len() == TOLD_LINES {
                 last.pop_front();
             }
-            last.push_back(line.to_owned());
+            last.push_back(line.clone());
             self.progress.event(ProgressEvent::Output {
                 task: task.to_owned(),
-                line: line.to_owned(),
+                line,
             });
         };
-        let status = match self.runtime.run_to_end(spec, &mut on_line, self.cancel) {
+        let limit = Some(self.time_limit.unwrap_or(TIME_LIMIT));
+        let ran = self
+            .runtime
+            .run_within(limit, spec, &mut on_line, self.cancel);
+        let status = match ran {
             Ok(status) => status,
+            Err(StartError::TooLong(limit)) => {
+                return Err(ExecError::TooLong {
+                    limit,
+                    lines: last.into(),
+                });
+            }
             Err(StartError::Cancelled) => return Err(ExecError::Cancelled),
             Err(cause) => return Err(ExecError::Sandbox(cause)),
         };
@@ -228,6 +250,9 @@ impl Site<'_> {
             },
             limits: InstanceLimits {
                 shm_size: self.shm_size,
+                pids: Some(MAX_PROCESSES),
+                memory: memory(),
+                oom_score_adj: Some(OOM_SCORE),
                 cpuset: (self.conditions == Conditions::Other).then(|| ONE_PROCESSOR.into()),
                 ..InstanceLimits::default()
             },
@@ -246,6 +271,14 @@ fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |s| i64::try_from(s.as_secs()).unwrap_or(i64::MAX))
 }
+
+/// What a RUN may have of this machine's memory, in bytes.
+fn memory() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    let all = info.totalram.checked_mul(u64::from(info.mem_unit))?;
+    Some(all - all / SPARED_MEMORY)
+}
+
 /// A program that found the disk full may not even have been able to say so.
 fn full_disk(path: &Path) -> Option<std::io::Error> {
     const AS_GOOD_AS_FULL: u64 = 64 << 10;

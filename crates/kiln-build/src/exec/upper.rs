@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read, Seek};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use kiln_store::tree::{Kind, Tree, TreeEditError};
 use super::npm;
 use super::variables::{self, Variables};
 use crate::files::Meta;
+use crate::keystore;
 use crate::rootfs::{device, node};
 
 const MACHINE_ID: &[u8] = b"etc/machine-id";
@@ -123,7 +124,7 @@ pub fn take(
         }
         let kind = match identity {
             true => keep(&mut io::empty(), store, &path)?,
-            false => kind_of(&full, &stat, store, &path, (traces.variables, times.epoch))?,
+            false => kind_of(&full, &stat, store, &path, (traces.variables, times))?,
         };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
@@ -169,7 +170,7 @@ fn kind_of(
     stat: &fs::Metadata,
     store: &Store,
     path: &Path,
-    (variables, epoch): (&Variables, i64),
+    (variables, times): (&Variables, Times),
 ) -> Result<Kind, UpperError> {
     let read = |cause| UpperError::Read {
         path: path.to_owned(),
@@ -193,9 +194,19 @@ fn kind_of(
         let mut file = fs::File::open(full).map_err(read)?;
         if stat.len() <= variables::LONGEST {
             let mut content = Vec::new();
-            io::Read::read_to_end(&mut file, &mut content).map_err(read)?;
+            file.read_to_end(&mut content).map_err(read)?;
             let content = variables.taken_out_of(content);
-            let content = npm::settled(path.as_os_str().as_bytes(), content, epoch);
+            let content = npm::settled(path.as_os_str().as_bytes(), content, times.epoch);
+            let content = keystore::settled(content, |time| times.settle(time));
+            return keep(&mut content.as_slice(), store, path);
+        }
+        let mut first = [0; keystore::MAGIC.len()];
+        file.read_exact(&mut first).map_err(read)?;
+        file.rewind().map_err(read)?;
+        if first == keystore::MAGIC && stat.len() <= keystore::LARGEST {
+            let mut content = Vec::new();
+            file.read_to_end(&mut content).map_err(read)?;
+            let content = keystore::settled(content, |time| times.settle(time));
             return keep(&mut content.as_slice(), store, path);
         }
         keep(&mut file, store, path)?

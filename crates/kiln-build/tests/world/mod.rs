@@ -55,6 +55,15 @@ impl Seen {
 }
 
 impl Seen {
+    /// Everything, as `--progress json` has it.
+    pub fn all(&self) -> String {
+        let events = std::mem::take(&mut *self.0.lock().unwrap());
+        let lines = events
+            .iter()
+            .map(|event| serde_json::to_string(event).unwrap());
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     /// What people were told to mind.
     pub fn warnings(&self) -> Vec<String> {
         let events = std::mem::take(&mut *self.0.lock().unwrap());

@@ -45,6 +45,7 @@ impl Lowering<'_> {
                 .and_then(|node| values::hosts(node).ok())
                 .unwrap_or_default(),
             shm_size: unsigned_bytes(node, "shm_size"),
+            time_limit: None,
             secrets: build_secrets(node),
             ssh: ssh(node),
             cache_from: texts(node, "cache_from"),

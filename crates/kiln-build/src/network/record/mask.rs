@@ -1,5 +1,5 @@
-//! What of a URL may be written down: no login, no secret of the build, no token or
-//! signature in a query.
+//! What of a URL, and of what commands print, may be written down: no login, no secret of the
+//! build, no token or signature in a query.
 
 use reqwest::Url;
 
@@ -23,13 +23,15 @@ const MASK: &str = "***";
 const SHORTEST: usize = 4;
 
 #[derive(Default)]
-pub(super) struct Mask(Vec<String>);
+pub(crate) struct Mask(Vec<String>);
 
 impl Mask {
     pub fn new<'a>(secrets: impl Iterator<Item = &'a [u8]>) -> Self {
         let texts = secrets.filter_map(|value| std::str::from_utf8(value.trim_ascii()).ok());
         let mut all = Vec::new();
-        for text in texts.filter(|text| text.len() >= SHORTEST) {
+        // Keys have several lines, and are printed line by line.
+        let texts = texts.flat_map(|text| text.lines().chain([text]));
+        for text in texts.map(str::trim).filter(|text| text.len() >= SHORTEST) {
             all.push(text.to_owned());
             // As it stands in a URL.
             let mut url = Url::parse("http://x/").ok();
@@ -53,7 +55,12 @@ impl Mask {
 
     /// The URL as it may be written down.
     pub fn url(&self, url: &str) -> String {
-        let mut text = without_tokens(&without_login(url));
+        self.text(&without_tokens(&without_login(url)))
+    }
+
+    /// A text without the build's secrets.
+    pub fn text(&self, text: &str) -> String {
+        let mut text = text.to_owned();
         for secret in &self.0 {
             if text.contains(secret.as_str()) {
                 text = text.replace(secret.as_str(), MASK);
@@ -111,5 +118,8 @@ mod tests {
         ] {
             assert_eq!(mask.url(url), expected);
         }
+        let key = Mask::new([b"first line\nsecond line\n".as_slice()].into_iter());
+        assert_eq!(key.text("is second line"), "is ***");
+        assert_eq!(key.text("line"), "line");
     }
 }

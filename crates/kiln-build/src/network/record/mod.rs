@@ -49,6 +49,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use bodies::FOLDER;
 pub use kept::{Kept, Made};
+pub(crate) use mask::Mask;
 pub(super) use server::{Callers, Listening, Recorder, Who};
 pub(crate) use session::{Session, Setting};
 pub(crate) use upstream::{Proxies, Route};
