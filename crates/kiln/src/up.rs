@@ -59,15 +59,20 @@ pub async fn assembled(
     live: bool,
 ) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
     let loaded = project::load(args)?;
-    let environment = match &args.environment {
-        Some(name) => name.parse(),
-        None => loaded.spec.project.as_str().parse(),
-    }
-    .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
+    let environment = environment(args, &loaded)?;
     let cancel = Arc::new(AtomicBool::new(false));
     let assembler = assembler(context, &loaded, &cancel)?.live(live);
     let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
     Ok((environment, assembled.release))
+}
+
+/// What is said, or the project's name.
+pub fn environment(args: &ProjectArgs, loaded: &Loaded) -> Result<EnvironmentName, Failure> {
+    let name = match &args.environment {
+        Some(name) => name.parse(),
+        None => loaded.spec.project.as_str().parse(),
+    };
+    name.map_err(|e| Failure::new(Kind::Input, format!("{e}")))
 }
 
 /// Shows its progress on standard error.

@@ -187,7 +187,7 @@ pub fn free_address() -> Result<SocketAddr, Failure> {
 }
 
 /// This Debian's name, so that the machine's mirrors have it.
-fn suite() -> String {
+pub fn suite() -> String {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     text.lines()
         .find_map(|line| line.strip_prefix("VERSION_CODENAME="))

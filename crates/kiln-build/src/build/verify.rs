@@ -17,6 +17,7 @@ use super::image::Image;
 use super::{BuildError, Builder, Prepared};
 use crate::exec::{Conditions, ExecError, VERIFY_PREFIX};
 use crate::files::{names, shown};
+use crate::graph::Wanted;
 use crate::held::Held;
 
 /// The second build begins in another second: times have that resolution.
@@ -38,7 +39,7 @@ impl Builder {
     pub async fn verify(
         &self,
         prepared: Prepared,
-        images: BTreeMap<String, Digest>,
+        images: BTreeMap<Wanted, Digest>,
         first: Digest,
     ) -> Result<Vec<Difference>, BuildError> {
         let builder = self.clone();
@@ -52,7 +53,7 @@ impl Builder {
     pub fn build_again(
         &self,
         prepared: &Prepared,
-        images: &BTreeMap<String, Digest>,
+        images: &BTreeMap<Wanted, Digest>,
         first: &Digest,
     ) -> Result<Vec<Difference>, BuildError> {
         let name = &prepared.request.name;

@@ -75,15 +75,15 @@ pub enum ExecError {
     Remote(#[from] crate::remote::RemoteError),
     #[error(transparent)]
     Context(#[from] crate::context::ContextError),
-    #[error("{place}: {path}")]
+    /// `at`: where an entry is declared, and its path.
+    #[error("{at}")]
     Declared {
-        place: kiln_model::spec::DeclaredPlace,
-        path: String,
+        at: String,
         #[source]
         cause: Box<ExecError>,
     },
     #[error(transparent)]
-    Account(#[from] AccountError),
+    Account(#[from] Box<AccountError>),
     #[error(transparent)]
     Owner(#[from] OwnerError),
     #[error(transparent)]
@@ -171,6 +171,8 @@ pub struct Site<'a> {
     pub task: String,
     /// The Containerfile's name, for people.
     pub file: String,
+    /// The platform that the whole is built for.
+    pub target: String,
     /// Tells builds apart whose instructions are the same.
     pub build: Digest,
     /// SOURCE_DATE_EPOCH: seconds.
@@ -234,6 +236,8 @@ pub struct Place<'a> {
     pub stage: &'a str,
     /// The stage as the file names it, or what it is built from.
     pub home: &'a str,
+    /// What the stage is built for.
+    pub platform: &'a str,
     /// Among the stage's steps, and of how many.
     pub number: usize,
     pub total: usize,
@@ -364,7 +368,14 @@ impl Site<'_> {
                 let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
                 self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
-                    self.run(files, run, &mounts, taped.as_ref(), told.task)
+                    self.run(
+                        files,
+                        run,
+                        &mounts,
+                        taped.as_ref(),
+                        told.task,
+                        told.place.platform,
+                    )
                 })
             }
         }

@@ -71,7 +71,11 @@ fn a_declared_image_serves_and_is_built_once() {
     project.up().ok();
     assert_eq!(project.instances(None), before);
     project.edit("pages/index.html", "only its own", "only its very own");
-    project.edit("compose.yaml", "body: only its own", "body: only its very own");
+    project.edit(
+        "compose.yaml",
+        "body: only its own",
+        "body: only its very own",
+    );
     project.up().ok();
     assert!(project.page().contains("only its very own"));
     // A place for what only the build finds.
