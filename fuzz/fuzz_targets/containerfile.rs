@@ -26,6 +26,7 @@ fuzz_target!(|data: &[u8]| {
         args: &args,
         target: None,
         platform: "linux/amd64",
+        host: "linux/amd64",
         contexts: &[],
     };
     let graph = graph::resolve(&file, &ask, &Triggers::new());

@@ -25,12 +25,22 @@ pub struct Needed {
     /// Its place in the file.
     pub index: usize,
     pub base: Origin,
+    /// What it is built for: said, or its base stage's, or the target's.
+    pub platform: String,
     /// What the base's ONBUILD has this stage begin with.
     pub triggers: Vec<Instruction>,
 }
 
-/// ONBUILD instructions of images, by the references that stages are built FROM.
-pub type Triggers = BTreeMap<String, Vec<Instruction>>;
+/// An image for one platform.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Wanted {
+    /// As FROM or `--from` has it.
+    pub reference: String,
+    pub platform: String,
+}
+
+/// ONBUILD instructions of images, by what stages are built FROM.
+pub type Triggers = BTreeMap<Wanted, Vec<Instruction>>;
 
 /// What is built, in order; the last one is the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +61,11 @@ pub enum GraphError {
     },
     #[error("{span}: FROM {text}: the image's name is empty once its variables are filled in")]
     NoBase { span: Span, text: String },
-    #[error(
-        "{span}: the platform `{wanted}` is not this machine's ({here}); building for others is not supported yet"
-    )]
+    #[error("{span}: --platform={text}: {cause}")]
     Platform {
         span: Span,
-        wanted: String,
-        here: String,
+        text: String,
+        cause: UnknownPlatform,
     },
     #[error(
         "{span}: `{name}` is a stage that comes later in the file; only earlier ones can be used"
@@ -82,8 +90,10 @@ fn known(stages: &[String]) -> String {
 pub struct Ask<'a> {
     pub args: &'a BTreeMap<String, String>,
     pub target: Option<&'a str>,
-    /// Of this host: `linux/amd64`.
+    /// What is built for: `linux/amd64`; as [`platform`] has it.
     pub platform: &'a str,
+    /// Of this host.
+    pub host: &'a str,
     /// The names of the request's contexts.
     pub contexts: &'a [&'a str],
 }
@@ -96,7 +106,7 @@ pub fn resolve(
 ) -> Result<Graph, GraphError> {
     let globals = globals(file, ask)?;
     let lexer = Lexer::new(file.escape);
-    let mut bases = Vec::new();
+    let mut bases: Vec<(Origin, String)> = Vec::new();
     for (index, stage) in file.stages.iter().enumerate() {
         let expand = |text: &str| {
             lexer
@@ -114,31 +124,37 @@ pub fn resolve(
                 text: stage.base.clone(),
             });
         }
-        if let Some(platform) = &stage.platform {
-            let wanted = expand(platform)?;
-            if !same_platform(&wanted, ask.platform) {
-                return Err(GraphError::Platform {
-                    span: stage.span,
-                    wanted,
-                    here: ask.platform.to_owned(),
-                });
-            }
-        }
+        let said = stage.platform.as_deref().map(expand).transpose()?;
+        let said = said.filter(|text| !text.is_empty()).map(|text| {
+            platform(&text).map_err(|cause| GraphError::Platform {
+                span: stage.span,
+                text,
+                cause,
+            })
+        });
         let named = stage.name.as_deref().filter(|n| ask.contexts.contains(n));
-        bases.push(match named {
+        let origin = match named {
             Some(name) => Origin::Named(name.to_owned()),
             None if base == "scratch" => Origin::Scratch,
             None => by_name(file, ask, index, &base, stage.span, false)?,
-        });
+        };
+        let said = said.transpose()?;
+        let platform = match &origin {
+            // Its files are what they are.
+            Origin::Stage(earlier) => bases[*earlier].1.clone(),
+            _ => said.unwrap_or_else(|| ask.platform.to_owned()),
+        };
+        bases.push((origin, platform));
     }
     let target = target(file, ask)?;
     let all: Vec<Needed> = bases
         .into_iter()
         .enumerate()
-        .map(|(index, base)| Needed {
+        .map(|(index, (base, platform))| Needed {
             index,
-            triggers: triggers(file, &base, of_images),
+            triggers: triggers(file, &base, &platform, of_images),
             base,
+            platform,
         })
         .collect();
     let needed = order(file, ask, &all, target)?;
@@ -149,11 +165,20 @@ pub fn resolve(
     Ok(Graph { stages, globals })
 }
 
-fn triggers(file: &Containerfile, base: &Origin, of_images: &Triggers) -> Vec<Instruction> {
+fn triggers(
+    file: &Containerfile,
+    base: &Origin,
+    platform: &str,
+    of_images: &Triggers,
+) -> Vec<Instruction> {
     match base {
         Origin::Scratch => Vec::new(),
         Origin::Image(name) | Origin::Named(name) => {
-            of_images.get(name).cloned().unwrap_or_default()
+            let wanted = Wanted {
+                reference: name.clone(),
+                platform: platform.to_owned(),
+            };
+            of_images.get(&wanted).cloned().unwrap_or_default()
         }
         Origin::Stage(index) => file.stages[*index]
             .instructions
@@ -177,11 +202,11 @@ pub fn froms(instruction: &Instruction) -> Vec<String> {
 
 fn globals(file: &Containerfile, ask: &Ask<'_>) -> Result<BTreeMap<String, String>, GraphError> {
     let mut globals = BTreeMap::new();
-    let mut parts = ask.platform.splitn(3, '/');
-    let [os, arch, variant] = [(); 3].map(|()| parts.next().unwrap_or_default());
-    for side in ["TARGET", "BUILD"] {
+    for (side, platform) in [("TARGET", ask.platform), ("BUILD", ask.host)] {
+        let mut parts = platform.splitn(3, '/');
+        let [os, arch, variant] = [(); 3].map(|()| parts.next().unwrap_or_default());
         for (name, value) in [
-            ("PLATFORM", ask.platform),
+            ("PLATFORM", platform),
             ("OS", os),
             ("ARCH", arch),
             ("VARIANT", variant),
@@ -222,20 +247,44 @@ fn globals(file: &Containerfile, ask: &Ask<'_>) -> Result<BTreeMap<String, Strin
     Ok(globals)
 }
 
-/// `linux/arm64` and `linux/arm64/v8` are the same; an OS may be left out.
-fn same_platform(wanted: &str, here: &str) -> bool {
-    let normal = |text: &str| {
-        let text = text.to_ascii_lowercase();
-        let text = match text.as_str() {
-            "amd64" | "arm64" | "386" | "riscv64" | "s390x" | "ppc64le" => format!("linux/{text}"),
-            "linux/x86_64" | "x86_64" => "linux/amd64".into(),
-            "linux/aarch64" | "aarch64" => "linux/arm64".into(),
-            _ => text,
-        };
-        let text = text.strip_suffix("/v8").unwrap_or(&text).to_owned();
-        text.strip_suffix("/v1").map(str::to_owned).unwrap_or(text)
+/// No platform that images are built for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no platform that kiln builds for (like linux/amd64, linux/arm64, linux/arm/v7)")]
+pub struct UnknownPlatform(pub String);
+
+/// A platform in its one normal form, as containerd has it: `arm64`, `linux/aarch64` and
+/// `linux/arm64/v8` are `linux/arm64`; `linux/arm` is `linux/arm/v7`.
+pub fn platform(text: &str) -> Result<String, UnknownPlatform> {
+    let unknown = || UnknownPlatform(text.to_owned());
+    let lower = text.trim().to_ascii_lowercase();
+    let rest = match lower.split_once('/') {
+        Some(("linux", rest)) => rest,
+        Some((_, variant)) if variant.starts_with('v') => &lower,
+        None => &lower,
+        Some(_) => return Err(unknown()),
     };
-    normal(wanted) == normal(here)
+    let (arch, variant) = rest.split_once('/').unwrap_or((rest, ""));
+    let arch = match arch {
+        "x86_64" | "x86-64" => "amd64",
+        "aarch64" => "arm64",
+        "i386" | "i686" => "386",
+        "armhf" => "arm",
+        known => known,
+    };
+    const KNOWN: [&str; 8] = [
+        "amd64", "arm64", "arm", "386", "riscv64", "s390x", "ppc64le", "loong64",
+    ];
+    let number = variant
+        .strip_prefix('v')
+        .is_some_and(|n| n.parse::<u8>().is_ok());
+    if !KNOWN.contains(&arch) || !(variant.is_empty() || number) {
+        return Err(unknown());
+    }
+    Ok(match (arch, variant) {
+        ("arm", "") => "linux/arm/v7".into(),
+        ("amd64", "v1") | ("arm64", "v8") | (_, "") => format!("linux/{arch}"),
+        _ => format!("linux/{arch}/{variant}"),
+    })
 }
 
 /// What a FROM or --from of the stage at `index` means.
@@ -358,7 +407,8 @@ mod tests {
         let ask = Ask {
             args: &args,
             target,
-            platform: "linux/amd64",
+            platform: "linux/arm64",
+            host: "linux/amd64",
             contexts: &["extra"],
         };
         resolve(&parse(text.as_bytes()).unwrap(), &ask, &Triggers::new())
@@ -408,7 +458,51 @@ mod tests {
             Origin::Named("extra".into()),
         ];
         assert_eq!(bases, expected);
-        assert_eq!(graph.globals["TARGETARCH"], "amd64");
+        assert_eq!(graph.globals["TARGETARCH"], "arm64");
+        assert_eq!(graph.globals["BUILDPLATFORM"], "linux/amd64");
+    }
+
+    #[test]
+    fn a_stage_is_for_what_it_says_or_its_base_is_for_or_the_target_is() {
+        let text = "FROM --platform=$BUILDPLATFORM a AS tools\nFROM tools AS more\n\
+                    FROM --platform=linux/s390x tools\nFROM scratch AS out\nFROM --platform=arm b\n\
+                    FROM out\nCOPY --from=tools a b\nCOPY --from=1 a b\nCOPY --from=2 a b\n\
+                    COPY --from=4 a b";
+        let graph = graph(text, &[], None).unwrap();
+        let platforms: Vec<&str> = graph.stages.iter().map(|s| s.platform.as_str()).collect();
+        let (here, target) = ("linux/amd64", "linux/arm64");
+        assert_eq!(
+            platforms,
+            [here, here, here, target, "linux/arm/v7", target]
+        );
+    }
+
+    #[test]
+    fn platforms_have_one_normal_form() {
+        for (text, normal) in [
+            ("linux/amd64", "linux/amd64"),
+            ("LINUX/x86_64", "linux/amd64"),
+            ("arm64", "linux/arm64"),
+            ("aarch64", "linux/arm64"),
+            ("linux/arm64/v8", "linux/arm64"),
+            ("linux/amd64/v3", "linux/amd64/v3"),
+            ("arm/v6", "linux/arm/v6"),
+            ("linux/arm", "linux/arm/v7"),
+            ("armhf", "linux/arm/v7"),
+        ] {
+            assert_eq!(platform(text).as_deref(), Ok(normal), "{text}");
+        }
+        for text in [
+            "",
+            "linux",
+            "windows/amd64",
+            "linux/vax",
+            "linux/arm/7",
+            "a/b/c/d",
+            "/",
+        ] {
+            assert!(platform(text).is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -432,15 +526,14 @@ mod tests {
             ),
             ("FROM a\nCOPY --from=7 y z", "line 2: there is no stage 7"),
             (
-                "FROM --platform=linux/s390x a",
-                "line 1: the platform `linux/s390x`",
+                "FROM --platform=windows/amd64 a",
+                "line 1: --platform=windows/amd64: `windows/amd64` is no platform",
             ),
             ("FROM ${a", "line 1: in `${a`"),
         ] {
             let told = graph(text, &[], None).unwrap_err().to_string();
             assert!(told.starts_with(expected), "{told}");
         }
-        assert!(graph("FROM --platform=$BUILDPLATFORM a", &[], None).is_ok());
         assert!(graph("FROM a AS b\nFROM b AS b", &[], None).is_ok());
     }
 }

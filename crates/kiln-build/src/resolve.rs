@@ -14,10 +14,12 @@ use kiln_oci::registry::{self, RegistryError};
 use kiln_oci::{BlobWrite, Platform};
 use kiln_store::{AddImageError, RefError, Store};
 
+use crate::build::{Foreign, runs_here};
 use crate::cache;
 use crate::containerfile::Span;
 use crate::debian::{self, Asked, DebianContext, DebianError};
 use crate::exec::ExecError;
+use crate::graph;
 use crate::lock::Lock;
 use crate::secrets::{self, Allowed, Finding, Located, Refused};
 
@@ -49,6 +51,12 @@ pub enum ResolveError {
     },
     #[error("{0}")]
     Secrets(Refused),
+    #[error("{0}")]
+    Foreign(Foreign),
+    #[error(transparent)]
+    Platform(#[from] graph::UnknownPlatform),
+    #[error("Debian has no packages for {platform}, so there is no base `{name}` for it")]
+    NoArchitecture { name: String, platform: String },
     #[error("reading the archive ended early")]
     Ended,
 }
@@ -58,6 +66,7 @@ pub struct Resolver {
     pub store: Arc<Store>,
     pub debian: DebianContext,
     pub registry: registry::Client,
+    /// Where nothing else is said: this host's.
     pub platform: Platform,
     pub bases: BTreeMap<String, DebianBase>,
     /// `x-kiln.debian.mirror`.
@@ -70,7 +79,7 @@ pub struct Resolver {
 }
 
 impl Resolver {
-    /// The manifest that `reference` stands for; its image is in the store then.
+    /// The manifest that `reference` stands for on this host; its image is in the store then.
     /// `never`: the network is not asked for it (pull_policy).
     pub async fn resolve(
         &self,
@@ -78,11 +87,26 @@ impl Resolver {
         never: bool,
         lock: &mut Lock,
     ) -> Result<Digest, ResolveError> {
+        let platform = self.platform.to_string();
+        self.resolve_for(reference, &platform, never, lock).await
+    }
+
+    /// The same for a platform, in its normal form.
+    pub async fn resolve_for(
+        &self,
+        reference: &str,
+        platform: &str,
+        never: bool,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
+        let wanted: Platform = platform
+            .parse()
+            .map_err(|_| graph::UnknownPlatform(platform.to_owned()))?;
         let manifest = match self.bases.get(reference) {
-            Some(base) => self.base(reference, base, lock).await?,
+            Some(base) => self.base(reference, base, platform, lock).await?,
             None => match on_disk(reference) {
-                Some(path) => self.archive(path).await?,
-                None => self.pull(reference, never, lock).await?,
+                Some(path) => self.archive(path, &wanted).await?,
+                None => self.pull(reference, &wanted, never, lock).await?,
             },
         };
         let store = self.store.clone();
@@ -96,14 +120,28 @@ impl Resolver {
         &self,
         name: &str,
         base: &DebianBase,
+        platform: &str,
         lock: &mut Lock,
     ) -> Result<Digest, ResolveError> {
+        if !base.distroless && !runs_here(platform) {
+            return Err(ResolveError::Foreign(Foreign {
+                what: format!("base `{name}`: its packages' scripts"),
+                platform: platform.to_owned(),
+            }));
+        }
+        let arch = debian::architecture(platform);
+        let arch = arch.ok_or_else(|| ResolveError::NoArchitecture {
+            name: name.to_owned(),
+            platform: platform.to_owned(),
+        })?;
+        let mut debian = self.debian.clone();
+        debian.machine.arch = arch.to_owned();
         let asked = Asked {
             name,
             base,
             mirror: self.mirror.as_deref(),
         };
-        let composed = debian::compose(&self.debian, &asked, lock).await?;
+        let composed = debian::compose(&debian, &asked, lock).await?;
         let manifest = composed.image.manifest;
         self.judge(name, &manifest).await?;
         let name = format!("cache/debian/{}", composed.key);
@@ -146,15 +184,15 @@ impl Resolver {
         match findings.is_empty() {
             true => Ok(()),
             false => Err(ResolveError::Secrets(Refused {
-                file: format!("x-kiln.bases.{name}"),
+                file: format!("base `{name}`"),
                 findings,
             })),
         }
     }
 
-    async fn archive(&self, path: &str) -> Result<Digest, ResolveError> {
+    async fn archive(&self, path: &str, platform: &Platform) -> Result<Digest, ResolveError> {
         let path = self.folder.join(path);
-        let (store, platform) = (self.store.clone(), self.platform.clone());
+        let (store, platform) = (self.store.clone(), platform.clone());
         let scratch = self.debian.cache.clone();
         tokio::task::spawn_blocking(move || {
             let what = Import {
@@ -170,7 +208,13 @@ impl Resolver {
         .map_err(ResolveError::from)
     }
 
-    async fn pull(&self, text: &str, never: bool, lock: &mut Lock) -> Result<Digest, ResolveError> {
+    async fn pull(
+        &self,
+        text: &str,
+        platform: &Platform,
+        never: bool,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
         let reference: Reference = text.parse().map_err(|source| ResolveError::Reference {
             reference: text.to_owned(),
             source,
@@ -182,9 +226,9 @@ impl Resolver {
             .or_else(|| lock.images.get(&canonical))
             .copied();
         if let Some(pin) = pinned
-            && let Some(manifest) = self.known(&pin)
+            && let Some(manifest) = self.known(&pin, platform)
         {
-            cache::used_ref(&self.debian.cache, &self.pulled(&pin));
+            cache::used_ref(&self.debian.cache, &pulled(&pin, platform));
             return Ok(manifest);
         }
         if never {
@@ -194,45 +238,38 @@ impl Resolver {
         }
         let pin = match pinned {
             Some(pin) => pin,
-            None => self
-                .registry
-                .resolve(&reference, &self.platform)
-                .await?
-                .pin(),
+            None => self.registry.resolve(&reference, platform).await?.pin(),
         };
         let blobs: Arc<dyn BlobWrite> = self.store.clone();
         let manifest = self
             .registry
             .pull(
                 &reference.with_digest(pin),
-                &self.platform,
+                platform,
                 blobs,
                 &*self.progress,
             )
             .await?;
-        let name = self.pulled(&pin);
+        let name = pulled(&pin, platform);
         self.store.set_ref(&name, &manifest)?;
         cache::used_ref(&self.debian.cache, &name);
         lock.images.insert(canonical, pin);
         Ok(manifest)
     }
 
-    /// The manifest for this platform that a pin was found to mean before.
-    fn known(&self, pin: &Digest) -> Option<Digest> {
-        let manifest = self.store.get_ref(&self.pulled(pin)).ok()??;
+    /// The manifest for a platform that a pin was found to mean before.
+    fn known(&self, pin: &Digest, platform: &Platform) -> Option<Digest> {
+        let manifest = self.store.get_ref(&pulled(pin, platform)).ok()??;
         self.store
             .image(&manifest)
             .ok()?
             .map(|image| image.manifest)
     }
+}
 
-    fn pulled(&self, pin: &Digest) -> String {
-        format!(
-            "cache/pulled/{}-{}",
-            self.platform.to_string().replace('/', "-"),
-            pin.hex()
-        )
-    }
+fn pulled(pin: &Digest, platform: &Platform) -> String {
+    let platform = platform.to_string().replace('/', "-");
+    format!("cache/pulled/{platform}-{}", pin.hex())
 }
 
 /// `oci:<folder or tar>` and `docker-archive:<tar>`.

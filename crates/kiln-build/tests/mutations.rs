@@ -147,6 +147,7 @@ fn judge(bytes: &[u8]) -> Result<bool, String> {
         args: &args,
         target: None,
         platform: "linux/amd64",
+        host: "linux/amd64",
         contexts: &["other"],
     };
     let graph = graph::resolve(&file, &ask, &Triggers::new());

@@ -201,7 +201,12 @@ fn judge(case: &Case) -> Result<bool, String> {
     };
     // What kiln can't honour is refused here, with words as well; only panics matter.
     let nothing = |_: &Path| -> io::Result<Vec<u8>> { Err(io::ErrorKind::NotFound.into()) };
-    let _ = lower(&resolved.project, &nothing, &mut resolved.sources.clone(), &[]);
+    let _ = lower(
+        &resolved.project,
+        &nothing,
+        &mut resolved.sources.clone(),
+        &[],
+    );
     let before = resolved.project.config_json();
     if compose_cannot_read_it_back(&before) {
         return Ok(true);

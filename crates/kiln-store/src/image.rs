@@ -45,13 +45,17 @@ pub struct Image {
     pub size: u64,
     /// RFC 3339, as the configuration says it.
     pub created: Option<String>,
+    /// A blob that says which packages it consists of, once somebody has looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packages: Option<Digest>,
 }
 
 impl Image {
-    /// Manifest, configuration and layers.
+    /// Manifest, configuration, layers, and what is known of its packages.
     pub fn blobs(&self) -> impl Iterator<Item = Digest> {
         let own = [self.manifest, self.config_digest];
-        own.into_iter().chain(self.layers.iter().map(|l| l.digest))
+        let layers = self.layers.iter().map(|l| l.digest);
+        own.into_iter().chain(layers).chain(self.packages)
     }
 }
 
@@ -189,6 +193,17 @@ impl Store {
                 + bytes.len() as u64,
             layers,
             created: config.created,
+            packages: None,
+        };
+        self.record(&image)?;
+        Ok(image)
+    }
+
+    /// Records which blob of the store says what packages `image` consists of.
+    pub fn attach_packages(&self, image: &Image, blob: Digest) -> Result<Image, AddImageError> {
+        let image = Image {
+            packages: Some(blob),
+            ..image.clone()
         };
         self.record(&image)?;
         Ok(image)

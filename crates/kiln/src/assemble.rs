@@ -1,6 +1,7 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod platforms;
 mod prove;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 use kiln_build::build::{BuildError, BuildRequest, Builder, Difference, Prepared, Synced, prepare};
 use kiln_build::debian::{self, DebianContext};
+use kiln_build::graph::Wanted;
 use kiln_build::lock::Lock;
 use kiln_build::network::record::{Kept, Recordings};
 use kiln_build::network::{Network, host_resolver};
@@ -235,10 +237,11 @@ impl<'a> Assembler<'a> {
             let ImageSource::Build { build, .. } = &service.image else {
                 continue;
             };
-            let first = self.image_of(name, service, &mut lock).await;
+            let platform = kiln_oci::host_platform();
+            let first = self.image_of(name, service, &platform, &mut lock).await;
             lock.save(&lock_path).map_err(input)?;
             let first = first?;
-            let mut again = self.build_request(name.as_str(), build, &lock)?;
+            let mut again = self.build_request(name.as_str(), build, &platform, &lock)?;
             again.name = format!("{name} again");
             // What the first has just recorded.
             again.live = false;
@@ -278,9 +281,11 @@ impl<'a> Assembler<'a> {
                         .map_err(build_failure)?;
                 }
                 ImageSource::Build { build, .. } => {
-                    let request = self.build_request(name.as_str(), build, &lock)?;
-                    let mut prepared = prepare(request).map_err(build_error)?;
-                    self.images_of(&mut prepared, &mut lock).await?;
+                    for platform in self.platforms_of(name, service, &[])? {
+                        let request = self.build_request(name.as_str(), build, &platform, &lock)?;
+                        let mut prepared = prepare(request).map_err(build_error)?;
+                        self.images_of(&mut prepared, &mut lock).await?;
+                    }
                 }
             }
         }
@@ -293,16 +298,14 @@ impl<'a> Assembler<'a> {
         for (name, service) in &self.spec().services {
             let base = match over.bases.get(name) {
                 Some(base) => *base,
-                None => self.image_of(name, service, lock).await?,
+                None => {
+                    let platform = self.platform_here(name, service)?;
+                    self.image_of(name, service, &platform, lock).await?
+                }
             };
             bases.insert(name.clone(), base);
             let digest = self.synced(name, base, over)?;
-            let image = self
-                .store
-                .image(&digest)
-                .map_err(machine)?
-                .ok_or_else(|| machine(format!("the image {digest} left the store")))?;
-            images.insert(name.clone(), image);
+            images.insert(name.clone(), self.recorded(&digest)?);
         }
         // Images that are not built again tell nothing of what is in them.
         if over.bases.is_empty() {
@@ -363,6 +366,7 @@ impl<'a> Assembler<'a> {
         &self,
         name: &ServiceName,
         service: &Service,
+        platform: &str,
         lock: &mut Lock,
     ) -> Result<Digest, Failure> {
         let build = match &service.image {
@@ -370,15 +374,14 @@ impl<'a> Assembler<'a> {
                 let never = service.pull_policy == PullPolicy::Never;
                 return self
                     .resolver
-                    .resolve(reference, never, lock)
+                    .resolve_for(reference, platform, never, lock)
                     .await
                     .map_err(build_failure);
             }
             ImageSource::Build { build, .. } => build,
         };
-        let request = self.build_request(name.as_str(), build, lock)?;
+        let request = self.build_request(name.as_str(), build, platform, lock)?;
         let (pins, recordings) = (request.pins.clone(), request.recordings.clone());
-        let platform = request.platform.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
         let began = Instant::now();
@@ -392,7 +395,7 @@ impl<'a> Assembler<'a> {
         let pins = pins.lock().unwrap_or_else(PoisonError::into_inner).clone();
         lock.remote.urls.extend(pins.urls);
         lock.remote.git.extend(pins.git);
-        let whole = built.is_ok().then_some(platform.as_str());
+        let whole = built.is_ok().then_some(platform);
         let recorded = recordings.settled(whole);
         let not_recorded: usize = recorded.values().map(|one| one.direct.len()).sum();
         match recorded.is_empty() {
@@ -437,7 +440,7 @@ impl<'a> Assembler<'a> {
         &self,
         prepared: &mut Prepared,
         lock: &mut Lock,
-    ) -> Result<BTreeMap<String, Digest>, Failure> {
+    ) -> Result<BTreeMap<Wanted, Digest>, Failure> {
         let mut images = BTreeMap::new();
         loop {
             let missing = self.builder.missing(prepared, &images);
@@ -445,9 +448,11 @@ impl<'a> Assembler<'a> {
             if missing.is_empty() {
                 return Ok(images);
             }
-            for reference in missing {
-                let digest = self.resolver.resolve(&reference, false, lock).await;
-                images.insert(reference, digest.map_err(build_failure)?);
+            for wanted in missing {
+                let (reference, platform) = (&wanted.reference, &wanted.platform);
+                let digest = self.resolver.resolve_for(reference, platform, false, lock);
+                let digest = digest.await.map_err(build_failure)?;
+                images.insert(wanted, digest);
             }
         }
     }
@@ -456,6 +461,7 @@ impl<'a> Assembler<'a> {
         &self,
         name: &str,
         build: &kiln_model::spec::Build,
+        platform: &str,
         lock: &Lock,
     ) -> Result<BuildRequest, Failure> {
         let mut secrets = BTreeMap::new();
@@ -471,7 +477,7 @@ impl<'a> Assembler<'a> {
                 ..build.clone()
             },
             name: name.to_owned(),
-            platform: kiln_oci::host_platform(),
+            platform: platform.to_owned(),
             secrets,
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
@@ -575,11 +581,7 @@ impl<'a> Assembler<'a> {
         files: BTreeMap<String, FileVersion>,
         mounted_images: BTreeMap<String, Digest>,
     ) -> ReleasedService {
-        let image_name = match &service.image {
-            ImageSource::Reference(reference) => reference.clone(),
-            ImageSource::Build { tag: Some(tag), .. } => tag.clone(),
-            ImageSource::Build { .. } => format!("{}-{name}", self.spec().project),
-        };
+        let image_name = self.image_name(name, service);
         let mut service = service.clone();
         // How it was built is the builder's business: the digest says what came of it,
         // and the same from another folder is the same.

@@ -7,14 +7,17 @@ use kiln_build::build::{BuildError, Checked, check};
 use kiln_build::lock::Lock;
 use kiln_build::{containerfile, lint};
 use kiln_compose::{Loaded, Severity};
+use kiln_model::Digest;
 use kiln_model::spec::{Build, ImageSource};
 use kiln_oci::Reference;
 
+use crate::assemble::Over;
 use crate::cache;
 use crate::check::verdict;
 use crate::cli::{BuildArgs, Fetching};
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
+use crate::junit;
 use crate::report::{self, Problem, Region};
 use crate::test::{Asked, Proven};
 use crate::{output, project, up};
@@ -32,6 +35,9 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     if args.verify {
         return verify(context, args).await;
     }
+    if !args.platform.is_empty() || args.output.is_some() || args.push || several(args)? {
+        return images(context, args).await;
+    }
     let live = args.network == Fetching::Live;
     let asked = Asked {
         stack: false,
@@ -44,6 +50,70 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     }
     for (name, service) in &release.services {
         outln!("{name}  {}@{}", service.image.name, service.image.digest);
+    }
+    Ok(())
+}
+
+/// The file asks for images of more than this machine's platform.
+fn several(args: &BuildArgs) -> Result<bool, Failure> {
+    let loaded = project::load(&args.project)?;
+    let mut services = loaded.spec.services.values();
+    Ok(services.any(|service| match &service.image {
+        ImageSource::Build { build, .. } => !build.platforms.is_empty(),
+        ImageSource::Reference(_) => false,
+    }))
+}
+
+/// Images for some platforms, or that are taken out. Those of this machine are tested.
+async fn images(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
+    let loaded = project::load(&args.project)?;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let live = args.network == Fetching::Live;
+    let assembler = up::assembler(context, &loaded, &cancel)?.live(live);
+    let work = async {
+        let built = assembler.images(&args.platform).await?;
+        let tested = match assembler.tests_here(&built) {
+            true => {
+                let environment = up::environment(&args.project, &loaded)?;
+                let release = assembler.release(&environment, &Over::default()).await;
+                release.map(drop)
+            }
+            false => Ok(()),
+        };
+        if let Some(path) = &args.junit {
+            junit::write(path, &assembler.suites())?;
+        }
+        tested?;
+        if let Some(path) = &args.output {
+            let all = built
+                .values()
+                .map(|image| (image.name.clone(), image.digest));
+            let all: Vec<(String, Digest)> = all.collect();
+            let store = context.store()?;
+            kiln_oci::archive::export(path, &all, &*store)
+                .map_err(|error| Failure::with_causes(Kind::Machine, &error))?;
+        }
+        if args.push {
+            assembler.push(&built).await?;
+        }
+        Ok::<_, Failure>(built)
+    };
+    let built = tokio::select! {
+        built = work => built?,
+        () = up::interrupted(cancel.clone()) => {
+            return Err(Failure::new(Kind::Interrupted, "interrupted while building"));
+        }
+    };
+    if context.json {
+        return output::json(&built);
+    }
+    for (name, image) in &built {
+        outln!("{name}  {}@{}", image.name, image.digest);
+        if image.platforms.len() > 1 {
+            for (platform, digest) in &image.platforms {
+                outln!("  {platform}  {digest}");
+            }
+        }
     }
     Ok(())
 }

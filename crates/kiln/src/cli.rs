@@ -124,6 +124,11 @@ pub enum Command {
     Rollout(RolloutArgs),
     /// List the images in the store
     Images,
+    /// List the packages that an image, or a service that runs, consists of
+    ///
+    /// As dpkg, apk, pip, npm, cargo and gem recorded them in its files, and as Go and
+    /// cargo-auditable have put them into programs.
+    Packages(PackagesArgs),
     /// Remove what no retained release or running instance needs; cut the build cache
     Gc(GcArgs),
     /// Check every byte of the store against its digest
@@ -279,6 +284,19 @@ pub struct BuildArgs {
     /// Say of each instruction that was not taken from the cache why it was not
     #[arg(long)]
     pub explain: bool,
+    /// Build for these platforms instead of those of `build.platforms`, such as
+    /// linux/amd64,linux/arm64
+    ///
+    /// Several become one OCI index. What is not for this machine is built and not tested;
+    /// it may run commands only if an emulator is registered with the kernel.
+    #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
+    pub platform: Vec<String>,
+    /// Write the images that were built to an OCI layout: a folder, or a file named *.tar
+    #[arg(short, long, value_name = "PATH")]
+    pub output: Option<PathBuf>,
+    /// Push the images that were built to the registries that `image` names
+    #[arg(long)]
+    pub push: bool,
     /// How to show what is being done
     #[arg(long, value_enum, default_value_t = Form::Auto)]
     pub progress: Form,
@@ -300,6 +318,15 @@ pub enum Fetching {
 pub struct WatchArgs {
     #[command(flatten)]
     pub project: ReadArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct PackagesArgs {
+    /// A service, or an image as `kiln images` shows it
+    #[arg(value_name = "IMAGE|SERVICE")]
+    pub of: String,
+    #[command(flatten)]
+    pub at: AtArgs,
 }
 
 /// Which environment: by name, or that of the project here.

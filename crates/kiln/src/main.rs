@@ -19,6 +19,7 @@ mod live;
 mod machine;
 mod named;
 mod ops;
+mod packages;
 mod progress;
 mod project;
 mod report;
@@ -109,6 +110,7 @@ async fn run(context: &Context, command: &Command) -> Result<ExitCode, Failure> 
         Command::Logs(args) => ops::logs(context, args).await?,
         Command::Exec(args) => return ops::exec(context, args).await,
         Command::Images => ops::images(context)?,
+        Command::Packages(args) => packages::packages(context, args).await?,
         Command::Gc(args) => ops::gc(context, args).await?,
         Command::Fsck(args) => ops::fsck(context, args)?,
         Command::Check(args) => check::check(context, args)?,

@@ -12,7 +12,7 @@ use crate::cli::{
 };
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
-use crate::{output, steer};
+use crate::{output, packages, steer};
 
 pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure> {
     let names = if args.all {
@@ -162,6 +162,8 @@ pub async fn diff(context: &Context, args: &DiffArgs) -> Result<(), Failure> {
         };
         let mut lines = service_difference(old, new)?;
         if old.image.tree != new.image.tree {
+            let (before, after) = (&old.image.digest, &new.image.digest);
+            lines.extend(packages::differences(&*context.store()?, before, after)?);
             lines.extend(file_differences(context, old, new)?);
         }
         if !lines.is_empty() {

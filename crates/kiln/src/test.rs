@@ -11,7 +11,7 @@ use kiln_model::{EnvironmentName, Release};
 use crate::assemble::{Assembled, Over};
 use crate::cli::{ProjectArgs, TestArgs};
 use crate::context::Context;
-use crate::failure::{Failure, Kind, machine};
+use crate::failure::{Failure, machine};
 use crate::junit::{self, Suite};
 use crate::stack::{self, Candidate};
 use crate::{output, project, up};
@@ -97,11 +97,7 @@ async fn prove(
 ) -> Result<(EnvironmentName, Release), Failure> {
     let options = project::options(&args.read);
     let loaded = project::load_with(&options)?;
-    let environment = match &args.environment {
-        Some(name) => name.parse(),
-        None => loaded.spec.project.as_str().parse(),
-    };
-    let environment = environment.map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
+    let environment = up::environment(args, &loaded)?;
     let cancel = Arc::new(AtomicBool::new(false));
     let assembler = up::assembler(context, &loaded, &cancel)?.live(asked.live);
     let assembled = up::assemble(&assembler, &cancel, &environment, &Over::default()).await;

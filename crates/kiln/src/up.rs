@@ -59,6 +59,15 @@ pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> 
     up(context, &args).await
 }
 
+/// What is said, or the project's name.
+pub fn environment(args: &ProjectArgs, loaded: &Loaded) -> Result<EnvironmentName, Failure> {
+    let name = match &args.environment {
+        Some(name) => name.parse(),
+        None => loaded.spec.project.as_str().parse(),
+    };
+    name.map_err(|e| Failure::new(Kind::Input, format!("{e}")))
+}
+
 /// Shows its progress on standard error.
 pub fn assembler<'a>(
     context: &'a Context,

@@ -8,6 +8,7 @@ mod bed;
 mod behind;
 mod compose;
 mod copy;
+mod debian;
 mod memory;
 mod peers;
 mod plan;
@@ -37,9 +38,12 @@ struct Options {
     only: Option<String>,
 }
 
-const NAMES: [&str; 10] = [
-    "compose", "copy", "plan", "up", "start", "replace", "rollback", "memory", "scale", "peers",
+const NAMES: [&str; 11] = [
+    "compose", "copy", "debian", "plan", "up", "start", "replace", "rollback", "memory", "scale",
+    "peers",
 ];
+/// Debian roots composed of each kind.
+const MOST_ROOTS: usize = 5;
 /// Passes over the corpus of compose files: each is a process for every file.
 const PASSES: usize = 3;
 
@@ -110,8 +114,14 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
         eprintln!("copy: {} runs", options.runs);
         rows.extend(copy::rows(options.runs)?);
     }
+    if options.wants("debian") {
+        // Half a minute of mmdebstrap each.
+        let runs = options.runs.min(MOST_ROOTS);
+        eprintln!("debian: {runs} runs");
+        rows.extend(debian::rows(runs)?);
+    }
     match options.only.as_deref() {
-        Some("compose" | "copy" | "plan") => Ok(()),
+        Some("compose" | "copy" | "debian" | "plan") => Ok(()),
         _ => measure_running(options, rows),
     }
 }

@@ -4,6 +4,7 @@
 mod check;
 mod declared;
 mod differences;
+mod foreign;
 mod image;
 mod stages;
 mod sync;
@@ -28,7 +29,7 @@ use crate::context::source::ContextSource;
 use crate::context::{self, ContextError};
 use crate::evaluate::EvaluateError;
 use crate::exec::{Conditions, ExecError, StepError};
-use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers};
+use crate::graph::{self, Ask, Graph, GraphError, Origin, Triggers, Wanted};
 use crate::lint::BadDirective;
 use crate::network::Network;
 use crate::network::record::{self, Recordings};
@@ -36,6 +37,7 @@ use crate::remote::Pins;
 use crate::secrets::{Allowed, Refused};
 pub use check::{Checked, check};
 pub use differences::{Difference, differences};
+pub use foreign::{Foreign, runs_here};
 use image::Image;
 use stages::Run;
 pub use sync::Synced;
@@ -60,7 +62,7 @@ pub struct BuildRequest {
     pub build: Build,
     /// For people: the service's name.
     pub name: String,
-    /// This host's: `linux/amd64`.
+    /// What is built for: `linux/amd64`; as [`graph::platform`] has it.
     pub platform: String,
     /// Secret contents by the id `RUN --mount=type=secret` uses.
     pub secrets: BTreeMap<String, Vec<u8>>,
@@ -122,8 +124,8 @@ pub enum BuildError {
     Findings(Checked),
     #[error("the image {image} was not found before the build")]
     Unresolved { image: String },
-    #[error("building for {0} is not supported yet, only for this machine's platform")]
-    Platforms(String),
+    #[error("{0}")]
+    Foreign(foreign::Foreign),
     #[error("build.{0} is not supported yet")]
     Unsupported(&'static str),
     #[error("build.network: `{0}` is neither `none`, `host` nor `default`")]
@@ -160,19 +162,20 @@ pub struct Prepared {
 impl Prepared {
     /// The references of all images that stages build on or copy from, as far as they are
     /// known: see [`Builder::missing`].
-    pub fn images(&self) -> Result<BTreeSet<String>, BuildError> {
+    pub fn images(&self) -> Result<BTreeSet<Wanted>, BuildError> {
         let mut images = BTreeSet::new();
-        let mut add = |origin: Origin| match origin {
-            Origin::Image(name) => {
-                images.insert(name);
-            }
-            Origin::Named(name) => {
-                let value = &self.request.build.additional_contexts[&name];
-                if let Some(reference) = image_context(value) {
-                    images.insert(reference);
+        let mut add = |origin: Origin, platform: &str| {
+            let reference = match origin {
+                Origin::Image(name) => Some(name),
+                Origin::Named(name) => {
+                    image_context(&self.request.build.additional_contexts[&name])
                 }
-            }
-            Origin::Scratch | Origin::Stage(_) => {}
+                Origin::Scratch | Origin::Stage(_) => None,
+            };
+            images.extend(reference.map(|reference| Wanted {
+                reference,
+                platform: platform.to_owned(),
+            }));
         };
         let fail = |cause| BuildError::Graph {
             file: self.file_name.clone(),
@@ -181,12 +184,12 @@ impl Prepared {
         let contexts = self.contexts();
         let ask = self.ask(&contexts);
         for needed in &self.graph.stages {
-            add(needed.base.clone());
+            add(needed.base.clone(), &needed.platform);
             let own = &self.file.stages[needed.index].instructions;
             for instruction in needed.triggers.iter().chain(own) {
                 for text in graph::froms(instruction) {
                     let from = graph::from(&self.file, &ask, needed.index, &text, instruction.span);
-                    add(from.map_err(fail)?);
+                    add(from.map_err(fail)?, &needed.platform);
                 }
             }
         }
@@ -203,6 +206,7 @@ impl Prepared {
             args: &self.request.build.args,
             target: self.request.build.target.as_deref(),
             platform: &self.request.platform,
+            host: host(),
             contexts,
         }
     }
@@ -236,6 +240,7 @@ pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
         args: &request.build.args,
         target: request.build.target.as_deref(),
         platform: &request.platform,
+        host: host(),
         contexts: &contexts,
     };
     let graph =
@@ -254,10 +259,6 @@ pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
 
 fn supported(request: &BuildRequest) -> Result<(), BuildError> {
     let build = &request.build;
-    let other = build.platforms.iter().find(|p| **p != request.platform);
-    if let Some(other) = other {
-        return Err(BuildError::Platforms(other.clone()));
-    }
     if !build.cache_from.is_empty() {
         return Err(BuildError::Unsupported("cache_from"));
     }
@@ -323,8 +324,8 @@ impl Builder {
     pub fn missing(
         &self,
         prepared: &mut Prepared,
-        images: &BTreeMap<String, Digest>,
-    ) -> Result<BTreeSet<String>, BuildError> {
+        images: &BTreeMap<Wanted, Digest>,
+    ) -> Result<BTreeSet<Wanted>, BuildError> {
         let mut triggers = Triggers::new();
         for needed in &prepared.graph.stages {
             let span = prepared.file.stages[needed.index].span;
@@ -336,9 +337,13 @@ impl Builder {
                 ),
                 _ => continue,
             };
-            let manifest = reference.as_ref().and_then(|name| images.get(name));
+            let of = |reference: &str| Wanted {
+                reference: reference.to_owned(),
+                platform: needed.platform.clone(),
+            };
+            let manifest = reference.and_then(|reference| images.get(&of(&reference)));
             if let Some(manifest) = manifest {
-                triggers.insert(name.clone(), self.triggers(name, manifest, span)?);
+                triggers.insert(of(name), self.triggers(name, manifest, span)?);
             }
         }
         let contexts = prepared.contexts();
@@ -359,7 +364,7 @@ impl Builder {
     pub async fn build(
         &self,
         prepared: Prepared,
-        images: BTreeMap<String, Digest>,
+        images: BTreeMap<Wanted, Digest>,
     ) -> Result<Digest, BuildError> {
         let builder = self.clone();
         tokio::task::spawn_blocking(move || builder.carry_out(&prepared, &images))
@@ -371,7 +376,7 @@ impl Builder {
     pub fn carry_out(
         &self,
         prepared: &Prepared,
-        images: &BTreeMap<String, Digest>,
+        images: &BTreeMap<Wanted, Digest>,
     ) -> Result<Digest, BuildError> {
         let (digest, _) = self.carry_out_under(prepared, images, Conditions::Usual)?;
         Ok(digest)
@@ -381,9 +386,10 @@ impl Builder {
     fn carry_out_under(
         &self,
         prepared: &Prepared,
-        images: &BTreeMap<String, Digest>,
+        images: &BTreeMap<Wanted, Digest>,
         conditions: Conditions,
     ) -> Result<(Digest, Vec<(String, Image)>), BuildError> {
+        foreign::check(prepared)?;
         let keep = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
             name: prepared.request.name.clone(),
             cause,
@@ -442,6 +448,12 @@ impl Builder {
             now_nanos(),
         )?)
     }
+}
+
+/// This machine's platform.
+fn host() -> &'static str {
+    static HOST: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    HOST.get_or_init(kiln_oci::host_platform)
 }
 
 /// Nanoseconds since the epoch: only for telling how settled a file is.

@@ -20,7 +20,7 @@ use crate::evaluate::{self, Action, CopyAction, Start, Step, Taking};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
 use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
-use crate::graph::{self, Origin};
+use crate::graph::{self, Needed, Origin, Wanted};
 use crate::secrets::{self, Given, Located, Refused};
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
@@ -33,7 +33,7 @@ type Target = ((ConfigDocument, Vec<LayerRef>), Option<Arc<Tree>>);
 pub(super) struct Run<'a> {
     builder: &'a Builder,
     prepared: &'a Prepared,
-    images: &'a BTreeMap<String, Digest>,
+    images: &'a BTreeMap<Wanted, Digest>,
     site: Site<'a>,
     folders: BTreeMap<String, Arc<ContextSource>>,
     /// By their place in the file.
@@ -60,7 +60,7 @@ impl<'a> Run<'a> {
     pub(super) fn new(
         builder: &'a Builder,
         prepared: &'a Prepared,
-        images: &'a BTreeMap<String, Digest>,
+        images: &'a BTreeMap<Wanted, Digest>,
         context: Option<&'a ContextSource>,
         conditions: Conditions,
     ) -> Result<Self, BuildError> {
@@ -81,6 +81,7 @@ impl<'a> Run<'a> {
             cache: builder.cache.clone(),
             task: format!("build {}", request.name),
             file: prepared.file_name.clone(),
+            target: request.platform.clone(),
             build: Digest::of(format!(
                 "{}\n{}\n{}",
                 request.name,
@@ -129,6 +130,7 @@ impl<'a> Run<'a> {
     /// Every stage with its name for people, in their order, and the target.
     pub(super) fn carry_out(mut self) -> Result<(Vec<(String, Image)>, Target), BuildError> {
         self.all()?;
+        let last = self.prepared.graph.stages.last().ok_or(BuildError::Lost)?;
         let mut stages = Vec::new();
         let mut findings = Vec::new();
         for needed in &self.prepared.graph.stages {
@@ -148,7 +150,7 @@ impl<'a> Run<'a> {
         document.config.labels.extend(labels);
         document.created = Some(timestamp(self.site.epoch));
         document.diff_ids = target.layers.iter().map(|l| l.diff_id).collect();
-        document.config.platform = self.prepared.request.platform.clone();
+        document.config.platform.clone_from(&last.platform);
         let tree = target.files.exact_tree();
         let target = ((document, target.layers.clone()), tree);
         Ok((stages, target))
@@ -266,7 +268,7 @@ impl<'a> Run<'a> {
     }
 
     /// The stages that one takes from.
-    fn takes(&self, needed: &graph::Needed) -> Result<BTreeSet<usize>, BuildError> {
+    fn takes(&self, needed: &Needed) -> Result<BTreeSet<usize>, BuildError> {
         let contexts = self.prepared.contexts();
         let ask = self.prepared.ask(&contexts);
         let file = &self.prepared.file;
@@ -291,9 +293,9 @@ impl<'a> Run<'a> {
     }
 
     /// What a stage begins with.
-    fn base(&self, needed: &graph::Needed) -> Result<Built, BuildError> {
+    fn base(&self, needed: &Needed) -> Result<Built, BuildError> {
         let of_image = |name: &str| -> Result<Built, BuildError> {
-            let image = self.image(name)?;
+            let image = self.image(name, &needed.platform)?;
             Ok(Built {
                 building: Building {
                     files: image.files,
@@ -329,7 +331,7 @@ impl<'a> Run<'a> {
     }
 
     /// FROM a named context that is a folder: its files are the root.
-    fn folder(&self, needed: &graph::Needed, name: &str) -> Result<Built, BuildError> {
+    fn folder(&self, needed: &Needed, name: &str) -> Result<Built, BuildError> {
         let stage = &self.prepared.file.stages[needed.index];
         let action = CopyAction {
             unpack: false,
@@ -357,18 +359,19 @@ impl<'a> Run<'a> {
     fn step(
         &self,
         built: &mut Built,
-        needed: &graph::Needed,
+        needed: &Needed,
         step: &Step,
         [number, total, twin]: [usize; 3],
     ) -> Result<(), BuildError> {
         let mut layers = 0;
         if step.action != Action::None {
-            let find = |text: &str, span: Span| self.find(needed.index, text, span);
+            let find = |text: &str, span: Span| self.find(needed, text, span);
             let stage = self.stage_name(needed.index);
             let own = &self.prepared.file.stages[needed.index];
             let place = Place {
                 stage: &stage,
                 home: own.name.as_deref().unwrap_or(&own.base),
+                platform: &needed.platform,
                 number,
                 total,
                 twin,
@@ -404,17 +407,19 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn image(&self, name: &str) -> Result<Image, BuildError> {
-        let manifest = self
-            .images
-            .get(name)
-            .ok_or_else(|| BuildError::Unresolved {
-                image: name.to_owned(),
-            })?;
+    fn image(&self, name: &str, platform: &str) -> Result<Image, BuildError> {
+        let wanted = Wanted {
+            reference: name.to_owned(),
+            platform: platform.to_owned(),
+        };
+        let manifest = self.images.get(&wanted);
+        let manifest = manifest.ok_or_else(|| BuildError::Unresolved {
+            image: name.to_owned(),
+        })?;
         self.builder.image(name, manifest)
     }
 
-    fn stage(&self, needed: &graph::Needed) -> Result<Built, BuildError> {
+    fn stage(&self, needed: &Needed) -> Result<Built, BuildError> {
         let mut built = self.base(needed)?;
         let start = Start {
             config: std::mem::take(&mut built.document.config),
@@ -447,12 +452,12 @@ impl<'a> Run<'a> {
     }
 
     /// Where a `--from` leads.
-    fn find(&self, index: usize, text: &str, span: Span) -> Result<Taken, ExecError> {
+    fn find(&self, needed: &Needed, text: &str, span: Span) -> Result<Taken, ExecError> {
         let contexts = self.prepared.contexts();
         let ask = self.prepared.ask(&contexts);
-        let origin =
-            graph::from(&self.prepared.file, &ask, index, text, span).map_err(ExecError::store)?;
-        let of_image = |name: &str| match self.image(name) {
+        let origin = graph::from(&self.prepared.file, &ask, needed.index, text, span)
+            .map_err(ExecError::store)?;
+        let of_image = |name: &str| match self.image(name, &needed.platform) {
             Ok(image) => Ok(Taken::Files(image.files)),
             Err(cause) => Err(ExecError::store(cause)),
         };

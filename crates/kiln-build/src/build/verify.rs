@@ -13,6 +13,7 @@ use kiln_model::Digest;
 use super::differences::{self, Difference, Side, compare};
 use super::{BuildError, Builder, Prepared};
 use crate::exec::{Conditions, VERIFY_PREFIX};
+use crate::graph::Wanted;
 use crate::held::Held;
 
 /// The second build begins in another second: times have that resolution.
@@ -23,7 +24,7 @@ impl Builder {
     pub async fn verify(
         &self,
         prepared: Prepared,
-        images: BTreeMap<String, Digest>,
+        images: BTreeMap<Wanted, Digest>,
         first: Digest,
     ) -> Result<Vec<Difference>, BuildError> {
         let builder = self.clone();
@@ -37,7 +38,7 @@ impl Builder {
     pub fn build_again(
         &self,
         prepared: &Prepared,
-        images: &BTreeMap<String, Digest>,
+        images: &BTreeMap<Wanted, Digest>,
         first: &Digest,
     ) -> Result<Vec<Difference>, BuildError> {
         let name = &prepared.request.name;

@@ -19,7 +19,7 @@ pub mod base;
 mod clean;
 mod database;
 mod deb;
-mod deb822;
+pub(crate) mod deb822;
 mod edit;
 pub mod fetch;
 pub mod image;

@@ -29,12 +29,16 @@ pub(super) struct Apt {
 
 impl Site<'_> {
     /// What is shown to apt; nothing where there is no apt, or it has sources.
-    pub(super) fn apt(&self, before: &Rootfs, work: &mut Work) -> Result<Apt, ExecError> {
+    pub(super) fn apt(
+        &self,
+        before: &Rootfs,
+        work: &mut Work,
+        platform: &str,
+    ) -> Result<Apt, ExecError> {
         let Some(suite) = lacks_sources(before)? else {
             return Ok(Apt::default());
         };
-        let platform = kiln_oci::host_platform();
-        let arch = crate::debian::architecture(&platform).unwrap_or_default();
+        let arch = crate::debian::architecture(platform).unwrap_or_default();
         // A machine without Debian sources has none to give: apt will say what it misses.
         let found = sources::read(Path::new("/"))
             .and_then(|config| sources::archives(&config, &suite, arch));

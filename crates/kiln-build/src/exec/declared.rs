@@ -114,10 +114,10 @@ impl Site<'_> {
         };
         let before = accounts.clone();
         for group in &declared.groups {
-            accounts.add_group(group)?;
+            accounts.add_group(group).map_err(Box::new)?;
         }
         for user in &declared.users {
-            accounts.add_user(user)?;
+            accounts.add_user(user).map_err(Box::new)?;
         }
         let texts = |of: Accounts| [Some(of.passwd), Some(of.group), of.shadow, of.gshadow];
         let changed = PATHS
@@ -286,8 +286,7 @@ fn enterable(mode: u32) -> u32 {
 
 fn at(entry: &DeclaredEntry, cause: ExecError) -> ExecError {
     ExecError::Declared {
-        place: entry.place.clone(),
-        path: entry.path.clone(),
+        at: format!("{}: {}", entry.place, entry.path),
         cause: Box::new(cause),
     }
 }

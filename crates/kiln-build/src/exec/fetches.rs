@@ -113,8 +113,13 @@ impl Site<'_> {
             return None;
         }
         let mut name = Key::new("recording", &Digest::of(place.home));
-        name.debug(&(kiln_oci::host_platform(), place.twin))
-            .debug(&(&run.argv, &run.env, &run.cwd, &run.user, &run.script));
+        name.debug(&(&self.target, place.twin)).debug(&(
+            &run.argv,
+            &run.env,
+            &run.cwd,
+            &run.user,
+            &run.script,
+        ));
         let mut id = name.finish().hex();
         id.truncate(NAME);
         let known = self.recordings.find(&id).unwrap_or_default();
@@ -242,7 +247,7 @@ impl Site<'_> {
         let taped = taped?;
         let recording = Recording {
             instruction: taped.instruction.clone(),
-            platform: kiln_oci::host_platform(),
+            platform: self.target.clone(),
             ..recording
         };
         let digest = recording.digest();

@@ -76,15 +76,15 @@ pub enum ExecError {
     Remote(#[from] crate::remote::RemoteError),
     #[error(transparent)]
     Context(#[from] crate::context::ContextError),
-    #[error("{place}: {path}")]
+    /// `at`: where an entry is declared, and its path.
+    #[error("{at}")]
     Declared {
-        place: kiln_model::spec::DeclaredPlace,
-        path: String,
+        at: String,
         #[source]
         cause: Box<ExecError>,
     },
     #[error(transparent)]
-    Account(#[from] AccountError),
+    Account(#[from] Box<AccountError>),
     #[error(transparent)]
     Owner(#[from] OwnerError),
     #[error(transparent)]
@@ -174,6 +174,8 @@ pub struct Site<'a> {
     pub task: String,
     /// The Containerfile's name, for people.
     pub file: String,
+    /// The platform that the whole is built for.
+    pub target: String,
     /// Tells builds apart whose instructions are the same.
     pub build: Digest,
     /// SOURCE_DATE_EPOCH: seconds.
@@ -239,6 +241,8 @@ pub struct Place<'a> {
     pub stage: &'a str,
     /// The stage as the file names it, or what it is built from.
     pub home: &'a str,
+    /// What the stage is built for.
+    pub platform: &'a str,
     /// Among the stage's steps, and of how many.
     pub number: usize,
     pub total: usize,
@@ -369,7 +373,14 @@ impl Site<'_> {
                 let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
                 self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
-                    self.run(files, (run, &key), &mounts, taped.as_ref(), told.task)
+                    self.run(
+                        files,
+                        (run, &key),
+                        &mounts,
+                        taped.as_ref(),
+                        told.task,
+                        told.place.platform,
+                    )
                 })
             }
         }

@@ -72,6 +72,7 @@ impl Site<'_> {
         mounts: &[Mounted],
         taped: Option<&Taped>,
         task: &str,
+        platform: &str,
     ) -> Result<Carried, ExecError> {
         sweep(&self.cache, &self.runtime)?;
         let before = self.rootfs(files)?;
@@ -80,7 +81,7 @@ impl Site<'_> {
             true => None,
             false => Some(files.mountable(&self.store)?),
         };
-        let apt = self.apt(&before, &mut work)?;
+        let apt = self.apt(&before, &mut work, platform)?;
         let session = self.session(taped, run, &before, apt.mirrors, task);
         let connection = self.connect(run, &session, task)?;
         let mut spec = self.spec(run, &before, &work, below, &connection)?;

@@ -180,10 +180,11 @@ impl World {
             if missing.is_empty() {
                 break;
             }
-            for name in missing {
-                let digest = self.images.lock().unwrap().get(&name).copied();
+            for wanted in missing {
+                let name = &wanted.reference;
+                let digest = self.images.lock().unwrap().get(name).copied();
                 let digest = digest.ok_or_else(|| format!("the image {name} is not there"))?;
-                images.insert(name, digest);
+                images.insert(wanted, digest);
             }
         }
         self.builder

@@ -17,8 +17,9 @@ use crate::{paths, short, values};
 
 /// What `x-kiln.bases` entries also have.
 const PACKAGES: [&str; 5] = ["suite", "packages", "components", "essential", "distroless"];
-const OWN: [&str; 14] = [
+const OWN: [&str; 15] = [
     "base",
+    "platforms",
     "groups",
     "users",
     "folders",
@@ -64,9 +65,12 @@ impl Lowering<'_> {
                 self.wrong(image.key, format!("x-kiln.bases has a `{path}`, too"));
             }
             self.bases.insert(path.clone(), base);
-            declared.base = Some(path);
+            declared.base = Some(path.clone());
         }
+        let platforms = image.get("platforms").filter(|node| !node.is_null());
+        let platforms = platforms.map(|node| self.strings(node, &format!("{path}.platforms")));
         let build = Build {
+            platforms: platforms.unwrap_or_default(),
             context: self.project.folder.clone(),
             declared: Some(Box::new(declared)),
             ..Build::default()

@@ -34,6 +34,7 @@ services:
         user: web
         expose: [80, 8000-8001, 53/udp]
         stop_signal: SIGQUIT
+        platforms: [linux/arm64]
 ";
 
 fn declared(loaded: &kiln_compose::Loaded, service: &str) -> DeclaredImage {
@@ -57,6 +58,7 @@ fn all_of_it_is_carried_and_stands_in_its_order() {
     };
     assert_eq!(tag.as_deref(), Some("shop/web:1"));
     assert_eq!(build.context, Path::new("/p"));
+    assert_eq!(build.platforms, ["linux/arm64"]);
 
     let paths: Vec<(&str, String)> = image
         .entries
@@ -167,6 +169,7 @@ fn what_can_not_be_is_refused_where_it_stands() {
         ("{expose: [80/sctp]}", "neither tcp nor udp"),
         ("{expose: [x]}", "not a port"),
         ("{workdir: x}", "not an absolute path"),
+        ("{platforms: {}}", "must be a list"),
     ] {
         let text = format!("services:\n  a:\n    x-kiln:\n      image: {image}\n");
         let told = errors(&[("compose.yaml", &text)]);

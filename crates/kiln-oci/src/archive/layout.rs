@@ -12,7 +12,7 @@ use crate::manifest::{
 /// Most indexes inside one another.
 const MAX_INDEX_DEPTH: usize = 4;
 /// How layouts name their images (annotations.md); containerd has its own way.
-const NAME_ANNOTATIONS: [&str; 2] = [
+pub(super) const NAME_ANNOTATIONS: [&str; 2] = [
     "io.containerd.image.name",
     "org.opencontainers.image.ref.name",
 ];
@@ -175,6 +175,6 @@ fn read_blob(
     Ok(bytes)
 }
 
-fn blob_member(digest: &Digest) -> String {
+pub(super) fn blob_member(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }

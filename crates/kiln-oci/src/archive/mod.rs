@@ -1,10 +1,11 @@
-//! Images from files: an OCI layout (image-spec v1.1, image-layout.md) as a folder or
+//! Images from files and into them: an OCI layout (image-spec v1.1, image-layout.md) as a folder or
 //! a tar of it, and the archives that `docker save` writes.
 //!
 //! Everything is verified against its digest while it is taken in. A docker-archive
 //! has no manifest; one is made from its parts, the same one each time.
 
 mod docker;
+mod export;
 mod layout;
 mod source;
 
@@ -19,6 +20,8 @@ use crate::manifest::{ImageError, ManifestError};
 use crate::platform::Platform;
 use crate::reference::Reference;
 use source::Source;
+
+pub use export::{ExportError, export};
 
 /// Most members of an archive.
 const MAX_MEMBERS: u64 = 200_000;

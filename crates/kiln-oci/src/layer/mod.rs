@@ -21,7 +21,7 @@ mod compression;
 mod path;
 mod pax;
 mod reader;
-mod ustar;
+pub(crate) mod ustar;
 mod writer;
 
 use std::collections::BTreeMap;

@@ -1,15 +1,15 @@
 //! One 512-byte tar header (POSIX.1-1988 ustar; GNU's variations when reading).
 
-pub(super) const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 512;
 
 /// Largest number in the 8-byte octal fields (ids, device numbers).
-pub(super) const MAX_OCTAL_7: u64 = 0o7777777;
+pub(crate) const MAX_OCTAL_7: u64 = 0o7777777;
 /// Largest number in the 12-byte octal fields (size, time).
-pub(super) const MAX_OCTAL_11: u64 = 0o77777777777;
+pub(crate) const MAX_OCTAL_11: u64 = 0o77777777777;
 
 /// A header's fields as they stand in the block.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(crate) struct Header {
     /// With the ustar prefix.
     pub name: Vec<u8>,
     pub mode: i64,
@@ -24,7 +24,7 @@ pub(super) struct Header {
 }
 
 /// Parses a block that is not all zeros; `Err` says what is wrong with it.
-pub(super) fn decode(block: &[u8; BLOCK]) -> Result<Header, &'static str> {
+pub(crate) fn decode(block: &[u8; BLOCK]) -> Result<Header, &'static str> {
     let stored = number(&block[148..156]).ok_or("its checksum field is no number")?;
     if !checksums(block).contains(&stored) {
         return Err("its checksum is wrong, so this is no tar header");
@@ -56,7 +56,7 @@ pub(super) fn decode(block: &[u8; BLOCK]) -> Result<Header, &'static str> {
 
 /// Writes a header whose fields all fit; what does not fit is cut, and stands in a
 /// PAX header before it.
-pub(super) fn encode(header: &Header) -> [u8; BLOCK] {
+pub(crate) fn encode(header: &Header) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let cut = |bytes: &[u8]| bytes.len().min(100);
     block[..cut(&header.name)].copy_from_slice(&header.name[..cut(&header.name)]);

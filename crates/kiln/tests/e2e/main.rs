@@ -20,6 +20,7 @@ mod load;
 mod looking;
 mod matrix;
 mod network;
+mod platforms;
 mod proving;
 mod rollouts;
 mod serving;
