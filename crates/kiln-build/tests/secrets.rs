@@ -129,6 +129,10 @@ fn a_builds_own_secret_is_found_wherever_a_command_leaves_it() {
         "{error}"
     );
     assert!(!error.contains("hush"));
+    // Its layer is no result that a later build is given.
+    one.seen.counts();
+    one.build_with(folder.path(), &text, give).unwrap_err();
+    assert_eq!(one.seen.counts(), (3, 1));
 }
 
 /// Every file below a folder, and every path, that has this text: in it, or in what it has

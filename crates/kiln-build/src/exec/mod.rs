@@ -448,7 +448,10 @@ impl Site<'_> {
             findings: secrets::judged(findings, &tree, &self.store),
             took: begun.elapsed().into(),
         };
-        self.remember(&steps, &key, made.clone())?;
+        // What holds a secret of the build's is kept for no later one: `gc` takes it.
+        if !made.findings.iter().any(Finding::is_given) {
+            self.remember(&steps, &key, made.clone())?;
+        }
         if let Err(cause) = told.reasons.remember(key, inputs) {
             tracing::debug!(%cause, "an instruction's inputs were not remembered");
         }

@@ -31,6 +31,9 @@ pub(crate) use instruction::{in_instruction, in_labels};
 pub use scan::Given;
 pub(crate) use scan::{in_changes, in_tree, judged};
 
+/// What kinds of the build's own secrets begin with.
+const GIVEN: &str = "the build's secret ";
+
 /// Something that was found.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Finding {
@@ -49,6 +52,15 @@ impl Finding {
             kind: kind.into(),
             made_anew: false,
         }
+    }
+
+    /// One that the build itself was given.
+    pub(crate) fn given(place: impl Into<String>, id: &str) -> Self {
+        Self::new(place, format!("{GIVEN}`{id}`"))
+    }
+
+    pub(crate) fn is_given(&self) -> bool {
+        self.kind.starts_with(GIVEN)
     }
 
     pub(crate) fn told_anew(&self) -> String {

@@ -153,12 +153,10 @@ fn look(
     if marks.iter().any(|mark| contains(content, mark)) {
         kinds.push("what a RUN is given for this build only, to reach the recording proxy".into());
     }
-    for (id, value) in &given.0 {
-        if contains(content, value) {
-            kinds.push(format!("the build's secret `{id}`"));
-        }
-    }
-    Ok(kinds.into_iter().map(|k| Finding::new(&place, k)).collect())
+    let own = given.0.iter().filter(|(_, value)| contains(content, value));
+    let own = own.map(|(id, _)| Finding::given(&place, id));
+    let kinds = kinds.into_iter().map(|k| Finding::new(&place, k));
+    Ok(kinds.chain(own).collect())
 }
 
 fn name(identity: Identity) -> &'static str {
@@ -213,15 +211,14 @@ fn contains(content: &[u8], wanted: &[u8]) -> bool {
 
 /// Takes out what packages have brought. The build's own secrets are no package's.
 fn drop_innocent(found: &mut Vec<Finding>, tree: &Tree, store: &Store) {
-    let packaged = |finding: &Finding| finding.kind.starts_with("the build's secret");
-    if found.iter().all(|f| f.made_anew || packaged(f)) {
+    if found.iter().all(|f| f.made_anew || f.is_given()) {
         return;
     }
     let installed = packages::installed(tree, store);
     found.retain(|finding| {
         let path = finding.place.trim_start_matches('/');
         let public = packages::is_test(path) || installed.contains(&packages::merged(path));
-        finding.made_anew || packaged(finding) || !public
+        finding.made_anew || finding.is_given() || !public
     });
 }
 
