@@ -74,3 +74,26 @@ fn lines(reader: impl Read, on_line: &mut dyn FnMut(&str)) -> std::io::Result<()
         on_line(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']));
     }
 }
+
+/// The release build.
+#[cfg(any(feature = "bench", feature = "reproduce"))]
+pub fn kiln() -> Result<PathBuf, String> {
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| repository().join("target"), PathBuf::from);
+    let kiln = repository().join(target).join("release/kiln");
+    match kiln.is_file() {
+        true => Ok(kiln),
+        false => Err(format!("{} is not built", kiln.display())),
+    }
+}
+
+/// This Debian's name, so that the machine's mirrors have it.
+#[cfg(any(feature = "bench", feature = "reproduce"))]
+pub fn suite() -> String {
+    let text = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .unwrap_or("bookworm")
+        .trim_matches('"')
+        .to_owned()
+}

@@ -14,6 +14,9 @@ const MAX_LINKS: usize = 40;
 /// A path below a root, as its names.
 pub type Names = Vec<Vec<u8>>;
 
+/// Device and number: what tells files of a [`Source`] apart.
+pub type Inode = (u64, u64);
+
 /// What an entry is besides its metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Shape {
@@ -30,6 +33,10 @@ pub enum Shape {
         rdev: u64,
     },
     Socket,
+    /// Another name (hard link) of what is at this path, counted from the root of what is
+    /// copied, or for a [`Target`] from its own. Only of what is taken together: no
+    /// [`Source`] has it of a single entry.
+    Same(Names),
 }
 
 /// Owner, permissions and times of an entry.
@@ -59,6 +66,10 @@ pub trait Source {
     fn kind(&self, path: &[Vec<u8>]) -> Option<Kind>;
     /// The names in a folder, in byte order.
     fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>>;
+    /// The same for all names of one file; `None`: it has no other name.
+    fn inode(&self, _path: &[Vec<u8>]) -> Option<Inode> {
+        None
+    }
     /// Everything about an entry; reads a file's content if its digest isn't known.
     fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError>;
     /// The same of many, in their order.
@@ -70,7 +81,8 @@ pub trait Source {
 /// Something files are copied into.
 pub trait Target: Source {
     /// Puts an entry into an existing folder in place of what is there, if anything; a
-    /// folder over a folder changes its metadata only.
+    /// folder over a folder changes its metadata only. Of [`Shape::Same`], `meta` means
+    /// nothing.
     fn put(&mut self, path: &[Vec<u8>], meta: Meta, shape: Shape) -> Result<(), FilesError>;
     /// The content of a small file, links followed; `None` if there is none.
     fn read(&self, path: &[Vec<u8>], limit: u64) -> Result<Option<Vec<u8>>, FilesError>;
@@ -197,6 +209,10 @@ pub fn hash_entry(hasher: &mut Hasher, path: &[Vec<u8>], meta: &Meta, shape: &Sh
         Shape::Link(target) => {
             field(b"link");
             field(target);
+        }
+        Shape::Same(first) => {
+            field(b"same");
+            field(&first.join(&b'/'));
         }
         Shape::Fifo => field(b"fifo"),
         Shape::Socket => field(b"socket"),

@@ -354,8 +354,7 @@ fn target(file: &Containerfile, ask: &Ask<'_>) -> Result<usize, GraphError> {
         .stages
         .iter()
         .rposition(|s| s.name.as_deref() == Some(&lower));
-    let number = name.parse().ok().filter(|n| *n <= last);
-    found.or(number).ok_or_else(|| GraphError::NoTarget {
+    found.ok_or_else(|| GraphError::NoTarget {
         name: name.to_owned(),
         stages: file.stages.iter().filter_map(|s| s.name.clone()).collect(),
     })

@@ -50,7 +50,7 @@ use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::network::record::Recording;
+use crate::network::record::{Kept, Recording};
 use crate::remote::Pins;
 
 /// A lock file larger than this is not one of ours.
@@ -262,6 +262,11 @@ impl Lock {
         file.write_all(text.as_bytes()).map_err(write)?;
         file.as_file().sync_all().map_err(write)?;
         file.persist(path).map_err(|e| write(e.error))?;
+        // What the lock names is there before it; what it does not name goes after it.
+        let recordings = self.network.values().flat_map(BTreeMap::values);
+        let made = recordings.flat_map(|recording| recording.made.values());
+        let wanted = made.map(|made| made.sha256).collect();
+        Kept::beside(path).sweep(&wanted).map_err(write)?;
         Ok(true)
     }
 

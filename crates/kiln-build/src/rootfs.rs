@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kiln_store::Store;
 use kiln_store::tree::{Kind as NodeKind, Metadata, Mtime, Node, Tree};
 
-use crate::files::{FilesError, Kind, Meta, Shape, Source, Target, resolve, shown};
+use crate::files::{FilesError, Inode, Kind, Meta, Shape, Source, Target, resolve, shown};
 
 /// A tree and where its files' contents are.
 #[derive(Clone)]
@@ -58,7 +58,7 @@ fn shape(node: &Node) -> Shape {
 }
 
 /// As the tree keeps it.
-pub(crate) fn node(meta: Meta, shape: Shape) -> Node {
+pub(crate) fn node(meta: Meta, kind: NodeKind) -> Node {
     Node {
         meta: Metadata {
             mode: meta.mode,
@@ -67,20 +67,16 @@ pub(crate) fn node(meta: Meta, shape: Shape) -> Node {
             mtime: Mtime::seconds(meta.mtime),
             xattrs: meta.xattrs,
         },
-        kind: match shape {
-            Shape::Folder => NodeKind::Dir,
-            Shape::File { digest, size } => NodeKind::File { digest, size },
-            Shape::Link(target) => NodeKind::Symlink { target },
-            Shape::Fifo => NodeKind::Fifo,
-            Shape::Socket => NodeKind::Socket,
-            Shape::Device { block, rdev } => {
-                let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
-                match block {
-                    true => NodeKind::Block { major, minor },
-                    false => NodeKind::Char { major, minor },
-                }
-            }
-        },
+        kind,
+    }
+}
+
+/// A device's kind by its number (`st_rdev`).
+pub(crate) fn device(block: bool, rdev: u64) -> NodeKind {
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    match block {
+        true => NodeKind::Block { major, minor },
+        false => NodeKind::Char { major, minor },
     }
 }
 
@@ -101,6 +97,11 @@ impl Source for Rootfs {
         }
     }
 
+    fn inode(&self, path: &[Vec<u8>]) -> Option<Inode> {
+        let id = self.tree.other_names(joined(path))?;
+        Some((0, id.number()))
+    }
+
     fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError> {
         let node = self.tree.get(joined(path));
         let node = node.ok_or_else(|| FilesError::NotFound(shown(path)))?;
@@ -114,8 +115,19 @@ impl Target for Rootfs {
             path: shown(path),
             cause: Box::new(cause),
         };
+        let kind = match shape {
+            Shape::Same(first) => {
+                return self.tree.link(joined(path), joined(&first)).map_err(fail);
+            }
+            Shape::Folder => NodeKind::Dir,
+            Shape::File { digest, size } => NodeKind::File { digest, size },
+            Shape::Link(target) => NodeKind::Symlink { target },
+            Shape::Fifo => NodeKind::Fifo,
+            Shape::Socket => NodeKind::Socket,
+            Shape::Device { block, rdev } => device(block, rdev),
+        };
         self.tree
-            .insert(joined(path), node(meta, shape))
+            .insert(joined(path), node(meta, kind))
             .map_err(fail)
     }
 

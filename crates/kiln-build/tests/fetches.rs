@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use kiln_build::build::BuildRequest;
 use kiln_build::lock::Lock;
-use kiln_build::network::record::{Recording, Recordings};
+use kiln_build::network::record::{Kept, Recording, Recordings};
 use kiln_model::Digest;
 use kiln_model::spec::DebianBase;
 use kiln_store::tree::Kind;
@@ -60,7 +60,8 @@ impl Bench {
         text: &str,
         change: impl FnOnce(&mut BuildRequest),
     ) -> Result<Digest, String> {
-        let recordings = Arc::new(Recordings::new(self.locked.clone()));
+        let recordings = Recordings::new(self.locked.clone()).keeping(self.kept());
+        let recordings = Arc::new(recordings);
         let known = recordings.clone();
         let text = format!("{}{text}", self.base);
         let built = self.world.build_with(self.folder.path(), &text, |request| {
@@ -71,6 +72,10 @@ impl Bench {
         let whole = kiln_oci::host_platform();
         self.locked = recordings.settled(built.is_ok().then_some(whole.as_str()));
         built
+    }
+
+    fn kept(&self) -> Kept {
+        Kept::beside(&self.folder.path().join("kiln.lock"))
     }
 
     fn run(&mut self, command: &str) -> Result<Digest, String> {
@@ -214,6 +219,106 @@ fn what_was_fetched_once_is_there_without_network_and_nothing_of_the_proxy_is() 
         holding(root, "PRIVATE KEY"),
         [""; 0].map(std::path::PathBuf::from)
     );
+}
+
+/// As PostgreSQL's files are: its folder belongs to nobody else, and no two are the same.
+const DATABASE: &str = "RUN mkdir -p /db/main/global && cd /db/main && echo 15 > PG_VERSION && \
+    head -c 16 /dev/urandom > global/pg_control && ln -s PG_VERSION link && \
+    touch -d @1700000000 PG_VERSION && chmod 700 . && chown -R 33:34 .\n";
+const CHANGED: &str = "RUN date +%N > /db/main/log\n";
+
+#[test]
+fn a_database_is_recorded_and_the_same_build_is_given_it_again() {
+    if !sandboxes() {
+        return;
+    }
+    let mut one = Bench::new();
+    let first = one.build(DATABASE, |_| {}).unwrap();
+    let told = one.world.seen.warnings().join("\n");
+    assert!(
+        told.contains(
+            "/db/main, a database, is another one each time it is made, so it is recorded"
+        ),
+        "{told}"
+    );
+    let recorded = |bench: &Bench| {
+        bench
+            .locked
+            .values()
+            .flat_map(|r| r.made.values().cloned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(recorded(&one).len(), 1, "{:?}", one.locked);
+    let tree = one.world.tree(&first);
+    let meta = |path: &str| {
+        let meta = &tree.get(path).unwrap().meta;
+        (meta.mode, meta.uid, meta.gid, meta.mtime.seconds)
+    };
+    assert_eq!(meta("db/main"), (0o700, 33, 34, 0));
+    assert_eq!(meta("db/main/PG_VERSION").3, 1_700_000_000);
+    assert!(matches!(
+        tree.get("db/main/link").unwrap().kind,
+        Kind::Symlink { .. }
+    ));
+
+    let mut other = one.elsewhere(false);
+    copy(
+        &one.folder.path().join("kiln.lock.d"),
+        &other.folder.path().join("kiln.lock.d"),
+    );
+    assert_eq!(other.build(DATABASE, |_| {}).unwrap(), first);
+    let told = other.world.seen.warnings().join("\n");
+    assert!(
+        told.contains("/db/main, a database, is the one that kiln.lock names"),
+        "{told}"
+    );
+    assert_eq!(other.locked, one.locked);
+
+    // Of other files it is made anew, as it may be of them; so it is when that is asked for.
+    let base = std::mem::replace(&mut other.base, format!("{}COPY f /init\n", one.base));
+    let changed = other.build(DATABASE, |_| {}).unwrap();
+    let control = |bench: &Bench, image| {
+        bench
+            .world
+            .tree(image)
+            .get("db/main/global/pg_control")
+            .unwrap()
+            .kind
+            .clone()
+    };
+    assert_ne!(control(&other, &changed), control(&one, &first));
+    other.base = base;
+    let live = one.build(DATABASE, |request| request.live = true).unwrap();
+    assert_ne!(live, first);
+
+    // What is written to one later is recorded with what it was.
+    let text = format!("{DATABASE}{CHANGED}");
+    let later = one.build(&text, |_| {}).unwrap();
+    assert_eq!(recorded(&one).len(), 2);
+    let mut other = one.elsewhere(false);
+    copy(
+        &one.folder.path().join("kiln.lock.d"),
+        &other.folder.path().join("kiln.lock.d"),
+    );
+    assert_eq!(other.build(&text, |_| {}).unwrap(), later);
+    // Without the recorded ones it is another image, which is told.
+    let mut bare = one.elsewhere(false);
+    assert_ne!(bare.build(&text, |_| {}).unwrap(), later);
+
+    // What the lock no longer names goes.
+    let path = one.folder.path().join("kiln.lock");
+    let mut lock = Lock::default();
+    lock.network.insert("web".into(), one.locked.clone());
+    lock.save(&path).unwrap();
+    let count = || {
+        fs::read_dir(one.folder.path().join("kiln.lock.d"))
+            .unwrap()
+            .count()
+    };
+    assert_eq!(count(), 2);
+    lock.network.clear();
+    lock.save(&path).unwrap();
+    assert!(!one.folder.path().join("kiln.lock.d").exists());
 }
 
 #[test]

@@ -422,7 +422,8 @@ impl Engine {
                 outline,
             });
         }
-        let number = self.next_number()?;
+        let records = self.records()?;
+        let number = records.last().map_or(ReleaseNumber(1), |r| r.number.next());
         if dry_run {
             return Ok(ReleaseAnswer {
                 number,
@@ -456,7 +457,13 @@ impl Engine {
             EventKind::Rollout,
             format!("rolling out release {number}"),
         );
-        let rollback = matches!(reason, Reason::Rollback { .. });
+        // What never proved itself gets no credit for having been there before.
+        let proven = |number| {
+            records
+                .iter()
+                .any(|r| r.number == number && r.outcome == Outcome::Proven)
+        };
+        let rollback = matches!(reason, Reason::Rollback { to } if proven(to));
         self.want(Goal::Release(number), layout, rollback)?;
         Ok(ReleaseAnswer {
             number,
@@ -501,11 +508,6 @@ impl Engine {
                     .record(by, "rollback", &subject, &[digest, ("to", to.to_string())]);
             }
         }
-    }
-
-    fn next_number(&self) -> Result<ReleaseNumber, ApiError> {
-        let records = self.records()?;
-        Ok(records.last().map_or(ReleaseNumber(1), |r| r.number.next()))
     }
 
     fn records(&self) -> Result<Vec<ReleaseRecord>, ApiError> {

@@ -564,7 +564,8 @@ impl<'a> Planner<'a> {
                 if under_way(EffectKey::Observe(id.clone())) {
                     return None;
                 }
-                let probe = probe_plan(released.filter(|_| !instance.job)?);
+                let proven = self.world.goes_back();
+                let probe = probe_plan(released.filter(|_| !instance.job)?, proven);
                 Effect::Observe { id, probe }
             }
             Phase::Draining => {

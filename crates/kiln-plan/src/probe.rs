@@ -28,8 +28,8 @@ pub struct ProbePlan {
 #[serde(rename_all = "snake_case")]
 pub enum Probe {
     Exec(Vec<String>),
-    /// Any of these ports accepts a connection.
-    AnyTcp(Vec<u16>),
+    /// One of these ports accepts connections; if it speaks HTTP, it answers below 500.
+    Serves(Vec<u16>),
     Tcp(u16),
     /// Answers with this status, or below 400 if `None`.
     Http {
@@ -44,12 +44,15 @@ pub enum Probe {
 const SETTLE_BLIND: Millis = Millis(1000);
 /// Up this long when a port or check has answered.
 const SETTLE_ANSWERED: Millis = Millis(200);
+/// The same for a release that has served before: it has shown that it stays up.
+const SETTLE_PROVEN: Millis = Millis(50);
 /// Without any statement of the user's: the time a slow program may take to answer.
 const DEADLINE: Millis = Millis(60_000);
 const ASK_EVERY: Millis = Millis(50);
 
-/// Derives the plan from the health check, `x-kiln.ready`, and the ports.
-pub fn probe_plan(service: &ReleasedService) -> ProbePlan {
+/// Derives the plan from the health check, `x-kiln.ready`, and the ports. `proven`: the
+/// release has served before.
+pub fn probe_plan(service: &ReleasedService, proven: bool) -> ProbePlan {
     let check = effective_check(service);
     let interval = check
         .as_ref()
@@ -67,7 +70,11 @@ pub fn probe_plan(service: &ReleasedService) -> ProbePlan {
     let health = check
         .as_ref()
         .and_then(|c| exec_of(c, &service.image.config.shell));
-    let mut settle = SETTLE_ANSWERED;
+    let mut settle = if proven {
+        SETTLE_PROVEN
+    } else {
+        SETTLE_ANSWERED
+    };
     let mut ready: Vec<Probe> = Vec::new();
     match &service.service.kiln.ready {
         Some(Ready::Http { port, path, status }) => {
@@ -83,7 +90,7 @@ pub fn probe_plan(service: &ReleasedService) -> ProbePlan {
             Some(probe) => ready.push(probe.clone()),
             None => match inferred_ports(service) {
                 ports if ports.is_empty() => settle = SETTLE_BLIND,
-                ports => ready.push(Probe::AnyTcp(ports)),
+                ports => ready.push(Probe::Serves(ports)),
             },
         },
     }

@@ -328,7 +328,7 @@ fn finished(
     released: &ReleasedService,
     index: u32,
 ) -> bool {
-    routes::rests(world, goal, name, index) && probe_plan(released).ready.is_empty()
+    routes::rests(world, goal, name, index) && probe_plan(released, false).ready.is_empty()
 }
 
 /// Still proving although another revision is wanted.

@@ -16,7 +16,7 @@ const MAX_GROUPS: usize = 1024;
 pub struct Identity {
     pub uid: u32,
     pub gid: u32,
-    /// Supplementary groups: those of the group file, and the service's own.
+    /// Supplementary groups: `gid`, those of the group file, and the service's own.
     pub groups: Vec<u32>,
     pub home: String,
 }
@@ -142,7 +142,8 @@ fn resolve(
         Some(text) => group_id(text, group)?,
         None => line.as_ref().map_or(0, |l| l.gid),
     };
-    let mut groups = Vec::new();
+    // Docker has it among them.
+    let mut groups = vec![gid];
     // With an explicit group, Docker leaves the group file's memberships out.
     if let (Some(line), None) = (&line, group_name) {
         let member = |list: &str| list.split(',').any(|m| m.trim() == line.name);
@@ -189,7 +190,7 @@ mod tests {
     fn names_and_numbers_are_looked_up_in_the_image() {
         let web = of("web", &["adm", "777"]).unwrap();
         assert_eq!((web.uid, web.gid, web.home.as_str()), (33, 34, "/var/www"));
-        assert_eq!(web.groups, [4, 50, 777]);
+        assert_eq!(web.groups, [4, 34, 50, 777]);
         assert_eq!(of("33", &[]).unwrap().gid, 34);
         assert_eq!(of("", &[]).unwrap().home, "/root");
         let unknown = of("1234", &[]).unwrap();
@@ -202,7 +203,7 @@ mod tests {
             Identity {
                 uid: 33,
                 gid: 50,
-                groups: vec![],
+                groups: vec![50],
                 home: "/var/www".into()
             }
         );

@@ -52,10 +52,12 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "xtask",
         &[
+            "kiln-build",
             "kiln-compose",
             "kiln-model",
             "kiln-plan",
             "kiln-runtime",
+            "kiln-store",
             "kiln-testkit",
         ],
     ),

@@ -14,7 +14,7 @@ use kiln_build::build::{BuildError, BuildRequest, Builder, Difference, Prepared,
 use kiln_build::debian::{self, DebianContext};
 use kiln_build::graph::Wanted;
 use kiln_build::lock::Lock;
-use kiln_build::network::record::Recordings;
+use kiln_build::network::record::{Kept, Recordings};
 use kiln_build::network::{Network, host_resolver};
 use kiln_build::resolve::{ResolveError, Resolver};
 use kiln_build::secrets::{self, Allowed};
@@ -455,6 +455,8 @@ impl<'a> Assembler<'a> {
         for (id, key) in &build.secrets {
             secrets.insert(id.clone(), self.secret_value(key)?.to_vec());
         }
+        let lock_path = self.spec().folder.join("kiln.lock");
+        let recordings = Recordings::new(lock.network.get(name).cloned().unwrap_or_default());
         Ok(BuildRequest {
             build: build.clone(),
             name: name.to_owned(),
@@ -463,9 +465,7 @@ impl<'a> Assembler<'a> {
             epoch: epoch()?,
             ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
-            recordings: Arc::new(Recordings::new(
-                lock.network.get(name).cloned().unwrap_or_default(),
-            )),
+            recordings: Arc::new(recordings.keeping(Kept::beside(&lock_path))),
             live: self.live,
             allowed: self.allowed.clone(),
             cancel: self.cancel.clone(),

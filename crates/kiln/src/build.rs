@@ -124,7 +124,13 @@ async fn verify(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
             }
             for difference in differences {
                 let (path, how) = (&difference.path, &difference.how);
-                outln!("{name}: {path}: {how}\n    {}", difference.instruction);
+                let stage = difference.stage.as_deref().unwrap_or_default();
+                let within = if stage.is_empty() { "" } else { ": " };
+                outln!("{name}: {path}: {how}");
+                outln!("    {stage}{within}{}", difference.instruction);
+                if let Some(why) = difference.why {
+                    outln!("    {why}");
+                }
             }
         }
     }

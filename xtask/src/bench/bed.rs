@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use crate::cargo::{program, repository};
+use crate::cargo::{kiln, program, suite};
 
 pub const REPLICAS: u32 = 3;
 /// For the daemon, and then the proxy, to end when measuring is over.
@@ -163,17 +163,6 @@ impl Drop for Bed {
     }
 }
 
-/// The release build.
-pub fn kiln() -> Result<PathBuf, Failure> {
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| repository().join("target"), PathBuf::from);
-    let kiln = repository().join(target).join("release/kiln");
-    match kiln.is_file() {
-        true => Ok(kiln),
-        false => Err(format!("{} is not built", kiln.display()).into()),
-    }
-}
-
 fn wait_for_end(pid: u32) {
     let begun = Instant::now();
     while Path::new("/proc").join(pid.to_string()).exists() && begun.elapsed() < END_LIMIT {
@@ -184,14 +173,4 @@ fn wait_for_end(pid: u32) {
 /// A port that nobody listens on just now.
 pub fn free_address() -> Result<SocketAddr, Failure> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-/// This Debian's name, so that the machine's mirrors have it.
-pub fn suite() -> String {
-    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .unwrap_or("bookworm")
-        .trim_matches('"')
-        .to_owned()
 }

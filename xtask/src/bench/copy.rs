@@ -8,9 +8,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use super::bed;
 use super::table::{Row, Samples};
-use crate::cargo::program;
+use crate::cargo::{kiln, program};
 
 const FILES: usize = 20_000;
 /// 162 MB in all.
@@ -33,7 +32,7 @@ CMD [\"/bin/busybox\", \"true\"]
 ";
 
 pub fn rows(runs: usize) -> Result<Vec<Row>, Failure> {
-    let kiln = bed::kiln()?;
+    let kiln = kiln()?;
     let folder = tempfile::Builder::new().prefix("kiln-bench-").tempdir()?;
     let project = folder.path().join("project");
     write(folder.path(), &project)?;

@@ -104,7 +104,7 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
     if options.wants("compose") {
         eprintln!("compose: {} runs, {PASSES} passes", options.runs);
         rows.push(compose::large(options.runs)?);
-        rows.extend(compose::corpus(&bed::kiln()?, PASSES)?);
+        rows.extend(compose::corpus(&crate::cargo::kiln()?, PASSES)?);
     }
     if options.wants("plan") {
         eprintln!("plan: {} runs", options.runs);

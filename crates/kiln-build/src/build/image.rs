@@ -8,7 +8,7 @@ use kiln_oci::blob::{BlobRead, BlobWrite};
 use kiln_oci::manifest::{
     ConfigDocument, Descriptor, Manifest, media_type, parse_config, write_config,
 };
-use kiln_store::Tree;
+use kiln_store::{Store, Tree};
 
 use super::{BuildError, Builder};
 use crate::containerfile::{self, Instruction, Span};
@@ -46,33 +46,7 @@ impl Builder {
     }
 
     pub(super) fn image(&self, name: &str, manifest: &Digest) -> Result<Image, BuildError> {
-        let fail = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
-            name: name.to_owned(),
-            cause,
-        };
-        let found = self.store.image(manifest).map_err(|e| fail(Box::new(e)))?;
-        let image = found.ok_or_else(|| BuildError::Unresolved {
-            image: name.to_owned(),
-        })?;
-        let mut bytes = Vec::new();
-        let config = BlobRead::open(&*self.store, &image.config_digest);
-        let config = config.map_err(|e| fail(Box::new(e)))?;
-        let config = config.ok_or_else(|| fail("its configuration is not in the store".into()))?;
-        config
-            .take(MAX_DOCUMENT)
-            .read_to_end(&mut bytes)
-            .map_err(|e| fail(Box::new(e)))?;
-        let document = parse_config(&bytes).map_err(|e| fail(Box::new(e)))?;
-        let layers = image.layers.iter().map(|layer| LayerRef {
-            digest: layer.digest,
-            size: layer.size,
-            diff_id: layer.diff_id,
-        });
-        Ok(Image {
-            files: Files::image(*manifest, image.tree),
-            layers: layers.collect(),
-            document,
-        })
+        read(&self.store, name, manifest)
     }
 
     /// Puts an image together; `tree`: what its layers make, where that is at hand.
@@ -110,4 +84,35 @@ impl Builder {
             _ => media_type::OCI_LAYER,
         })
     }
+}
+
+/// The image of a store; `name`: for people.
+pub(super) fn read(store: &Store, name: &str, manifest: &Digest) -> Result<Image, BuildError> {
+    let fail = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
+        name: name.to_owned(),
+        cause,
+    };
+    let found = store.image(manifest).map_err(|e| fail(Box::new(e)))?;
+    let image = found.ok_or_else(|| BuildError::Unresolved {
+        image: name.to_owned(),
+    })?;
+    let mut bytes = Vec::new();
+    let config = BlobRead::open(store, &image.config_digest);
+    let config = config.map_err(|e| fail(Box::new(e)))?;
+    let config = config.ok_or_else(|| fail("its configuration is not in the store".into()))?;
+    config
+        .take(MAX_DOCUMENT)
+        .read_to_end(&mut bytes)
+        .map_err(|e| fail(Box::new(e)))?;
+    let document = parse_config(&bytes).map_err(|e| fail(Box::new(e)))?;
+    let layers = image.layers.iter().map(|layer| LayerRef {
+        digest: layer.digest,
+        size: layer.size,
+        diff_id: layer.diff_id,
+    });
+    Ok(Image {
+        files: Files::image(*manifest, image.tree),
+        layers: layers.collect(),
+        document,
+    })
 }

@@ -3,11 +3,13 @@
 
 mod check;
 mod declared;
+mod differences;
 mod foreign;
 mod image;
 mod stages;
 mod sync;
 mod verify;
+mod why;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -35,10 +37,11 @@ use crate::network::record::{self, Recordings};
 use crate::remote::Pins;
 use crate::secrets::{Allowed, Refused};
 pub use check::{Checked, check};
+pub use differences::{Difference, differences};
 pub use foreign::{Foreign, runs_here};
+use image::Image;
 use stages::Run;
 pub use sync::Synced;
-pub use verify::Difference;
 
 /// What carries builds out.
 #[derive(Clone)]
@@ -376,15 +379,17 @@ impl Builder {
         prepared: &Prepared,
         images: &BTreeMap<Wanted, Digest>,
     ) -> Result<Digest, BuildError> {
-        self.carry_out_under(prepared, images, Conditions::Usual)
+        let (digest, _) = self.carry_out_under(prepared, images, Conditions::Usual)?;
+        Ok(digest)
     }
 
+    /// Also gives every stage that the target needs: its name for people, and what came of it.
     fn carry_out_under(
         &self,
         prepared: &Prepared,
         images: &BTreeMap<Wanted, Digest>,
         conditions: Conditions,
-    ) -> Result<Digest, BuildError> {
+    ) -> Result<(Digest, Vec<(String, Image)>), BuildError> {
         foreign::check(prepared)?;
         let keep = |cause: Box<dyn std::error::Error + Send + Sync>| BuildError::Keep {
             name: prepared.request.name.clone(),
@@ -400,13 +405,14 @@ impl Builder {
         }
         let context = self.context(prepared)?;
         let run = Run::new(self, prepared, images, context.as_ref(), conditions)?;
-        let (document, tree) = run.stages()?;
+        let (stages, (document, tree)) = run.carry_out()?;
         if let Some(context) = &context
             && let Err(cause) = context.save()
         {
             tracing::debug!(%cause, "the context's digests were not remembered");
         }
-        self.keep(document, tree.as_deref()).map_err(keep)
+        let digest = self.keep(document, tree.as_deref()).map_err(keep)?;
+        Ok((digest, stages))
     }
 
     /// Scanned only if anything is taken from it.

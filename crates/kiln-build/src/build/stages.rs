@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use kiln_model::secrets::Finder;
 use kiln_model::spec::Build;
-use kiln_model::{Digest, ProgressEvent};
+use kiln_model::{Digest, ImageConfig, ProgressEvent};
 use kiln_oci::manifest::{ConfigDocument, History, timestamp};
 use kiln_store::Tree;
 
@@ -126,19 +126,33 @@ impl<'a> Run<'a> {
         })
     }
 
-    pub(super) fn stages(mut self) -> Result<Target, BuildError> {
+    /// Every stage with its name for people, in their order, and the target.
+    pub(super) fn carry_out(mut self) -> Result<(Vec<(String, Image)>, Target), BuildError> {
         self.all()?;
-        let last = self.prepared.graph.stages.last().ok_or(BuildError::Lost)?;
-        let target = self.built[last.index].take().ok_or(BuildError::Lost)?;
-        self.judge(target.building.findings)?;
-        let mut document = target.document;
+        let mut stages = Vec::new();
+        let mut findings = Vec::new();
+        for needed in &self.prepared.graph.stages {
+            let built = self.built[needed.index].take().ok_or(BuildError::Lost)?;
+            let image = Image {
+                files: built.building.files,
+                layers: built.building.layers,
+                document: built.document,
+            };
+            stages.push((self.stage_name(needed.index), image));
+            findings = built.building.findings;
+        }
+        self.judge(findings)?;
+        let (_, target) = stages.last().ok_or(BuildError::Lost)?;
+        let mut document = target.document.clone();
         let labels = self.prepared.request.build.labels.clone();
         document.config.labels.extend(labels);
         document.created = Some(timestamp(self.site.epoch));
-        document.diff_ids = target.building.layers.iter().map(|l| l.diff_id).collect();
+        document.diff_ids = target.layers.iter().map(|l| l.diff_id).collect();
+        let last = self.prepared.graph.stages.last().ok_or(BuildError::Lost)?;
         document.config.platform.clone_from(&last.platform);
-        let tree = target.building.files.exact_tree();
-        Ok(((document, target.building.layers), tree))
+        let tree = target.files.exact_tree();
+        let target = ((document, target.layers.clone()), tree);
+        Ok((stages, target))
     }
 
     /// Refuses an image with secrets in it, and says what each instance gets of its own.
@@ -486,7 +500,13 @@ fn nothing() -> Built {
             layers: Vec::new(),
             findings: Vec::new(),
         },
-        document: ConfigDocument::default(),
+        document: ConfigDocument {
+            config: ImageConfig {
+                working_dir: "/".into(),
+                ..ImageConfig::default()
+            },
+            ..ConfigDocument::default()
+        },
         args: BTreeMap::new(),
     }
 }

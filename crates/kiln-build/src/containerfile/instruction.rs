@@ -465,11 +465,8 @@ impl Request<'_> {
             ("device", Form::Texts),
         ])?;
         let command = self.command()?;
-        let empty = match &command {
-            CommandLine::Shell(text) => text.is_empty(),
-            CommandLine::Exec(words) => words.is_empty(),
-        };
-        if empty {
+        // A shell with nothing to do is fine, as docker has it.
+        if command == CommandLine::Exec(Vec::new()) {
             return Err(self.arguments("needs a command"));
         }
         let network = match flags.text("network").as_deref() {

@@ -70,6 +70,8 @@ pub enum EntryKind {
     File {
         size: u64,
         stamp: Stamp,
+        /// It has other names (hard links), here or elsewhere.
+        linked: bool,
     },
     Link(Vec<u8>),
     Fifo,
@@ -214,6 +216,7 @@ impl Scan<'_> {
             EntryKind::File {
                 size: meta.len(),
                 stamp: Stamp::of(meta),
+                linked: meta.nlink() > 1,
             }
         } else if kind.is_symlink() {
             let target = fs::read_link(host).map_err(|cause| ContextError::Read {
@@ -235,6 +238,10 @@ impl Scan<'_> {
         }))
     }
 }
+
+/// What kiln itself writes beside compose.yaml: a build that took it in would be another one
+/// the next time. An ignore file may take it back.
+const OWN: &str = "**/kiln.lock\n**/kiln.lock.d\n";
 
 /// Reads the ignore file that goes with a Containerfile: `<file>.dockerignore` beside it
 /// wins over `.dockerignore` in the context; the podman names are known too.
@@ -262,10 +269,16 @@ pub fn read_ignore(folder: &Path, containerfile: Option<&Path>) -> Result<Patter
             Ok(_) => {}
         }
         let text = fs::read(&path).map_err(read)?;
-        return Patterns::parse_file(&String::from_utf8_lossy(&text))
+        let text = String::from_utf8_lossy(&text);
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        return Patterns::parse_file(&format!("{OWN}{text}"))
             .map_err(|cause| ContextError::Ignore { path, cause });
     }
-    Ok(Patterns::default())
+    let own = Patterns::parse_file(OWN);
+    own.map_err(|cause| ContextError::Ignore {
+        path: folder.to_owned(),
+        cause,
+    })
 }
 
 #[cfg(test)]
@@ -286,7 +299,8 @@ mod tests {
     #[test]
     fn what_is_ignored_is_not_seen_except_when_taken_back() {
         let folder = tempfile::tempdir().unwrap();
-        for path in ["a/x", "a/deep/keep", "b/y", "c.log"] {
+        let own = ["kiln.lock", "b/kiln.lock", "kiln.lock.d/aa"];
+        for path in ["a/x", "a/deep/keep", "b/y", "c.log"].iter().chain(&own) {
             let path = folder.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "x").unwrap();
@@ -310,7 +324,7 @@ mod tests {
         let file = folder.path().join("web.Containerfile");
         fs::write(
             folder.path().join("web.Containerfile.dockerignore"),
-            "b\n*ignore\n",
+            "b\n*ignore\n!kiln.lock\n",
         )
         .unwrap();
         let patterns = read_ignore(folder.path(), Some(&file)).unwrap();
@@ -318,5 +332,6 @@ mod tests {
         let mut found = Vec::new();
         paths(context.root(), "", &mut found);
         assert!(found.contains(&"/c.log".to_owned()) && !found.contains(&"/b".to_owned()));
+        assert!(found.contains(&"/kiln.lock".to_owned()), "who wants it");
     }
 }

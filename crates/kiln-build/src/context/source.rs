@@ -14,7 +14,7 @@ use kiln_store::Store;
 use super::ignore::Patterns;
 use super::stat_cache::{Stamp, StatCache};
 use super::{Context, ContextError, EntryKind};
-use crate::files::{FilesError, Kind, Meta, Names, Shape, Source, shown};
+use crate::files::{FilesError, Inode, Kind, Meta, Names, Shape, Source, shown};
 
 /// Files read at the same time; a bound on memory.
 const MAX_THREADS: usize = 4;
@@ -134,6 +134,17 @@ impl Source for ContextSource {
         match self.context.entry(path).map(|e| &e.kind) {
             Some(EntryKind::Folder(entries)) => entries.keys().cloned().collect(),
             _ => Vec::new(),
+        }
+    }
+
+    fn inode(&self, path: &[Vec<u8>]) -> Option<Inode> {
+        match &self.context.entry(path)?.kind {
+            EntryKind::File {
+                stamp,
+                linked: true,
+                ..
+            } => Some(stamp.inode()),
+            _ => None,
         }
     }
 

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 
+use crate::files::Inode;
+
 const FORMAT: u32 = 1;
 
 /// A file changed this shortly before it was hashed may change again within the same
@@ -34,6 +36,10 @@ pub struct Stamp {
 impl Stamp {
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    pub fn inode(&self) -> Inode {
+        (self.device, self.inode)
     }
 
     pub fn of(meta: &fs::Metadata) -> Self {

@@ -1,4 +1,4 @@
-//! ADD of local archives: tar, alone or within gzip, xz or zstd, is unpacked.
+//! ADD of local archives: tar, alone or within gzip, bzip2, xz or zstd, is unpacked.
 //!
 //! Invariants: no entry leads out of the destination, whatever its name or its links
 //! say; memory holds names and metadata only, content streams into the sink.
@@ -8,6 +8,7 @@ use std::io::{self, BufRead, BufReader, Read};
 
 use kiln_model::Digest;
 
+use super::bzip2::Decoder;
 use super::{Changes, CopyError, Item};
 use crate::files::{self, FilesError, Meta, Names, Shape, Target, shown};
 
@@ -25,16 +26,8 @@ const MAX_PATH: usize = 4096;
 pub enum ArchiveError {
     #[error("the archive can't be read")]
     Read(#[source] io::Error),
-    #[error(
-        "bzip2 archives are not unpacked by ADD; use gzip, xz or zstd, or COPY the file and unpack it in a RUN"
-    )]
-    Bzip2,
     #[error("the entry `{0}` leads out of the archive's folder")]
     Escape(String),
-    #[error(
-        "the entry `{entry}` is a hard link to `{to}`, which is not a file before it in the archive"
-    )]
-    HardLink { entry: String, to: String },
     #[error("the entry `{0}` is of a kind that can't be unpacked")]
     Kind(String),
     #[error("the entry `{0}` has a name or link longer than {MAX_PATH} bytes")]
@@ -61,19 +54,7 @@ pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>
             let decoder = zstd::Decoder::with_buffer(content).map_err(ArchiveError::Read)?;
             entries(decoder, sink)
         }
-        [
-            b'B',
-            b'Z',
-            b'h',
-            b'1'..=b'9',
-            0x31,
-            0x41,
-            0x59,
-            0x26,
-            0x53,
-            0x59,
-            ..,
-        ] => Err(ArchiveError::Bzip2),
+        [b'B', b'Z', b'h', b'1'..=b'9', ..] => entries(Decoder::new(content), sink),
         _ => entries(content, sink),
     }
 }
@@ -99,7 +80,6 @@ fn entries(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>,
 struct Reading {
     items: Vec<Item>,
     begun: bool,
-    files: BTreeMap<Names, usize>,
     total: u64,
 }
 
@@ -126,23 +106,14 @@ impl Reading {
         if link.len() > MAX_PATH {
             return Err(ArchiveError::LongName(told()));
         }
-        let mut meta = meta(entry).map_err(ArchiveError::Read)?;
+        let meta = meta(entry).map_err(ArchiveError::Read)?;
         let kind = entry.header().entry_type();
         let shape = if kind.is_dir() {
             Shape::Folder
         } else if kind.is_symlink() {
             Shape::Link(link)
         } else if kind.is_hard_link() {
-            let to = inside(&link)?;
-            let known = self.files.get(&to).and_then(|at| self.items.get(*at));
-            let Some(first) = known else {
-                return Err(ArchiveError::HardLink {
-                    entry: told(),
-                    to: String::from_utf8_lossy(&link).into_owned(),
-                });
-            };
-            meta = first.meta.clone();
-            first.shape.clone()
+            Shape::Same(inside(&link)?)
         } else if kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse() {
             let (digest, size) = sink(entry).map_err(ArchiveError::Read)?;
             Shape::File { digest, size }
@@ -165,9 +136,6 @@ impl Reading {
         if path.is_empty() {
             // The archive's own root: the destination stays as it is.
             return Ok(());
-        }
-        if matches!(shape, Shape::File { .. }) {
-            self.files.insert(path.clone(), self.items.len());
         }
         self.items.push(Item { path, meta, shape });
         Ok(())
@@ -237,16 +205,41 @@ pub fn place(
         let Some((name, parents)) = item.path.split_last() else {
             continue;
         };
-        let parents = [base.as_slice(), parents].concat();
-        // Links on the way are followed within the image's root only.
-        super::make_folders(target, &parents, &changes.made())?;
-        let mut path = files::resolve(target, &parents, true)?;
-        if target.kind(&path) != Some(files::Kind::Folder) {
-            return Err(FilesError::NotAFolder(shown(&path)).into());
-        }
+        let mut path = within(target, &base, parents, true)?;
+        super::make_folders(target, &path, &changes.made())?;
         path.push(name.clone());
         let meta = changes.apply(item.meta.clone(), &item.shape);
-        target.put(&path, meta, item.shape.clone())?;
+        let mut shape = item.shape.clone();
+        if let Shape::Same(first) = &item.shape {
+            // Of a file before it in the archive, or of one that is there already.
+            let first = within(target, &base, first, false)?;
+            match target.kind(&first) {
+                None => return Err(FilesError::NotFound(shown(&first)).into()),
+                Some(files::Kind::Folder) => {
+                    return Err(FilesError::IsAFolder(shown(&first)).into());
+                }
+                Some(_) => shape = Shape::Same(first),
+            }
+        }
+        target.put(&path, meta, shape)?;
     }
     Ok(())
+}
+
+/// Where an entry's path leads: links on the way are followed, but lead out of the archive's
+/// folder no more than names do.
+fn within(
+    target: &(impl Target + ?Sized),
+    base: &[Vec<u8>],
+    path: &[Vec<u8>],
+    last: bool,
+) -> Result<Names, CopyError> {
+    let real = files::resolve(target, &[base, path].concat(), last)?;
+    match real.starts_with(base) {
+        true => Ok(real),
+        false => Err(CopyError::Outside {
+            entry: shown(path),
+            to: shown(&real),
+        }),
+    }
 }

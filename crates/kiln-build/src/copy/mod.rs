@@ -7,14 +7,18 @@
 
 pub mod accounts;
 pub mod archive;
+mod bzip2;
 pub mod mode;
 pub mod owner;
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use kiln_model::Hasher;
 
 use crate::context::glob::{BadPattern, Glob};
 use crate::context::ignore::{Patterns, Seen, clean};
-use crate::files::{self, FilesError, Kind, Meta, Names, Shape, Source, Target, shown};
+use crate::files::{self, FilesError, Inode, Kind, Meta, Names, Shape, Source, Target, shown};
 use mode::ModeChange;
 use owner::Owner;
 
@@ -28,6 +32,8 @@ pub enum CopyError {
     Files(#[from] FilesError),
     #[error(transparent)]
     Pattern(#[from] BadPattern),
+    #[error("the entry {entry} of the archive leads to {to}, out of the destination")]
+    Outside { entry: String, to: String },
 }
 
 /// One entry that was picked, with its path below what was named.
@@ -82,9 +88,6 @@ pub fn pick(
         let Some(kind) = source.kind(&real) else {
             return Err(FilesError::NotFound(shown(&path)).into());
         };
-        if kind != Kind::Folder && left_out(&path, exclude) {
-            continue;
-        }
         let walk = Walk {
             source,
             root: &real,
@@ -98,14 +101,6 @@ pub fn pick(
         });
     }
     Ok(all)
-}
-
-/// A file that is named itself: by its whole path, or by its name.
-fn left_out(path: &[Vec<u8>], exclude: &Patterns) -> bool {
-    let whole = shown(path);
-    let name = path.last().map(|n| String::from_utf8_lossy(n).into_owned());
-    let out = |text: &str| exclude.leave_out(text, &Seen::default()).0;
-    out(whole.trim_start_matches('/')) || name.is_some_and(|name| out(&name))
 }
 
 /// `--parents`: the path below the last `/./` is kept.
@@ -166,10 +161,22 @@ impl<S: Source + ?Sized> Walk<'_, S> {
         }
         let real: Vec<Names> = found.iter().map(|below| self.real(below)).collect();
         let entries = self.source.entries(&real)?;
-        let items = found.into_iter().zip(entries);
-        Ok(items
-            .map(|(path, (meta, shape))| Item { path, meta, shape })
-            .collect())
+        let mut first: BTreeMap<Inode, Names> = BTreeMap::new();
+        let items = found.into_iter().zip(real).zip(entries);
+        let items = items.map(|((path, real), (meta, shape))| {
+            let shape = match self.source.inode(&real) {
+                None => shape,
+                Some(inode) => match first.entry(inode) {
+                    Entry::Occupied(first) => Shape::Same(first.get().clone()),
+                    Entry::Vacant(none) => {
+                        none.insert(path.clone());
+                        shape
+                    }
+                },
+            };
+            Item { path, meta, shape }
+        });
+        Ok(items.collect())
     }
 
     fn real(&self, below: &[Vec<u8>]) -> Names {
@@ -287,7 +294,8 @@ impl Changes {
         meta
     }
 
-    fn made(&self) -> Meta {
+    /// Of folders that are made on the way.
+    pub(crate) fn made(&self) -> Meta {
         let owner = self.owner.unwrap_or_default();
         Meta {
             mode: match &self.mode {
@@ -337,14 +345,18 @@ pub fn place(
             continue;
         }
         let path = [at.as_slice(), &item.path].concat();
-        put(
-            target,
-            &path,
-            changes.apply(item.meta.clone(), &item.shape),
-            item.shape.clone(),
-        )?;
+        let meta = changes.apply(item.meta.clone(), &item.shape);
+        put(target, &path, meta, below(&at, &item.shape))?;
     }
     Ok(())
+}
+
+/// What was taken, where what it names is below `at`.
+fn below(at: &[Vec<u8>], shape: &Shape) -> Shape {
+    match shape {
+        Shape::Same(first) => Shape::Same([at, first].concat()),
+        other => other.clone(),
+    }
 }
 
 /// Puts one entry in place of another, but never a file over a folder or the reverse.

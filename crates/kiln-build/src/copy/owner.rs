@@ -27,8 +27,9 @@ pub enum OwnerError {
     Empty(String),
 }
 
-/// Finds the numbers for `text`. A user's number without a group has the same group
-/// number (`same_group`, as COPY --chown has it) or else its group from passwd.
+/// Finds the numbers for `text`: a user without a group has its group from passwd, or else
+/// root's. `same_group`, as COPY --chown has it: a number alone is the group's, too, and
+/// what `user:` and `:group` leave out is root's.
 pub fn lookup(
     text: &str,
     passwd: &str,
@@ -36,7 +37,8 @@ pub fn lookup(
     same_group: bool,
 ) -> Result<Account, OwnerError> {
     let (user, wanted) = match text.split_once(':') {
-        Some((user, group)) => (user, Some(group).filter(|g| !g.is_empty())),
+        Some(("", group)) if same_group && !group.is_empty() => ("0", Some(group)),
+        Some((user, group)) => (user, Some(group)),
         None => (text, None),
     };
     if user.is_empty() {
@@ -60,9 +62,10 @@ pub fn lookup(
         (None, None) => return Err(OwnerError::User(user.to_owned())),
     };
     let gid = match wanted {
-        Some(group_name) => group_number(group_name, group)?,
+        Some("") if same_group => 0,
+        Some(group_name) if !group_name.is_empty() => group_number(group_name, group)?,
         None if number.is_some() && same_group => uid,
-        None => known.map(|owner| owner.gid).unwrap_or(0),
+        _ => known.map(|owner| owner.gid).unwrap_or(0),
     };
     Ok(Account {
         owner: Owner { uid, gid },
@@ -109,7 +112,12 @@ mod tests {
             owner("web:nope", true),
             Err(OwnerError::Group("nope".into()))
         );
-        assert!(owner(":staff", true).is_err());
+        assert_eq!(owner("1000:", true).unwrap(), (1000, 0));
+        assert_eq!(owner(":staff", true).unwrap(), (0, 50));
+        for nobody in [":", ""] {
+            assert!(owner(nobody, true).is_err());
+        }
+        assert!(owner(":staff", false).is_err());
         assert_eq!(
             lookup("web", PASSWD, GROUP, true).unwrap().home.unwrap(),
             "/var/www"

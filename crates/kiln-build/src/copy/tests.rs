@@ -104,7 +104,11 @@ impl Target for Memory {
         if shape != Shape::Folder {
             self.entries.retain(|p, _| !p.starts_with(path));
         }
-        self.entries.insert(path.to_vec(), (meta, shape));
+        let entry = match shape {
+            Shape::Same(first) => self.entries[&first].clone(),
+            shape => (meta, shape),
+        };
+        self.entries.insert(path.to_vec(), entry);
         Ok(())
     }
 
@@ -376,11 +380,7 @@ fn archives_unpack_whatever_compresses_them() {
     );
     assert_eq!(unpacked(b"", &mut Memory::default()), Ok(false));
     let bzip2 = b"BZh91AY&SY........";
-    assert!(
-        unpacked(bzip2, &mut Memory::default())
-            .unwrap_err()
-            .contains("bzip2")
-    );
+    assert_eq!(unpacked(bzip2, &mut Memory::default()), Ok(false));
 }
 
 #[test]
@@ -404,13 +404,25 @@ fn archives_never_leave_their_folder() {
         add(b, "/abs", Regular, "", "y");
     });
     let mut target = Memory::new(&["out/"]);
+    let told = unpacked(&bytes, &mut target).unwrap_err();
+    assert!(
+        told.contains("leads to /out, out of the destination"),
+        "{told}"
+    );
+    let bytes = tar(|b| {
+        add(b, "in/l", Symlink, "../to", "");
+        add(b, "in/l/f", Regular, "", "x");
+        add(b, "/abs", Regular, "", "y");
+    });
+    let mut target = Memory::default();
     assert!(unpacked(&bytes, &mut target).unwrap());
     let expected = [
         "/n/",
         "/n/abs=y",
-        "/n/l->../../../../out",
-        "/out/",
-        "/out/f=x",
+        "/n/in/",
+        "/n/in/l->../to",
+        "/n/to/",
+        "/n/to/f=x",
     ];
-    assert_eq!(target.list(), expected, "within the image's root");
+    assert_eq!(target.list(), expected);
 }

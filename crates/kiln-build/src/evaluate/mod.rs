@@ -23,18 +23,14 @@ use crate::remote::Remote;
 /// PATH where neither base nor file says one (as docker has it).
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Build arguments that reach RUN without an ARG and never count for the cache.
-const PROXIES: [&str; 10] = [
+/// Build arguments that reach RUN without an ARG and never count for the cache; also in
+/// small letters, and always in both.
+const PROXIES: [&str; 5] = [
     "HTTP_PROXY",
-    "http_proxy",
     "HTTPS_PROXY",
-    "https_proxy",
     "FTP_PROXY",
-    "ftp_proxy",
     "NO_PROXY",
-    "no_proxy",
     "ALL_PROXY",
-    "all_proxy",
 ];
 
 /// Why a stage can't be evaluated.
@@ -318,9 +314,6 @@ impl State<'_> {
             }
             Kind::User(text) => {
                 let text = self.expand(text)?;
-                if text.is_empty() {
-                    return Err(EvaluateCause::Empty("USER"));
-                }
                 self.config.user.clone_from(&text);
                 text
             }
@@ -457,7 +450,8 @@ fn healthcheck(health: &Health) -> Option<Healthcheck> {
     }
 }
 
-/// `80`, `80/udp`, `8000-8010`.
+/// `80`, `80/udp`, `8000-8010`; of `8080:80` and `127.0.0.1:8080:80`, as docker takes them,
+/// only the last means something to an image.
 fn ports(text: &str) -> Option<impl Iterator<Item = ExposedPort>> {
     let (range, protocol) = match text.split_once('/') {
         Some((range, protocol)) => (range, protocol.to_ascii_lowercase()),
@@ -468,6 +462,7 @@ fn ports(text: &str) -> Option<impl Iterator<Item = ExposedPort>> {
         "udp" => Protocol::Udp,
         _ => return None,
     };
+    let range = range.rsplit(':').next().unwrap_or(range);
     let (from, to) = range.split_once('-').unwrap_or((range, range));
     let (from, to): (u16, u16) = (from.parse().ok()?, to.parse().ok()?);
     if from == 0 || to < from {

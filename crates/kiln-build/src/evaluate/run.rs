@@ -43,9 +43,18 @@ impl State<'_> {
             }
             None => self.command(&command),
         };
+        // Programs differ in which of the two they look at.
+        let both = |name: &str, value: &String| {
+            [name.to_owned(), name.to_ascii_lowercase()].map(|name| (name, value.clone()))
+        };
+        let given = |name: &str| {
+            let other = name.to_ascii_lowercase();
+            self.given.get(name).or_else(|| self.given.get(&other))
+        };
         let proxies = PROXIES
             .iter()
-            .filter_map(|name| Some(((*name).to_owned(), self.given.get(*name)?.clone())))
+            .filter_map(|name| Some(both(name, given(name)?)))
+            .flatten()
             .collect();
         let history = format!("RUN {}", argv.join(" "));
         let cwd = match self.config.working_dir.as_str() {

@@ -21,7 +21,7 @@ use crate::containerfile::RunNetwork;
 use crate::containerfile::mount::MountKind;
 use crate::evaluate::{RunAction, Step};
 use crate::files::{self, Source};
-use crate::network::record::{Exchange, Proxies, Recording, Route, Session, Setting};
+use crate::network::record::{Exchange, Made, Proxies, Recording, Route, Session, Setting};
 use crate::network::{Connection, Proxy};
 use crate::rootfs::Rootfs;
 
@@ -87,6 +87,11 @@ impl Taped {
     /// What the RUN's result depends on, beside its key.
     pub fn digest(&self) -> Option<Digest> {
         self.known.digest()
+    }
+
+    /// What it has made here, as the lock has it.
+    pub fn made(&self, path: &str) -> Option<&Made> {
+        self.known.made.get(path)
     }
 }
 
@@ -224,29 +229,30 @@ impl Site<'_> {
         marks
     }
 
-    /// What the RUN fetched is known from now on; gives what its result depends on.
-    pub(super) fn learn(
+    /// What the RUN fetched.
+    pub(super) fn recorded(
         &self,
-        taped: Option<&Taped>,
         session: &Session,
         connection: &Connection,
-        done: bool,
-    ) -> Result<Option<Digest>, ExecError> {
+    ) -> Result<Recording, ExecError> {
         let outcome = session.finish(connection.direct());
-        if let Some(error) = outcome.error {
-            return Err(ExecError::Record(Box::new(error)));
+        match outcome.error {
+            Some(error) => Err(ExecError::Record(Box::new(error))),
+            None => Ok(outcome.recording),
         }
-        let Some(taped) = taped.filter(|_| done) else {
-            return Ok(None);
-        };
+    }
+
+    /// What the RUN fetched and made is known from now on; gives what its result depends on.
+    pub(super) fn learn(&self, taped: Option<&Taped>, recording: Recording) -> Option<Digest> {
+        let taped = taped?;
         let recording = Recording {
             instruction: taped.instruction.clone(),
             platform: self.target.clone(),
-            ..outcome.recording
+            ..recording
         };
         let digest = recording.digest();
         self.recordings.learn(&taped.id, recording);
-        Ok(digest)
+        digest
     }
 }
 

@@ -98,9 +98,14 @@ impl<'t> Delta<'t> {
         names.values().all(|(here, links)| here == links)
     }
 
+    /// Nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
     /// As one layer; `None`: nothing changed.
     pub fn whole(&self) -> Option<Part<'_>> {
-        (!self.changes.is_empty()).then(|| Part {
+        (!self.is_empty()).then(|| Part {
             delta: self,
             changes: self.changes.iter().collect(),
         })

@@ -13,17 +13,17 @@ use kiln_model::spec::Logging;
 use kiln_model::{Digest, InstanceSpec, Millis, ProgressEvent};
 use kiln_runtime::StartError;
 
-use super::fetches::Taped;
+use super::fetches::{self, Taped};
 use super::mounts::{Mounted, Shown};
 use super::state::{Files, Key};
 use super::upper::{self, Times, Traces};
 use super::variables::Variables;
 use super::work::Work;
-use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, sweep};
+use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, Told, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
 use crate::network::Connection;
-use crate::network::record::Session;
+use crate::network::record::{Recording, Session};
 use crate::rootfs::Rootfs;
 
 /// SOURCE_DATE_EPOCH within a RUN is never earlier than this (1980-01-01): zip files, and
@@ -58,12 +58,12 @@ impl Site<'_> {
     pub(super) fn run(
         &self,
         files: &Files,
-        run: &RunAction,
+        (run, key): (&RunAction, &Digest),
         mounts: &[Mounted],
         taped: Option<&Taped>,
-        task: &str,
-        platform: &str,
+        told: &Told<'_>,
     ) -> Result<Carried, ExecError> {
+        let task = told.task;
         sweep(&self.cache, &self.runtime)?;
         let before = self.rootfs(files)?;
         let mut work = Work::new(&self.scratch()?)?;
@@ -71,7 +71,7 @@ impl Site<'_> {
             true => None,
             false => Some(files.mountable(&self.store)?),
         };
-        let apt = self.apt(&before, &mut work, platform)?;
+        let apt = self.apt(&before, &mut work, told.place.platform)?;
         let session = self.session(taped, run, &before, apt.mirrors, task);
         let connection = self.connect(run, &session, task)?;
         let mut spec = self.spec(run, &before, &work, below, &connection)?;
@@ -108,14 +108,14 @@ impl Site<'_> {
         let begun = now();
         let followed = self.follow(&spec, task);
         // That something could not be given to the command is why it failed.
-        let fetched = self.learn(taped, &session, &connection, followed.is_ok())?;
+        let recording = self.recorded(&session, &connection)?;
         followed?;
         let times = Times {
             begun,
             ended: now(),
             epoch: self.epoch,
         };
-        let mut tree = before.tree;
+        let mut tree = before.tree.clone();
         made.sort();
         made.dedup();
         let traces = Traces {
@@ -123,6 +123,9 @@ impl Site<'_> {
             variables: &variables,
         };
         upper::take(&mut tree, &work.upper(), &self.store, times, traces)?;
+        let of = fetches::key(key, recording.digest());
+        let made = self.databases(&before.tree, &mut tree, (&of, taped), task)?;
+        let fetched = self.learn(taped, Recording { made, ..recording });
         Ok(Carried { tree, fetched })
     }
 

@@ -132,7 +132,7 @@ impl Key {
     /// `what` tells kinds of steps apart.
     pub fn new(what: &str, before: &Digest) -> Self {
         let mut key = Self(Hasher::new());
-        key.field(b"kiln step 1")
+        key.field(b"kiln step 2")
             .field(what.as_bytes())
             .field(before.as_bytes());
         key

@@ -1,10 +1,11 @@
 //! COPY, ADD and WORKDIR.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
 use kiln_model::Digest;
-use kiln_store::tree::Tree;
+use kiln_store::tree::{Kind, Node, Tree};
 
 use super::state::{Files, Key};
 use super::{ExecError, Find, Site, Taken};
@@ -18,7 +19,7 @@ use crate::copy::{self, Changes, Item, Picked};
 use crate::evaluate::{CopyAction, Taking};
 use crate::files::{self, Meta, Names, Shape, Source};
 use crate::remote::{Fetched, Remote, Remotes};
-use crate::rootfs::Rootfs;
+use crate::rootfs::{self, Rootfs};
 
 /// Mode of a file that comes from a URL, as docker has it.
 const FETCHED_MODE: u32 = 0o600;
@@ -165,7 +166,8 @@ impl Site<'_> {
             copy::place(into, picked, &action.destination, &changes)?;
         }
         if action.link {
-            lay_over(&mut target.tree, &layer.tree)?;
+            let made = rootfs::node(changes.made(), Kind::Dir);
+            lay_over(&mut target.tree, &layer.tree, &made)?;
         }
         Ok(target.tree)
     }
@@ -282,23 +284,33 @@ fn one_file(name: &str, mode: u32, digest: Digest, size: u64) -> Picked {
     }
 }
 
-/// `--link`: what was copied is a layer that knows nothing of those below. Folders that
-/// are there stay as they are; anything else that is in the way gives way.
-fn lay_over(tree: &mut Tree, layer: &Tree) -> Result<(), ExecError> {
+/// `--link`: what was copied is a layer that knows nothing of those below. A folder that is
+/// there stays as it is where another was only `made` on the way; anything else that is in
+/// the way gives way.
+fn lay_over(tree: &mut Tree, layer: &Tree, made: &Node) -> Result<(), ExecError> {
+    let mut first = BTreeMap::new();
     for item in layer.walk() {
         let (path, node) = (&item.path, item.node);
-        let there = tree
-            .get(path.as_slice())
-            .map(kiln_store::tree::Node::is_dir);
+        let there = tree.get(path.as_slice()).map(Node::is_dir);
         match (there, node.is_dir()) {
-            (Some(true), true) => continue,
+            (Some(true), true) if node == made || path.is_empty() => continue,
+            (Some(true), true) => {}
             (Some(_), _) => {
                 tree.remove(path.as_slice()).map_err(ExecError::store)?;
             }
             (None, _) => {}
         }
-        tree.insert(path.as_slice(), node.clone())
-            .map_err(ExecError::store)?;
+        if node.is_dir() || item.links == 1 {
+            tree.insert(path.as_slice(), node.clone())
+                .map_err(ExecError::store)?;
+            continue;
+        }
+        match first.get(&item.inode) {
+            Some(first) => tree.link(path, first),
+            None => tree.insert(path, node.clone()),
+        }
+        .map_err(ExecError::store)?;
+        first.entry(item.inode).or_insert(item.path);
     }
     Ok(())
 }

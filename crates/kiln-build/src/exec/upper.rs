@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -16,8 +16,8 @@ use kiln_store::tree::{Kind, Tree, TreeEditError};
 
 use super::npm;
 use super::variables::{self, Variables};
-use crate::files::{Meta, Shape};
-use crate::rootfs::node;
+use crate::files::Meta;
+use crate::rootfs::{device, node};
 
 const MACHINE_ID: &[u8] = b"etc/machine-id";
 const DBUS_ID: &[u8] = b"var/lib/dbus/machine-id";
@@ -121,9 +121,9 @@ pub fn take(
             // It was made for this RUN alone.
             continue;
         }
-        let shape = match identity {
+        let kind = match identity {
             true => keep(&mut io::empty(), store, &path)?,
-            false => shape(&full, &stat, store, &path, (traces.variables, times.epoch))?,
+            false => kind_of(&full, &stat, store, &path, (traces.variables, times.epoch))?,
         };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
@@ -132,7 +132,7 @@ pub fn take(
             mtime: times.settle(stat.mtime()),
             xattrs: xattrs(&full).map_err(read)?,
         };
-        tree.insert(name, node(meta, shape))?;
+        tree.insert(name, node(meta, kind))?;
     }
     if machine_id && tree.get(MACHINE_ID).is_none() {
         // dbus then takes the machine's, which each instance has one of its own of.
@@ -164,32 +164,31 @@ fn sweep(tree: &mut Tree, made: &[Vec<u8>]) -> Result<(), UpperError> {
     Ok(())
 }
 
-fn shape(
+fn kind_of(
     full: &Path,
     stat: &fs::Metadata,
     store: &Store,
     path: &Path,
     (variables, epoch): (&Variables, i64),
-) -> Result<Shape, UpperError> {
+) -> Result<Kind, UpperError> {
     let read = |cause| UpperError::Read {
         path: path.to_owned(),
         cause,
     };
     let kind = stat.file_type();
     Ok(if kind.is_dir() {
-        Shape::Folder
+        Kind::Dir
     } else if kind.is_symlink() {
         let target = fs::read_link(full).map_err(read)?;
-        Shape::Link(target.as_os_str().as_bytes().to_vec())
-    } else if kind.is_fifo() {
-        Shape::Fifo
-    } else if kind.is_socket() {
-        Shape::Socket
-    } else if kind.is_char_device() || kind.is_block_device() {
-        Shape::Device {
-            block: kind.is_block_device(),
-            rdev: stat.rdev(),
+        Kind::Symlink {
+            target: target.into_os_string().into_vec(),
         }
+    } else if kind.is_fifo() {
+        Kind::Fifo
+    } else if kind.is_socket() {
+        Kind::Socket
+    } else if kind.is_char_device() || kind.is_block_device() {
+        device(kind.is_block_device(), stat.rdev())
     } else {
         let mut file = fs::File::open(full).map_err(read)?;
         if stat.len() <= variables::LONGEST {
@@ -203,13 +202,13 @@ fn shape(
     })
 }
 
-fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Shape, UpperError> {
+fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Kind, UpperError> {
     let kept = store.put_object(content);
     let (digest, size) = kept.map_err(|cause| UpperError::Keep {
         path: path.to_owned(),
         cause: Box::new(cause),
     })?;
-    Ok(Shape::File { digest, size })
+    Ok(Kind::File { digest, size })
 }
 
 /// Is this in the tree an empty file of the same owner and mode?

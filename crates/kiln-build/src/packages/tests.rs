@@ -3,7 +3,7 @@
 use std::io::{Cursor, Write};
 
 use super::*;
-use crate::files::{Meta, Shape};
+use crate::files::Meta;
 use crate::rootfs::node;
 
 fn world(files: &[(&str, &[u8], u32)]) -> Packages {
@@ -16,7 +16,7 @@ fn world(files: &[(&str, &[u8], u32)]) -> Packages {
             mode: *mode,
             ..Meta::default()
         };
-        tree.insert(path, node(meta, Shape::File { digest, size }))
+        tree.insert(path, node(meta, Kind::File { digest, size }))
             .unwrap();
     }
     collect(&tree, &store)

@@ -266,5 +266,29 @@ fn last_name(url: &str) -> String {
             .find(|name| !name.is_empty())
             .map(str::to_owned)
     });
-    last.unwrap_or_else(|| "__unnamed__".into())
+    last.map_or_else(|| "__unnamed__".into(), |name| decoded(&name))
+}
+
+/// A URL's `%20` as what it stands for; what can't be a file's name stays as it is.
+fn decoded(name: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = name.as_bytes();
+    while let Some((byte, after)) = rest.split_first() {
+        let digits = after.get(..2).filter(|_| *byte == b'%');
+        let digits = digits.and_then(|two| std::str::from_utf8(two).ok());
+        match digits.and_then(|two| u8::from_str_radix(two, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(*byte);
+                rest = after;
+            }
+        }
+    }
+    match String::from_utf8(bytes) {
+        Ok(plain) if !plain.contains(['/', '\0']) && plain != "." && plain != ".." => plain,
+        _ => name.to_owned(),
+    }
 }

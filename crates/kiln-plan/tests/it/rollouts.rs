@@ -439,3 +439,32 @@ fn an_answer_about_networks_that_have_gone_since_is_not_believed() {
     outside.happened(Event::NetworksReady { wish });
     assert!(!outside.world.networks_ready);
 }
+
+#[test]
+fn what_has_served_before_waits_less_once_it_has_answered() {
+    let settled = |outside: &Outside| {
+        let settle = |e: &Effect| match e {
+            Effect::Observe { probe, .. } => Some(probe.settle),
+            _ => None,
+        };
+        outside.pending.iter().find_map(settle)
+    };
+    let mut outside = Outside::new(5);
+    outside.up(1, shop("1"));
+    outside.settle();
+    let mut on_the_way = |number, to: Release, back| {
+        match back {
+            true => outside.roll_back(number, to),
+            false => outside.up(number, to),
+        }
+        while settled(&outside).is_none() {
+            outside.carry_one_out();
+        }
+        let seen = settled(&outside);
+        outside.settle();
+        seen
+    };
+    let forward = on_the_way(2, shop("2"), false);
+    let back = on_the_way(3, shop("1"), true);
+    assert_eq!((forward, back), (Some(Millis(200)), Some(Millis(50))));
+}

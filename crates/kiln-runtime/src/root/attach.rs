@@ -87,7 +87,11 @@ impl Attacher<'_> {
                 chown(&copy, Some(*uid), Some(*gid)).map_err(stage_error(&copy))?;
                 fs::set_permissions(&copy, Permissions::from_mode(*mode & 0o7777))
                     .map_err(stage_error(&copy))?;
-                self.bind(&copy, &mount.target, false, READ_ONLY_FILE, None)
+                let attributes = match mount.exec {
+                    true => READ_ONLY_FILE & !NOEXEC,
+                    false => READ_ONLY_FILE,
+                };
+                self.bind(&copy, &mount.target, false, attributes, None)
             }
             InstanceMountSource::Tmpfs {
                 size,

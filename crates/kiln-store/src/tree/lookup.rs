@@ -122,6 +122,14 @@ impl Tree {
         Ok((path, &self.inode(id).node))
     }
 
+    /// What is at `path`, as [`Tree::get`], if it has several names: a number that they
+    /// share.
+    pub fn other_names(&self, path: impl AsRef<[u8]>) -> Option<InodeId> {
+        let (_, id) = self.find(path.as_ref(), false).ok()?;
+        let inode = self.inode(id);
+        (inode.links > 1 && !inode.node.is_dir()).then_some(id)
+    }
+
     /// Names and nodes directly in the directory `path`, in the order of their bytes;
     /// empty for what is no directory.
     pub fn children(

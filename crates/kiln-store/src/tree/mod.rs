@@ -134,6 +134,11 @@ impl Node {
 pub struct InodeId(u32);
 
 impl InodeId {
+    /// For telling inodes apart where the type is not known.
+    pub fn number(self) -> u64 {
+        self.0.into()
+    }
+
     pub(crate) fn index(self) -> usize {
         self.0 as usize
     }

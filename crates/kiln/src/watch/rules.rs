@@ -33,6 +33,7 @@ const NOT_LOOKED_AT: &[&str] = &[
     "**/.*.kate-swp",
     "**/*-go-tmp-umask",
     "**/kiln.lock",
+    "**/kiln.lock.d",
 ];
 
 /// Paths told of one rule's changes; of more, how many.

@@ -9,7 +9,8 @@ use crate::common::{App, Kiln, Project, get, wait_until};
 use crate::load::under_load;
 
 const KEPT: Mode = Mode::KeepAlive { connections: 8 };
-/// The program fails as often as `FAIL` says, at first never.
+/// The program fails as often as `FAIL` says, at first never. What fails every request gets
+/// traffic only where its port alone is asked.
 const FAILS: &str = "      APP_FAIL_PERCENT: \"${FAIL}\"";
 
 fn app<'k>(kiln: &'k Kiln, name: &str, keys: &str) -> Project<'k> {
@@ -86,7 +87,8 @@ fn a_good_canary_goes_through_its_steps_with_its_share_of_the_requests() {
 #[test]
 fn a_canary_that_answers_500_is_taken_back_and_nothing_fails_after_that() {
     let Some(kiln) = Kiln::new() else { return };
-    let keys = "    x-kiln: {rollout: {strategy: canary, steps: [{weight: 20, duration: 1h}], \
+    let keys = "    x-kiln: {ready: {tcp: 8000}, rollout: {strategy: canary, \
+                steps: [{weight: 20, duration: 1h}], \
                 analysis: {max_error_rate: 1%, min_requests: 50}}}";
     let mut project = app(&kiln, "taken-back", keys);
     let before = project.instances(None);
@@ -150,7 +152,8 @@ fn a_daemon_killed_in_a_canary_comes_back_and_goes_on() {
 #[test]
 fn a_rolling_release_that_answers_500_goes_back_by_itself() {
     let Some(kiln) = Kiln::new() else { return };
-    let keys = "    deploy: {replicas: 3}\n    x-kiln: {rollout: {strategy: rolling}}";
+    let keys =
+        "    deploy: {replicas: 3}\n    x-kiln: {ready: {tcp: 8000}, rollout: {strategy: rolling}}";
     let mut project = app(&kiln, "rolling", keys);
     project.edit("compose.yaml", "rolling}", "rolling, monitor: 60s}");
     project.set("VERSION", 2);
@@ -167,7 +170,7 @@ fn a_rolling_release_that_answers_500_goes_back_by_itself() {
 #[test]
 fn without_a_word_a_release_that_answers_500_goes_back_as_well() {
     let Some(kiln) = Kiln::new() else { return };
-    let mut project = app(&kiln, "errors", "");
+    let mut project = app(&kiln, "errors", "    x-kiln: {ready: {tcp: 8000}}");
     project.set("VERSION", 2);
     project.set("FAIL", 100);
     under_load(project.port, KEPT, 100, || {

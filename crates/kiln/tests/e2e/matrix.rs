@@ -212,7 +212,8 @@ fn a_single_writer_is_handed_over_without_a_failure_or_a_second_writer() {
     assert_eq!(lines("lock.overlaps"), 0);
 }
 
-/// It serves well in its test, and is sick or gone when it matters.
+/// It serves well in its test, and is sick or gone when it matters. Another that nobody has
+/// said how to ask fails every request.
 #[test]
 fn a_release_that_is_never_ready_takes_nothing_away() {
     let Some(kiln) = Kiln::new() else { return };
@@ -225,8 +226,19 @@ fn a_release_that_is_never_ready_takes_nothing_away() {
     project.set("SICK", "");
     project.set("CRASH", "");
     project.up().ok();
-    let load = Load::new(at(project.port), 200, Mode::NewConnection);
-    let reports = under(vec![load], || {
+    let failing = App {
+        environment: "      APP_FAIL_PERCENT: \"${FAIL}\"",
+        ..App::default()
+    };
+    let mut failing = kiln.app("failing", &failing);
+    failing.set("FAIL", 0);
+    failing.up().ok();
+    let load = |port| Load::new(at(port), 100, Mode::NewConnection);
+    let loads = vec![load(project.port), load(failing.port)];
+    let reports = under(loads, || {
+        failing.set("VERSION", 2);
+        failing.set("FAIL", 100);
+        let up = failing.start("up", &[]);
         for (key, value) in [("SICK", "1"), ("CRASH", "1")] {
             project.set(key, value);
             project.set("VERSION", 2);
@@ -234,6 +246,10 @@ fn a_release_that_is_never_ready_takes_nothing_away() {
             project.set(key, "");
             assert_eq!(get(project.port, "/").unwrap().body, "1");
         }
+        up.end()
+            .code(&[1])
+            .says(&["answered GET / with 500", "release 1 serves"]);
+        assert_eq!(failing.page(), "1");
     });
     nothing_failed(&reports);
 }

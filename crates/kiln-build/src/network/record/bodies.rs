@@ -15,7 +15,7 @@ use crate::cache;
 pub(crate) const FOLDER: &str = "network";
 const CHUNK: usize = 64 << 10;
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(in crate::network) struct Bodies {
     folder: PathBuf,
 }
@@ -52,7 +52,7 @@ impl Bodies {
         }
         if hasher.finish() != *digest {
             let shown = path.display();
-            tracing::warn!(path = %shown, "a recorded response is damaged; it is fetched again");
+            tracing::warn!(path = %shown, "a recorded file is damaged, and taken for missing");
             fs::remove_file(&path)?;
             return Ok(None);
         }

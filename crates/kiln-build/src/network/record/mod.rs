@@ -21,17 +21,20 @@
 //!       "exchanges": [
 //!         {"url": "https://example.org/tool", "headers": {"last-modified": "…"}, "sha256": "…", "size": 7}
 //!       ],
-//!       "direct": ["192.0.2.7:5432/tcp"]
+//!       "direct": ["192.0.2.7:5432/tcp"],
+//!       "made": {"/var/lib/mysql": {"of": "…", "sha256": "…"}}
 //!     }
 //!   }
 //! }
 //! ```
 //!
 //! `method` is left out for GET and `status` for 200; `request` has what else the exchange
-//! is known by. `direct`: what went past the proxy and is not recorded.
+//! is known by. `direct`: what went past the proxy and is not recorded. `made`: databases
+//! ([`crate::exec`]), whose content is in `kiln.lock.d` ([`kept`]).
 
 mod authority;
 mod bodies;
+mod kept;
 mod mask;
 mod server;
 mod session;
@@ -45,6 +48,7 @@ use kiln_model::Digest;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use bodies::FOLDER;
+pub use kept::{Kept, Made};
 pub(super) use server::{Callers, Listening, Recorder, Who};
 pub(crate) use session::{Session, Setting};
 pub(crate) use upstream::{Proxies, Route};
@@ -89,7 +93,7 @@ fn is_ok(status: &u16) -> bool {
     *status == 200
 }
 
-/// What one RUN fetched.
+/// What one RUN fetched, and made by chance.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recording {
@@ -102,22 +106,29 @@ pub struct Recording {
     /// What went past the recording: the RUN is not hermetic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub direct: Vec<String>,
+    /// What it has made that is another each time, by path ([`kept`]).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub made: BTreeMap<String, Made>,
 }
 
 impl Recording {
     /// What a RUN's result depends on beside what stands before it; `None`: nothing.
     pub fn digest(&self) -> Option<Digest> {
-        if self.exchanges.is_empty() {
-            return None;
+        // Lists of plain values: they have a serialised form.
+        match (self.exchanges.is_empty(), self.made.is_empty()) {
+            (true, true) => None,
+            (false, true) => Digest::of_json(&self.exchanges).ok(),
+            (_, false) => Digest::of_json(&(&self.exchanges, &self.made)).ok(),
         }
-        // A list of plain values: it has a serialised form.
-        Digest::of_json(&self.exchanges).ok()
     }
 }
 
 /// The recordings of one service's image, by RUN; learns.
 #[derive(Debug, Default)]
-pub struct Recordings(Mutex<State>);
+pub struct Recordings {
+    state: Mutex<State>,
+    kept: Option<Kept>,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -127,14 +138,29 @@ struct State {
 
 impl Recordings {
     pub fn new(known: BTreeMap<String, Recording>) -> Self {
-        Self(Mutex::new(State {
-            known,
-            seen: BTreeSet::new(),
-        }))
+        Self {
+            state: Mutex::new(State {
+                known,
+                seen: BTreeSet::new(),
+            }),
+            kept: None,
+        }
+    }
+
+    /// With a place for what RUNs make by chance, which is not recorded otherwise.
+    pub fn keeping(self, kept: Kept) -> Self {
+        Self {
+            kept: Some(kept),
+            ..self
+        }
+    }
+
+    pub(crate) fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref()
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is recorded of a RUN, which is part of the image then.
@@ -146,7 +172,13 @@ impl Recordings {
 
     pub(crate) fn learn(&self, id: &str, recording: Recording) {
         let mut state = self.state();
-        match recording.exchanges.is_empty() && recording.direct.is_empty() {
+        let Recording {
+            exchanges,
+            direct,
+            made,
+            ..
+        } = &recording;
+        match exchanges.is_empty() && direct.is_empty() && made.is_empty() {
             true => state.known.remove(id),
             false => state.known.insert(id.to_owned(), recording),
         };
