@@ -19,7 +19,7 @@ use super::state::{Files, Key};
 use super::upper::{self, Times, Traces};
 use super::variables::Variables;
 use super::work::Work;
-use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, sweep};
+use super::{Carried, Conditions, ExecError, Site, TOLD_LINES, Told, sweep};
 use crate::containerfile::RunNetwork;
 use crate::evaluate::RunAction;
 use crate::network::Connection;
@@ -71,9 +71,9 @@ impl Site<'_> {
         (run, key): (&RunAction, &Digest),
         mounts: &[Mounted],
         taped: Option<&Taped>,
-        task: &str,
-        platform: &str,
+        told: &Told<'_>,
     ) -> Result<Carried, ExecError> {
+        let task = told.task;
         sweep(&self.cache, &self.runtime)?;
         let before = self.rootfs(files)?;
         let mut work = Work::new(&self.scratch()?)?;
@@ -81,7 +81,7 @@ impl Site<'_> {
             true => None,
             false => Some(files.mountable(&self.store)?),
         };
-        let apt = self.apt(&before, &mut work, platform)?;
+        let apt = self.apt(&before, &mut work, told.place.platform)?;
         let session = self.session(taped, run, &before, apt.mirrors, task);
         let connection = self.connect(run, &session, task)?;
         let mut spec = self.spec(run, &before, &work, below, &connection)?;
