@@ -3,7 +3,6 @@
 
 mod world;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -13,8 +12,8 @@ use kiln_build::build::{BuildRequest, Synced};
 use kiln_build::context::Context;
 use kiln_build::context::changes::changes;
 use kiln_build::test::{Outcome, TestRequest};
+use kiln_model::Digest;
 use kiln_model::spec::{Check, HealthTest, Healthcheck};
-use kiln_model::{Digest, Millis};
 use kiln_store::tree::Kind;
 use world::{busybox, context, request, sandboxes, world};
 

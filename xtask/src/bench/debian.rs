@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Failure;
 use super::table::{Row, Samples};
-use crate::cargo::program;
+use crate::cargo::{kiln, program, suite};
 
 /// The rows' names, what is asked of the base, and the aim.
 const BASES: [(&str, &str, Duration); 2] = [
@@ -27,7 +27,7 @@ const BASES: [(&str, &str, Duration); 2] = [
 
 pub fn rows(runs: usize) -> Result<Vec<Row>, Failure> {
     let folder = tempfile::Builder::new().prefix("kiln-bench-").tempdir()?;
-    let suite = crate::cargo::suite();
+    let suite = suite();
     let mut rows = Vec::new();
     for (number, (what, base, aim)) in BASES.into_iter().enumerate() {
         let folder = folder.path().join(number.to_string());
@@ -57,7 +57,7 @@ fn composed(
     let compose =
         format!("x-kiln: {{bases: {{measured: {base}}}}}\nservices: {{a: {{image: measured}}}}\n");
     fs::write(project.join("compose.yaml"), compose)?;
-    let kiln = crate::cargo::kiln()?;
+    let kiln = kiln()?;
     let lock = |root: &Path| -> Result<Duration, Failure> {
         let mut command = program(&kiln);
         command.arg("lock").arg(&project).env("KILN_ROOT", root);

@@ -373,14 +373,7 @@ impl Site<'_> {
                 let taped = self.taped(run, step, told.place);
                 let inputs = || self.run_inputs(&before, run, &mounts);
                 self.taped_run(building, key, told, taped.as_ref(), inputs, |files| {
-                    self.run(
-                        files,
-                        (run, &key),
-                        &mounts,
-                        taped.as_ref(),
-                        told.task,
-                        told.place.platform,
-                    )
+                    self.run(files, (run, &key), &mounts, taped.as_ref(), told)
                 })
             }
         }

@@ -3,8 +3,6 @@
 use std::io::{Cursor, Write};
 
 use super::*;
-use kiln_store::tree::Kind;
-
 use crate::files::Meta;
 use crate::rootfs::node;
 
