@@ -38,7 +38,10 @@ fn verdicts(project: &Project<'_>) -> Vec<Value> {
 fn nothing_of_tests_is_left(project: &Project<'_>) {
     let root = &project.kiln.root;
     let of_tests = |folder: &str, word: &str| -> Vec<String> {
-        let entries = fs::read_dir(root.join(folder)).into_iter().flatten().flatten();
+        let entries = fs::read_dir(root.join(folder))
+            .into_iter()
+            .flatten()
+            .flatten();
         let names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
         names.filter(|name| name.contains(word)).collect()
     };
@@ -67,7 +70,11 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     let ran = project.up().ok();
     ran.says(&["test check: the whole stack", "test check: passed"]);
     assert_eq!(project.page(), "one");
-    let served: Vec<String> = project.instances(None).into_iter().map(|i| i.service).collect();
+    let served: Vec<String> = project
+        .instances(None)
+        .into_iter()
+        .map(|i| i.service)
+        .collect();
     assert_eq!(served, ["web"], "the test is no part of the release");
     nothing_of_tests_is_left(&project);
     assert_eq!(verdicts(&project).len(), 1);
@@ -79,28 +86,43 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     project.up().ok();
     assert_eq!(verdicts(&project).len(), 1);
     let xml = fs::read_to_string(&report).unwrap();
-    assert!(xml.contains("<testsuite name=\"check (whole stack)\" tests=\"1\" failures=\"0\""), "{xml}");
-    assert!(xml.contains("<testcase name=\"start\" classname=\"web\""), "{xml}");
+    assert!(
+        xml.contains("<testsuite name=\"check (whole stack)\" tests=\"1\" failures=\"0\""),
+        "{xml}"
+    );
+    assert!(
+        xml.contains("<testcase name=\"start\" classname=\"web\""),
+        "{xml}"
+    );
 
     // A stack that is no good stays where it is.
     project.write("www/index.html", "two");
     let before = project.instances(None);
     let ran = project.run("up", &["--junit", &report]);
-    ran.code(&[5]).says(&["whole-stack test `check` failed", "exited with code 1"]);
+    ran.code(&[5])
+        .says(&["whole-stack test `check` failed", "exited with code 1"]);
     assert_eq!(project.page(), "one");
     assert_eq!(project.instances(None), before);
     assert_eq!(project.releases().len(), 1);
     nothing_of_tests_is_left(&project);
     let xml = fs::read_to_string(&report).unwrap();
-    assert!(xml.contains("<failure message=\"the whole-stack test"), "{xml}");
+    assert!(
+        xml.contains("<failure message=\"the whole-stack test"),
+        "{xml}"
+    );
 
     // Killed in the middle, it is swept by the next.
     project.write("www/check", "echo waiting; sleep 1000");
-    let mut running = project.start("up", &[]);
+    let running = project.start("up", &[]);
     wait_until("the test to run", || {
-        let of_test = |spec: &fs::DirEntry| spec.file_name().to_string_lossy().starts_with("check-");
+        let of_test =
+            |spec: &fs::DirEntry| spec.file_name().to_string_lossy().starts_with("check-");
         let instances = fs::read_dir(kiln.root.join("instances"));
-        instances.into_iter().flatten().flatten().any(|e| of_test(&e))
+        instances
+            .into_iter()
+            .flatten()
+            .flatten()
+            .any(|e| of_test(&e))
     });
     running.signal(Signal::KILL);
     running.end();
@@ -140,11 +162,17 @@ fn files_of_tests_decide_and_are_told_case_by_case() {
     // A changed file is tested again, although the image is the same.
     project.edit("tests/goss.yaml", "[one]", "['!one', '/<two> &/']");
     let ran = project.run("up", &["--junit", &report]);
-    ran.code(&[5]).says(&["tests/goss.yaml: http http://localhost:8000/: body", "!one"]);
+    ran.code(&[5])
+        .says(&["tests/goss.yaml: http http://localhost:8000/: body", "!one"]);
     let xml = fs::read_to_string(&report).unwrap();
     assert!(xml.contains("tests=\"6\" failures=\"1\""), "{xml}");
     assert!(xml.contains("&lt;two&gt; &amp;"), "{xml}");
-    project.edit("tests/goss.yaml", "port:", "service: {web: {running: true}}\nport:");
+    project.edit(
+        "tests/goss.yaml",
+        "port:",
+        "service: {web: {running: true}}\nport:",
+    );
     let ran = project.run("up", &[]);
-    ran.code(&[3]).says(&["goss.yaml:2:1", "kiln does not support `service`"]);
+    ran.code(&[3])
+        .says(&["goss.yaml:2:1", "kiln does not support `service`"]);
 }
