@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 use kiln_build::held::{self, Held};
 use kiln_build::test::{Case, CaseResult, Verdict};
 use kiln_compose::disk::DiskOptions;
+use kiln_daemon::api::client::ClientError;
+use kiln_daemon::api::error::ErrorKind;
 use kiln_daemon::api::types::{EventKind, ReleaseRequest};
 use kiln_model::spec::StackTest;
 use kiln_model::{Digest, EnvironmentName, Millis, Release};
@@ -70,6 +72,7 @@ pub async fn prove(
     suites: &mut Vec<Suite>,
 ) -> Result<(), Failure> {
     let service = candidate.test.service.as_str();
+    sweep(context).await?;
     let (release, project) = assemble(context, candidate).await?;
     let digest = release.digest().map_err(machine)?;
     let path = context.root.join("cache/tests");
@@ -83,8 +86,6 @@ pub async fn prove(
     let images: BTreeMap<String, Digest> = images
         .map(|(name, one)| (name.to_string(), one.image.digest))
         .collect();
-    context.need_daemon().await?;
-    sweep(context).await?;
     let began = Instant::now();
     errln!("test {service}: the whole stack, in an environment of its own");
     let result = throw_away(context, candidate.test, &release).await;
@@ -161,6 +162,7 @@ async fn throw_away(context: &Context, test: &StackTest, release: &Release) -> R
     let own = held.name().to_lowercase().replace(PREFIX, "");
     let environment = format!("{}-{own}", release.environment);
     let environment: EnvironmentName = environment.parse().map_err(machine)?;
+    context.need_daemon().await?;
     // Before there is one: what can't be found can't be swept.
     std::fs::write(held.path().join(NAME_FILE), environment.as_str()).map_err(machine)?;
     let named = alone::named(release.clone(), &environment)?;
@@ -260,8 +262,12 @@ async fn ended(
 
 /// Takes an environment away, whatever is going on in it. One that is not there is gone.
 async fn remove(context: &Context, environment: &EnvironmentName) -> Result<(), Failure> {
-    let Ok(status) = context.client.brief(environment).await else {
-        return Ok(());
+    // Without a daemon nobody can say whether it is there.
+    context.need_daemon().await?;
+    let status = match context.client.brief(environment).await {
+        Ok(status) => status,
+        Err(ClientError::Api(error)) if error.kind == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
     };
     if status.rollout.is_some() {
         // It may have ended meanwhile.
@@ -284,7 +290,7 @@ async fn remove(context: &Context, environment: &EnvironmentName) -> Result<(), 
 }
 
 /// Takes away what killed commands have left.
-pub async fn sweep(context: &Context) -> Result<(), Failure> {
+async fn sweep(context: &Context) -> Result<(), Failure> {
     let run = context.root.join("cache/run");
     if !run.exists() {
         return Ok(());

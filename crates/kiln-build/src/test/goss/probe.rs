@@ -110,10 +110,7 @@ fn file(inside: &Inside<'_>, path: &str, asked: Asked<'_>) -> Result<Found, Stri
     let kind = FileType::from_raw_mode(stat.st_mode);
     let mut found = Found::from([
         ("exists", json!(true)),
-        (
-            "mode",
-            json!(format!("{:#05o}", stat.st_mode & 0o7777).replace("0o", "0")),
-        ),
+        ("mode", json!(format!("{:04o}", stat.st_mode & 0o7777))),
         ("size", json!(stat.st_size)),
         ("uid", json!(stat.st_uid)),
         ("gid", json!(stat.st_gid)),
