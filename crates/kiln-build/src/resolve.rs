@@ -57,7 +57,7 @@ pub enum ResolveError {
 pub struct Resolver {
     pub store: Arc<Store>,
     pub debian: DebianContext,
-    pub registry: registry::Client,
+    pub registry: Arc<registry::Client>,
     pub platform: Platform,
     pub bases: BTreeMap<String, DebianBase>,
     /// `x-kiln.debian.mirror`.

@@ -1,6 +1,7 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod export;
 mod prove;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,8 @@ use crate::cache::Keeper;
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
 use crate::{named, ops};
+use export::Outgoing;
+pub use export::Shares;
 
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
@@ -56,6 +59,10 @@ pub struct Assembler<'a> {
     had: BTreeSet<Digest>,
     /// What RUNs fetch is fetched and recorded anew.
     live: bool,
+    /// Caches of others, beside those of the project.
+    shares: Shares,
+    /// What builds are to give to others; learns.
+    outgoing: Mutex<Outgoing>,
 }
 
 /// What `kiln watch` has beside the project, by service; nothing for everyone else.
@@ -112,8 +119,8 @@ impl<'a> Assembler<'a> {
         let registry = registry::Client::new(registry::Options {
             credentials: credentials(),
             ..registry::Options::default()
-        })
-        .map_err(machine)?;
+        });
+        let registry = Arc::new(registry.map_err(machine)?);
         let debian = DebianContext {
             blobs: store.clone(),
             run_scripts: debian::sandbox::runner(runtime.clone(), cancel.clone()),
@@ -134,7 +141,7 @@ impl<'a> Assembler<'a> {
         let resolver = Resolver {
             store: store.clone(),
             debian,
-            registry,
+            registry: registry.clone(),
             platform: platform.parse().map_err(machine)?,
             bases: loaded.spec.bases.clone(),
             mirror: loaded.spec.debian_mirror.clone(),
@@ -148,6 +155,7 @@ impl<'a> Assembler<'a> {
             progress: progress.clone(),
             network: Arc::new(Network::new(&context.root, &cache, host_resolver())),
             fetches: Builder::fetches(&cache),
+            registry,
             cache: cache.clone(),
         };
         let tester = Tester {
@@ -166,6 +174,8 @@ impl<'a> Assembler<'a> {
             had,
             keeper,
             live: false,
+            shares: Shares::default(),
+            outgoing: Mutex::default(),
             allowed,
             context,
             loaded,
@@ -180,6 +190,11 @@ impl<'a> Assembler<'a> {
 
     pub fn live(mut self, live: bool) -> Self {
         self.live = live;
+        self
+    }
+
+    pub fn shares(mut self, shares: Shares) -> Self {
+        self.shares = shares;
         self
     }
 
@@ -291,6 +306,7 @@ impl<'a> Assembler<'a> {
                 .ok_or_else(|| machine(format!("the image {digest} left the store")))?;
             images.insert(name.clone(), image);
         }
+        self.export().await?;
         // Images that are not built again tell nothing of what is in them.
         if over.bases.is_empty() {
             self.tell_unused();
@@ -365,6 +381,7 @@ impl<'a> Assembler<'a> {
         };
         let request = self.build_request(name.as_str(), build, lock)?;
         let (pins, recordings) = (request.pins.clone(), request.recordings.clone());
+        self.to_export(&request)?;
         let platform = request.platform.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
@@ -450,7 +467,7 @@ impl<'a> Assembler<'a> {
             secrets.insert(id.clone(), self.secret_value(key)?.to_vec());
         }
         Ok(BuildRequest {
-            build: build.clone(),
+            build: self.shares.added_to(build.clone()),
             name: name.to_owned(),
             platform: kiln_oci::host_platform(),
             secrets,
@@ -462,6 +479,7 @@ impl<'a> Assembler<'a> {
             )),
             live: self.live,
             allowed: self.allowed.clone(),
+            results: Arc::default(),
             cancel: self.cancel.clone(),
         })
     }

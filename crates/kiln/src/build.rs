@@ -32,7 +32,7 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
         return verify(context, args).await;
     }
     let live = args.network == Fetching::Live;
-    let (_, release) = up::assembled(context, &args.project, live).await?;
+    let (_, release) = up::assembled(context, &args.project, live, args.shared.shares()).await?;
     if context.json {
         return output::json(&release);
     }
@@ -48,6 +48,7 @@ async fn verify(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
     let live = args.network == Fetching::Live;
     let assembler = up::assembler(context, &loaded, &cancel)?.live(live);
+    let assembler = assembler.shares(args.shared.shares());
     let found = tokio::select! {
         found = assembler.verify() => found?,
         () = up::interrupted(cancel.clone()) => {

@@ -7,8 +7,8 @@ use kiln_compose::Loaded;
 use kiln_daemon::api::types::{ReleaseAnswer, ReleaseRequest, RollbackRequest};
 use kiln_model::{EnvironmentName, Progress, ReleaseNumber};
 
-use crate::assemble::{Assembled, Assembler, Over};
-use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
+use crate::assemble::{Assembled, Assembler, Over, Shares};
+use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, SharedCacheArgs, UpArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
 use crate::{output, progress, project, rollout};
@@ -18,7 +18,7 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     context.make_root()?;
     // Held from the first write until the daemon has pinned what the release needs.
     let _lease = context.store()?.lease().map_err(machine)?;
-    let (environment, release) = assembled(context, &args.project, false).await?;
+    let (environment, release) = assembled(context, &args.project, false, args.shares()).await?;
     context.need_daemon().await?;
     let request = ReleaseRequest {
         release,
@@ -43,11 +43,32 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     print_urls(context, &environment).await
 }
 
+impl SharedCacheArgs {
+    pub fn shares(&self) -> Shares {
+        Shares {
+            from: self.cache_from.clone(),
+            to: self.cache_to.clone(),
+            no_export: false,
+        }
+    }
+}
+
+impl UpArgs {
+    /// What is only shown is given to nobody.
+    fn shares(&self) -> Shares {
+        Shares {
+            no_export: self.dry_run,
+            ..self.shared.shares()
+        }
+    }
+}
+
 pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
     let args = UpArgs {
         project: args.clone(),
         dry_run: true,
         detach: false,
+        shared: SharedCacheArgs::default(),
     };
     up(context, &args).await
 }
@@ -57,6 +78,7 @@ pub async fn assembled(
     context: &Context,
     args: &ProjectArgs,
     live: bool,
+    shares: Shares,
 ) -> Result<(EnvironmentName, kiln_model::Release), Failure> {
     let loaded = project::load(args)?;
     let environment = match &args.environment {
@@ -65,7 +87,8 @@ pub async fn assembled(
     }
     .map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = assembler(context, &loaded, &cancel)?.live(live);
+    let assembler = assembler(context, &loaded, &cancel)?;
+    let assembler = assembler.live(live).shares(shares);
     let assembled = assemble(&assembler, &cancel, &environment, &Over::default()).await?;
     Ok((environment, assembled.release))
 }

@@ -22,6 +22,7 @@ use crate::exec::state::Files;
 use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
 use crate::graph::{self, Origin};
 use crate::secrets::{self, Given, Located, Refused};
+use crate::shared::Import;
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
 const MAX_AT_ONCE: usize = 8;
@@ -62,6 +63,7 @@ impl<'a> Run<'a> {
         prepared: &'a Prepared,
         images: &'a BTreeMap<String, Digest>,
         context: Option<&'a ContextSource>,
+        import: Option<&'a Import>,
         conditions: Conditions,
     ) -> Result<Self, BuildError> {
         let request = &prepared.request;
@@ -108,6 +110,8 @@ impl<'a> Run<'a> {
             ssh: &request.ssh,
             cancel: &request.cancel,
             context,
+            results: request.results.clone(),
+            import,
         };
         Ok(Self {
             builder,
@@ -137,6 +141,8 @@ impl<'a> Run<'a> {
         document.created = Some(timestamp(self.site.epoch));
         document.diff_ids = target.building.layers.iter().map(|l| l.diff_id).collect();
         document.config.platform = self.prepared.request.platform.clone();
+        let layers = target.building.layers.iter().map(|l| l.digest);
+        self.site.results.image(layers);
         let tree = target.building.files.exact_tree();
         Ok(((document, target.building.layers), tree))
     }

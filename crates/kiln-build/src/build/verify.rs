@@ -68,7 +68,7 @@ impl Builder {
             ..self.clone()
         };
         std::thread::sleep(LATER);
-        let second = elsewhere.carry_out_under(prepared, images, Conditions::Other)?;
+        let second = elsewhere.carry_out_under(prepared, images, None, Conditions::Other)?;
         if second == *first {
             return Ok(Vec::new());
         }

@@ -22,7 +22,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::eyes::Eyes;
 use self::rules::{Laid, Turn, Watched};
-use crate::assemble::Over;
+use crate::assemble::{Over, Shares};
 use crate::cli::WatchArgs;
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
@@ -191,7 +191,12 @@ impl<'a> Watch<'a> {
                 .collect(),
             synced: laid.synced(),
         };
-        let assembler = up::assembler(self.context, &loaded, &cancel)?;
+        // Others get what was built on purpose, not what each save came to.
+        let shares = Shares {
+            no_export: true,
+            ..Shares::default()
+        };
+        let assembler = up::assembler(self.context, &loaded, &cancel)?.shares(shares);
         let assembled = up::assemble(&assembler, &cancel, &self.environment, &over).await?;
         self.bases = assembled.bases;
         for rule in &mut self.rules {
