@@ -65,7 +65,7 @@ pub enum ResolveError {
 pub struct Resolver {
     pub store: Arc<Store>,
     pub debian: DebianContext,
-    pub registry: registry::Client,
+    pub registry: Arc<registry::Client>,
     /// Where nothing else is said: this host's.
     pub platform: Platform,
     pub bases: BTreeMap<String, DebianBase>,

@@ -124,7 +124,7 @@ fn commands_of_a_structure_file_each_begin_with_the_image_as_it_is() {
     let request = naming(
         request(image, "sleep 60"),
         SuiteKind::Structure,
-        Suite::Structure(suite),
+        Suite::Structure(Box::new(suite)),
     );
     let cases = cases(&one, &request);
     let causes = causes(&cases);
@@ -260,7 +260,7 @@ fn files_and_configuration_are_looked_at_without_a_run() {
     let request = naming(
         request(image, "sleep 60"),
         SuiteKind::Structure,
-        Suite::Structure(suite),
+        Suite::Structure(Box::new(suite)),
     );
     let cases = cases(&one, &request);
     let causes = causes(&cases);

@@ -56,7 +56,7 @@ fn structure(name: &str, text: &str) -> (Check, Structure) {
     };
     assert!(loaded.files_read.contains(&Path::new("/p").join(name)));
     match &loaded.spec.suites[&digest] {
-        Suite::Structure(suite) => (check, suite.clone()),
+        Suite::Structure(suite) => (check, *suite.clone()),
         other => panic!("{other:?}"),
     }
 }

@@ -43,6 +43,8 @@ pub enum ProgressEvent {
     },
     /// Why it could not be taken from a cache.
     Explained { task: String, why: String },
+    /// Its result was taken from a cache that others write to.
+    Taken { task: String, from: String },
     /// Something a person should know that stops nothing.
     Warning { task: String, text: String },
 }

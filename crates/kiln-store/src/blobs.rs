@@ -1,14 +1,52 @@
 //! Blobs: manifests, configurations and layers as they came, by their digest. Served to
 //! and filled by kiln-oci through its traits.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 
 use kiln_model::Digest;
 use kiln_oci::blob::VerifyingReader;
 use kiln_oci::{BlobRead, BlobWrite, BlobWriteError, Expected};
 
 use crate::layout::{PathError, Shelf};
-use crate::store::{PutError, Store, copy, file_size, open};
+use crate::store::{PutError, Store, Unfinished, copy, file_size, open};
+
+/// A blob that is written by whoever hashes it; gone if it is dropped.
+pub struct NewBlob<'s> {
+    store: &'s Store,
+    unfinished: Unfinished,
+}
+
+impl Store {
+    pub fn new_blob(&self) -> Result<NewBlob<'_>, PathError> {
+        let unfinished = self.unfinished()?;
+        Ok(NewBlob {
+            store: self,
+            unfinished,
+        })
+    }
+}
+
+impl NewBlob<'_> {
+    /// Keeps it under the digest and size (bytes) of all that was written, for which the
+    /// caller vouches.
+    pub fn keep(self, digest: &Digest, size: u64) -> Result<(), PathError> {
+        let store = self.store;
+        if store.reuse(Shelf::Blobs, digest, Some(size))?.is_some() {
+            return Ok(());
+        }
+        store.publish(Shelf::Blobs, digest, size, self.unfinished)
+    }
+}
+
+impl Write for NewBlob<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.unfinished.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl BlobRead for Store {
     fn open(&self, digest: &Digest) -> io::Result<Option<Box<dyn Read + Send>>> {

@@ -15,13 +15,24 @@ use crate::layout::{Layout, PathError, Shelf, at};
 
 /// Appends a record; the caller holds the publishing lock.
 pub(crate) fn note(layout: &Layout, shelf: Shelf, digest: &Digest) -> Result<(), PathError> {
-    let mut record = Vec::with_capacity(66);
-    record.push(b'\n');
-    record.push(shelf.letter());
-    record.extend_from_slice(digest.hex().as_bytes());
+    note_all(layout, shelf, std::iter::once(digest))
+}
+
+/// The same of several, with one write.
+pub(crate) fn note_all<'d>(
+    layout: &Layout,
+    shelf: Shelf,
+    digests: impl ExactSizeIterator<Item = &'d Digest>,
+) -> Result<(), PathError> {
+    let mut records = Vec::with_capacity(digests.len() * 66);
+    for digest in digests {
+        records.push(b'\n');
+        records.push(shelf.letter());
+        records.extend_from_slice(digest.hex().as_bytes());
+    }
     let mut journal = layout.journal()?;
     journal
-        .write_all(&record)
+        .write_all(&records)
         .map_err(|source| at("write", &layout.sub("journal"))(source))
 }
 

@@ -6,6 +6,7 @@ use kiln_oci::layer::{
     Entry, EntryKind, LayerItem, LayerReadError, LayerReader, Limits, Whiteouts,
 };
 
+use crate::batch::Batch;
 use crate::layout::PathError;
 use crate::store::{PutError, Store};
 use crate::tree::{
@@ -80,11 +81,12 @@ impl Store {
     ) -> Result<Vec<LayerChange>, ChangesError> {
         let mut changes = Vec::new();
         let mut metadata = 0;
+        let mut batch = self.batch();
         while let Some(item) = reader.next_entry()? {
             let change = match item {
                 LayerItem::Whiteout { path } => LayerChange::Whiteout { path },
                 LayerItem::OpaqueDir { path } => LayerChange::Opaque { path },
-                LayerItem::Entry(entry) => self.import_entry(entry, &mut reader)?,
+                LayerItem::Entry(entry) => import_entry(&mut batch, entry, &mut reader)?,
             };
             metadata += change.cost();
             if metadata > MAX_METADATA_BYTES {
@@ -93,45 +95,46 @@ impl Store {
             changes.push(change);
         }
         reader.finish(diff_id)?;
+        batch.finish()?;
         Ok(changes)
     }
+}
 
-    fn import_entry(
-        &self,
-        entry: Entry,
-        reader: &mut LayerReader<'_>,
-    ) -> Result<LayerChange, ChangesError> {
-        let kind = match entry.kind {
-            EntryKind::Hardlink { target } => {
-                return Ok(LayerChange::Link {
-                    path: entry.path,
-                    target,
-                });
-            }
-            EntryKind::File { .. } => {
-                let (digest, size) = self.put_object(reader).map_err(unwrap)?;
-                Kind::File { digest, size }
-            }
-            EntryKind::Dir => Kind::Dir,
-            EntryKind::Symlink { target } => Kind::Symlink { target },
-            EntryKind::Char { major, minor } => Kind::Char { major, minor },
-            EntryKind::Block { major, minor } => Kind::Block { major, minor },
-            EntryKind::Fifo => Kind::Fifo,
-        };
-        Ok(LayerChange::Node {
-            path: entry.path,
-            node: Node {
-                meta: Metadata {
-                    mode: entry.mode,
-                    uid: entry.uid,
-                    gid: entry.gid,
-                    mtime: Mtime::seconds(entry.mtime),
-                    xattrs: entry.xattrs,
-                },
-                kind,
+fn import_entry(
+    batch: &mut Batch<'_>,
+    entry: Entry,
+    reader: &mut LayerReader<'_>,
+) -> Result<LayerChange, ChangesError> {
+    let kind = match entry.kind {
+        EntryKind::Hardlink { target } => {
+            return Ok(LayerChange::Link {
+                path: entry.path,
+                target,
+            });
+        }
+        EntryKind::File { size } => {
+            let (digest, size) = batch.put(reader, size).map_err(unwrap)?;
+            Kind::File { digest, size }
+        }
+        EntryKind::Dir => Kind::Dir,
+        EntryKind::Symlink { target } => Kind::Symlink { target },
+        EntryKind::Char { major, minor } => Kind::Char { major, minor },
+        EntryKind::Block { major, minor } => Kind::Block { major, minor },
+        EntryKind::Fifo => Kind::Fifo,
+    };
+    Ok(LayerChange::Node {
+        path: entry.path,
+        node: Node {
+            meta: Metadata {
+                mode: entry.mode,
+                uid: entry.uid,
+                gid: entry.gid,
+                mtime: Mtime::seconds(entry.mtime),
+                xattrs: entry.xattrs,
             },
-        })
-    }
+            kind,
+        },
+    })
 }
 
 /// The reader hands its own error through `io::Error`.

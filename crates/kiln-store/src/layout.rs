@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_model::Digest;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{AtFlags, FlockOperation, flock, statat};
 
 /// Version of the folder as a whole; see the crate's documentation.
 pub(crate) const FORMAT: &str = "kiln-store 1\n";
@@ -85,6 +85,8 @@ pub(crate) struct Layout {
     /// lock belongs to the handle.
     idle_locks: Mutex<Vec<File>>,
     journal: OnceLock<File>,
+    /// The objects' folder: thousands of them are looked at, each by a short way.
+    objects: OnceLock<File>,
 }
 
 /// The store's lock, while held.
@@ -111,6 +113,28 @@ impl Layout {
             root,
             idle_locks: Mutex::new(Vec::new()),
             journal: OnceLock::new(),
+            objects: OnceLock::new(),
+        }
+    }
+
+    /// An object's size; `None`: it is not there.
+    pub(crate) fn object_size(&self, digest: &Digest) -> Result<Option<u64>, PathError> {
+        let folder = match self.objects.get() {
+            Some(folder) => folder,
+            None => {
+                let path = self.folder(Shelf::Objects);
+                let folder = File::open(&path).map_err(at("open", &path))?;
+                self.objects.get_or_init(|| folder)
+            }
+        };
+        let mut name = digest.hex();
+        name.insert(2, '/');
+        match statat(folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat.st_size.cast_unsigned())),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(error) => Err(at("look at", &self.path(Shelf::Objects, digest))(
+                error.into(),
+            )),
         }
     }
 

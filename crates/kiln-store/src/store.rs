@@ -14,10 +14,10 @@ use crate::layout::{
     FORMAT, Layout, PathError, Shelf, at, entries, locked, read_file, remove_file, try_lock,
 };
 
-/// Content up to this size is looked up by its digest before any file is made.
-const SMALL: usize = 1 << 20;
 /// Bytes copied at a time.
 const PIECE: usize = 128 << 10;
+/// Bytes that content is thought to have of which nobody has said it: most files are small.
+const LIKELY: u64 = 8 << 10;
 
 /// The store in one folder; see the crate. Any number of processes, and of these in one
 /// process, may use a folder at once.
@@ -59,15 +59,27 @@ pub enum PutError {
     Store(#[from] PathError),
 }
 
-/// A file not yet in its place; removed when dropped there.
+/// A file not yet in its place, while it is written.
 pub(crate) struct Unfinished {
-    pub(crate) path: PathBuf,
     pub(crate) file: File,
+    pub(crate) at: Waiting,
+}
+
+/// The same when it is written and closed; removed when dropped there.
+pub(crate) struct Waiting {
+    pub(crate) path: PathBuf,
     /// It has got its place.
     moved: bool,
 }
 
-impl Drop for Unfinished {
+impl Unfinished {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), PathError> {
+        let Self { file, at: waiting } = self;
+        file.write_all(bytes).map_err(at("write", &waiting.path))
+    }
+}
+
+impl Drop for Waiting {
     fn drop(&mut self) {
         if !self.moved {
             // Where that fails, gc removes it with its session.
@@ -113,23 +125,12 @@ impl Store {
     }
 
     /// Takes file content in: its digest and size in bytes. Not yet durable: see
-    /// [`Store::sync`].
+    /// [`Store::sync`]. Many at a time: [`Store::batch`].
     pub fn put_object(&self, content: &mut dyn Read) -> Result<(Digest, u64), PutError> {
-        let mut first = Vec::new();
-        content
-            .take(SMALL as u64)
-            .read_to_end(&mut first)
-            .map_err(PutError::Source)?;
-        if first.len() < SMALL {
-            let digest = Digest::of(&first);
-            self.put_bytes(Shelf::Objects, &digest, &first)?;
-            return Ok((digest, first.len() as u64));
-        }
-        let mut unfinished = self.unfinished()?;
-        let mut whole = first.as_slice().chain(content);
-        let (digest, size) = copy(&mut whole, &mut unfinished)?;
-        self.publish(Shelf::Objects, &digest, size, unfinished)?;
-        Ok((digest, size))
+        let mut batch = self.batch();
+        let put = batch.put(content, LIKELY)?;
+        batch.finish()?;
+        Ok(put)
     }
 
     /// Where an object's file is, whether it is there or not.
@@ -140,6 +141,11 @@ impl Store {
     /// The file that holds a blob, whether it is there or not.
     pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.layout.path(Shelf::Blobs, digest)
+    }
+
+    /// An object's size in bytes; `None`: there is no such object.
+    pub fn object_size(&self, digest: &Digest) -> Result<Option<u64>, PathError> {
+        self.layout.object_size(digest)
     }
 
     /// An object's content; `None`: there is no such object.
@@ -168,10 +174,7 @@ impl Store {
             return Ok(());
         }
         let mut unfinished = self.unfinished()?;
-        unfinished
-            .file
-            .write_all(bytes)
-            .map_err(at("write", &unfinished.path))?;
+        unfinished.write(bytes)?;
         self.publish(shelf, digest, bytes.len() as u64, unfinished)
     }
 
@@ -183,12 +186,15 @@ impl Store {
         digest: &Digest,
         size: Option<u64>,
     ) -> Result<Option<u64>, PathError> {
-        let path = self.layout.path(shelf, digest);
-        if file_size(&path)?.is_none() {
+        let size_of = || match shelf {
+            Shelf::Objects => self.layout.object_size(digest),
+            _ => file_size(&self.layout.path(shelf, digest)),
+        };
+        if size_of()?.is_none() {
             return Ok(None);
         }
         let _lock = self.layout.publishing()?;
-        let found = file_size(&path)?.filter(|found| size.is_none_or(|size| size == *found));
+        let found = size_of()?.filter(|found| size.is_none_or(|size| size == *found));
         if found.is_some() {
             journal::note(&self.layout, shelf, digest)?;
         }
@@ -201,23 +207,26 @@ impl Store {
         shelf: Shelf,
         digest: &Digest,
         size: u64,
-        mut unfinished: Unfinished,
+        unfinished: Unfinished,
     ) -> Result<(), PathError> {
-        let path = self.layout.path(shelf, digest);
-        let _lock = self.layout.publishing()?;
-        journal::note(&self.layout, shelf, digest)?;
-        match renameat_with(CWD, &unfinished.path, CWD, &path, RenameFlags::NOREPLACE) {
-            Ok(()) => {
-                unfinished.moved = true;
-                return Ok(());
-            }
-            // A file of another size is what a power cut left: replaced.
-            Err(rustix::io::Errno::EXIST) if file_size(&path)? == Some(size) => return Ok(()),
-            Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL) => {}
-            Err(error) => return Err(at("write", &path)(error.into())),
+        self.publish_all(shelf, vec![(*digest, size, unfinished.at)])
+    }
+
+    /// The same of several, under one lock.
+    pub(crate) fn publish_all(
+        &self,
+        shelf: Shelf,
+        finished: Vec<(Digest, u64, Waiting)>,
+    ) -> Result<(), PathError> {
+        if finished.is_empty() {
+            return Ok(());
         }
-        fs::rename(&unfinished.path, &path).map_err(at("write", &path))?;
-        unfinished.moved = true;
+        let _lock = self.layout.publishing()?;
+        let digests = finished.iter().map(|(digest, ..)| digest);
+        journal::note_all(&self.layout, shelf, digests)?;
+        for (digest, size, waiting) in finished {
+            put_in_place(waiting, &self.layout.path(shelf, &digest), size)?;
+        }
         Ok(())
     }
 
@@ -225,12 +234,11 @@ impl Store {
     /// what they name is there.
     pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), PathError> {
         let mut unfinished = self.unfinished()?;
-        let write = at("write", &unfinished.path);
-        (unfinished.file.write_all(bytes))
-            .and_then(|()| unfinished.file.sync_all())
-            .map_err(write)?;
-        fs::rename(&unfinished.path, path).map_err(at("write", path))?;
-        unfinished.moved = true;
+        unfinished.write(bytes)?;
+        let Unfinished { file, at: mut tmp } = unfinished;
+        file.sync_all().map_err(at("write", &tmp.path))?;
+        fs::rename(&tmp.path, path).map_err(at("write", path))?;
+        tmp.moved = true;
         let folder = path.parent().unwrap_or(&self.layout.root);
         File::open(folder)
             .and_then(|folder| folder.sync_all())
@@ -248,11 +256,9 @@ impl Store {
             .mode(0o444)
             .open(&path)
             .map_err(at("make", &path))?;
-        Ok(Unfinished {
-            path,
-            file,
-            moved: false,
-        })
+        let moved = false;
+        let at = Waiting { path, moved };
+        Ok(Unfinished { file, at })
     }
 
     fn session_folder(&self) -> Result<PathBuf, PathError> {
@@ -326,12 +332,25 @@ pub(crate) fn copy(
             Err(error) => return Err(PutError::Source(error)),
         };
         hasher.update(&piece[..n]);
-        unfinished
-            .file
-            .write_all(&piece[..n])
-            .map_err(at("write", &unfinished.path))?;
+        unfinished.write(&piece[..n])?;
         size += n as u64;
     }
+}
+
+fn put_in_place(mut waiting: Waiting, path: &Path, size: u64) -> Result<(), PathError> {
+    match renameat_with(CWD, &waiting.path, CWD, path, RenameFlags::NOREPLACE) {
+        Ok(()) => {
+            waiting.moved = true;
+            return Ok(());
+        }
+        // A file of another size is what a power cut left: replaced.
+        Err(rustix::io::Errno::EXIST) if file_size(path)? == Some(size) => return Ok(()),
+        Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL) => {}
+        Err(error) => return Err(at("write", path)(error.into())),
+    }
+    fs::rename(&waiting.path, path).map_err(at("write", path))?;
+    waiting.moved = true;
+    Ok(())
 }
 
 /// A file's size; `None`: it is not there.

@@ -1,13 +1,13 @@
 //! Trees on disk: `trees/<sha256 of the file>.erofs`, in the format of [`crate::erofs`].
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 
 use kiln_model::Digest;
 use kiln_model::instance::TreePaths;
 
 use crate::erofs::{self, ErofsReadError, ErofsWriteError};
 use crate::layout::{PathError, Shelf, read_file};
-use crate::store::{Store, file_size};
+use crate::store::Store;
 use crate::tree::{Change, Kind, Tree, diff};
 
 /// Why a tree could not be written.
@@ -90,12 +90,12 @@ impl Store {
 
     /// Every object that `tree` names is there with its size.
     pub(crate) fn check_objects(&self, tree: &Tree) -> Result<(), WriteTreeError> {
-        let mut seen = BTreeSet::new();
+        let mut seen = HashSet::new();
         for item in tree.walk() {
             if let Kind::File { digest, size } = item.node.kind
                 && size > 0
                 && seen.insert(digest)
-                && file_size(&self.object_path(&digest))? != Some(size)
+                && self.layout.object_size(&digest)? != Some(size)
             {
                 return Err(WriteTreeError::MissingObject {
                     path: item.path,

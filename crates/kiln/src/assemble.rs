@@ -1,6 +1,7 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod export;
 mod platforms;
 mod prove;
 
@@ -37,6 +38,8 @@ use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
 use crate::junit::Suite;
 use crate::{named, ops};
+use export::Outgoing;
+pub use export::Shares;
 
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
@@ -61,6 +64,10 @@ pub struct Assembler<'a> {
     live: bool,
     /// How each image did in its test.
     suites: Mutex<Vec<Suite>>,
+    /// Caches of others, beside those of the project.
+    shares: Shares,
+    /// What builds are to give to others; learns.
+    outgoing: Mutex<Outgoing>,
 }
 
 /// What `kiln watch` and whole-stack tests have beside the project, by service; nothing for
@@ -120,8 +127,8 @@ impl<'a> Assembler<'a> {
         let registry = registry::Client::new(registry::Options {
             credentials: credentials(),
             ..registry::Options::default()
-        })
-        .map_err(machine)?;
+        });
+        let registry = Arc::new(registry.map_err(machine)?);
         let debian = DebianContext {
             blobs: store.clone(),
             run_scripts: debian::sandbox::runner(runtime.clone(), cancel.clone()),
@@ -142,7 +149,7 @@ impl<'a> Assembler<'a> {
         let resolver = Resolver {
             store: store.clone(),
             debian,
-            registry,
+            registry: registry.clone(),
             platform: platform.parse().map_err(machine)?,
             bases: loaded.spec.bases.clone(),
             mirror: loaded.spec.debian_mirror.clone(),
@@ -156,6 +163,7 @@ impl<'a> Assembler<'a> {
             progress: progress.clone(),
             network: Arc::new(Network::new(&context.root, &cache, host_resolver())),
             fetches: Builder::fetches(&cache),
+            registry,
             cache: cache.clone(),
         };
         let tester = Tester {
@@ -175,6 +183,8 @@ impl<'a> Assembler<'a> {
             keeper,
             live: false,
             suites: Mutex::default(),
+            shares: Shares::default(),
+            outgoing: Mutex::default(),
             allowed,
             context,
             loaded,
@@ -196,6 +206,11 @@ impl<'a> Assembler<'a> {
     pub fn suites(&self) -> Vec<Suite> {
         let suites = self.suites.lock().unwrap_or_else(PoisonError::into_inner);
         suites.clone()
+    }
+
+    pub fn shares(mut self, shares: Shares) -> Self {
+        self.shares = shares;
+        self
     }
 
     fn spec(&self) -> &Spec {
@@ -307,6 +322,7 @@ impl<'a> Assembler<'a> {
             let digest = self.synced(name, base, over)?;
             images.insert(name.clone(), self.recorded(&digest)?);
         }
+        self.export().await?;
         // Images that are not built again tell nothing of what is in them.
         if over.bases.is_empty() {
             self.tell_unused();
@@ -382,6 +398,8 @@ impl<'a> Assembler<'a> {
         };
         let request = self.build_request(name.as_str(), build, platform, lock)?;
         let (pins, recordings) = (request.pins.clone(), request.recordings.clone());
+        self.to_export(&request)?;
+        let platform = request.platform.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
         let began = Instant::now();
@@ -474,7 +492,7 @@ impl<'a> Assembler<'a> {
         Ok(BuildRequest {
             build: kiln_model::spec::Build {
                 time_limit,
-                ..build.clone()
+                ..self.shares.added_to(build.clone())
             },
             name: name.to_owned(),
             platform: platform.to_owned(),
@@ -485,6 +503,7 @@ impl<'a> Assembler<'a> {
             recordings: Arc::new(recordings.keeping(Kept::beside(&lock_path))),
             live: self.live,
             allowed: self.allowed.clone(),
+            results: Arc::default(),
             cancel: self.cancel.clone(),
         })
     }

@@ -42,6 +42,7 @@ pub async fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let asked = Asked {
         stack: false,
         live,
+        shares: args.shared.shares(),
         junit: args.junit.as_deref(),
     };
     let release = Proven::of(context, &args.project, asked).await?.release;
@@ -69,7 +70,8 @@ async fn images(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let loaded = project::load(&args.project)?;
     let cancel = Arc::new(AtomicBool::new(false));
     let live = args.network == Fetching::Live;
-    let assembler = up::assembler(context, &loaded, &cancel)?.live(live);
+    let assembler = up::assembler(context, &loaded, &cancel)?;
+    let assembler = assembler.live(live).shares(args.shared.shares());
     let work = async {
         let built = assembler.images(&args.platform).await?;
         let tested = match assembler.tests_here(&built) {
@@ -124,6 +126,7 @@ async fn verify(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
     let live = args.network == Fetching::Live;
     let assembler = up::assembler(context, &loaded, &cancel)?.live(live);
+    let assembler = assembler.shares(args.shared.shares());
     let found = tokio::select! {
         found = assembler.verify() => found?,
         () = up::interrupted(cancel.clone()) => {

@@ -233,6 +233,8 @@ pub struct UpArgs {
     /// Return as soon as the rollout has begun
     #[arg(short, long)]
     pub detach: bool,
+    #[command(flatten)]
+    pub shared: SharedCacheArgs,
     /// Write how each check went to FILE, as JUnit's XML
     #[arg(long, value_name = "FILE")]
     pub junit: Option<PathBuf>,
@@ -245,6 +247,26 @@ pub struct TestArgs {
     /// Write how each check went to FILE, as JUnit's XML
     #[arg(long, value_name = "FILE")]
     pub junit: Option<PathBuf>,
+}
+
+/// Results of instructions, shared with other machines.
+#[derive(Args, Clone, Debug, Default)]
+pub struct SharedCacheArgs {
+    /// Take results of instructions from a cache in a registry (repeatable)
+    ///
+    /// A reference, or `type=registry,ref=REFERENCE`; beside `build.cache_from` of the project.
+    /// Layers are verified, but what an instruction makes is what the cache says: whoever may
+    /// write to it decides what is built. What is taken is told. A cache that can't be used is
+    /// told, and the build goes on without.
+    #[arg(long, value_name = "REF")]
+    pub cache_from: Vec<String>,
+    /// Put the results of all instructions into a registry (repeatable)
+    ///
+    /// A reference, or `type=registry,ref=REFERENCE`, with `mode=min` (only of the image's own
+    /// layers; `max`, all stages, unless stated) and `ignore-error=true`; beside
+    /// `build.cache_to` of the project. Results in which secrets were found are not exported.
+    #[arg(long, value_name = "REF")]
+    pub cache_to: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -300,6 +322,8 @@ pub struct BuildArgs {
     /// How to show what is being done
     #[arg(long, value_enum, default_value_t = Form::Auto)]
     pub progress: Form,
+    #[command(flatten)]
+    pub shared: SharedCacheArgs,
     /// Write how each check of the images went to FILE, as JUnit's XML
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "verify", "prune"])]
     pub junit: Option<PathBuf>,

@@ -78,6 +78,7 @@ fn plain_line(event: &ProgressEvent, explain: bool) -> Option<String> {
         ProgressEvent::Finished { task, how, took } => finished_line(task, how, *took),
         ProgressEvent::Explained { .. } if !explain => return None,
         ProgressEvent::Explained { task, why } => format!("{task}: not from the cache: {why}"),
+        ProgressEvent::Taken { task, from } => format!("{task}: taken from the cache {from}"),
         ProgressEvent::Warning { task, text } => format!("warning: {task}: {text}"),
     })
 }
@@ -144,9 +145,9 @@ impl Progress for Terminal {
                 // Steps of one build are many; what was cached is not worth a line.
                 (*how != Finish::Cached).then(|| finished_line(task, how, *took))
             }
-            ProgressEvent::Explained { .. } | ProgressEvent::Warning { .. } => {
-                plain_line(&event, self.explain)
-            }
+            ProgressEvent::Explained { .. }
+            | ProgressEvent::Taken { .. }
+            | ProgressEvent::Warning { .. } => plain_line(&event, self.explain),
         };
         screen.draw(line.as_deref());
     }

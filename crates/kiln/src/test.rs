@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use kiln_build::test::CaseResult;
 use kiln_model::{EnvironmentName, Release};
 
-use crate::assemble::{Assembled, Over};
+use crate::assemble::{Assembled, Over, Shares};
 use crate::cli::{ProjectArgs, TestArgs};
 use crate::context::Context;
 use crate::failure::{Failure, machine};
@@ -39,12 +39,14 @@ pub async fn test(context: &Context, args: &TestArgs) -> Result<(), Failure> {
 }
 
 /// How much is asked.
-#[derive(Clone, Copy)]
+#[derive(Default)]
 pub struct Asked<'a> {
     /// The whole stack, too, where the project has a test of it.
     pub stack: bool,
     /// What RUNs fetch is fetched and recorded anew.
     pub live: bool,
+    /// Caches of others.
+    pub shares: Shares,
     /// Where the report goes.
     pub junit: Option<&'a Path>,
 }
@@ -53,8 +55,8 @@ impl<'a> Asked<'a> {
     pub fn whole(junit: Option<&'a Path>) -> Self {
         Self {
             stack: true,
-            live: false,
             junit,
+            ..Self::default()
         }
     }
 }
@@ -99,7 +101,8 @@ async fn prove(
     let loaded = project::load_with(&options)?;
     let environment = up::environment(args, &loaded)?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = up::assembler(context, &loaded, &cancel)?.live(asked.live);
+    let assembler = up::assembler(context, &loaded, &cancel)?;
+    let assembler = assembler.live(asked.live).shares(asked.shares);
     let assembled = up::assemble(&assembler, &cancel, &environment, &Over::default()).await;
     *suites = assembler.suites();
     let assembled: Assembled = assembled?;

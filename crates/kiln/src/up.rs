@@ -7,8 +7,8 @@ use kiln_compose::Loaded;
 use kiln_daemon::api::types::{ReleaseAnswer, ReleaseRequest, RollbackRequest};
 use kiln_model::{EnvironmentName, Progress, ReleaseNumber};
 
-use crate::assemble::{Assembled, Assembler, Over};
-use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, UpArgs};
+use crate::assemble::{Assembled, Assembler, Over, Shares};
+use crate::cli::{EnvironmentArgs, LockArgs, ProjectArgs, RollbackArgs, SharedCacheArgs, UpArgs};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
 use crate::test::{Asked, Proven};
@@ -21,6 +21,7 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     let _lease = context.store()?.lease().map_err(machine)?;
     let asked = Asked {
         stack: !args.dry_run,
+        shares: args.shares(),
         ..Asked::whole(args.junit.as_deref())
     };
     let proven = Proven::of(context, &args.project, asked).await?;
@@ -49,12 +50,33 @@ pub async fn up(context: &Context, args: &UpArgs) -> Result<(), Failure> {
     print_urls(context, &environment).await
 }
 
+impl SharedCacheArgs {
+    pub fn shares(&self) -> Shares {
+        Shares {
+            from: self.cache_from.clone(),
+            to: self.cache_to.clone(),
+            no_export: false,
+        }
+    }
+}
+
+impl UpArgs {
+    /// What is only shown is given to nobody.
+    fn shares(&self) -> Shares {
+        Shares {
+            no_export: self.dry_run,
+            ..self.shared.shares()
+        }
+    }
+}
+
 pub async fn plan(context: &Context, args: &ProjectArgs) -> Result<(), Failure> {
     let args = UpArgs {
         project: args.clone(),
         dry_run: true,
         detach: false,
         junit: None,
+        shared: SharedCacheArgs::default(),
     };
     up(context, &args).await
 }

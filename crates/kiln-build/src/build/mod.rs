@@ -20,6 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
+use kiln_oci::Reference;
+use kiln_oci::registry::Client;
 use kiln_runtime::Runtime;
 use kiln_store::Store;
 
@@ -35,6 +37,7 @@ use crate::network::Network;
 use crate::network::record::{self, Recordings};
 use crate::remote::Pins;
 use crate::secrets::{Allowed, Refused};
+use crate::shared::{self, Import, PlaceError, Results, Target};
 pub use check::{Checked, check};
 pub use differences::{Difference, differences};
 pub use foreign::{Foreign, runs_here};
@@ -54,6 +57,8 @@ pub struct Builder {
     pub network: Arc<Network>,
     /// What RUNs fetched, by digest: [`Builder::fetches`] of the cache, unless stated.
     pub fetches: PathBuf,
+    /// Where results of others' builds are taken from.
+    pub registry: Arc<Client>,
 }
 
 /// One build, with all that comes from outside already found.
@@ -78,6 +83,8 @@ pub struct BuildRequest {
     pub live: bool,
     /// What may be in the image although it looks like a secret; learns.
     pub allowed: Arc<Allowed>,
+    /// What instructions came to; learns.
+    pub results: Arc<Results>,
     /// Setting it ends the build.
     pub cancel: Arc<AtomicBool>,
 }
@@ -126,8 +133,11 @@ pub enum BuildError {
     Unresolved { image: String },
     #[error("{0}")]
     Foreign(foreign::Foreign),
-    #[error("build.{0} is not supported yet")]
-    Unsupported(&'static str),
+    #[error("build.{key}: {cause}")]
+    Cache {
+        key: &'static str,
+        cause: PlaceError,
+    },
     #[error("build.network: `{0}` is neither `none`, `host` nor `default`")]
     Network(String),
     #[error("build.extra_hosts: `{0}` is not an address")]
@@ -259,13 +269,25 @@ pub fn prepare(request: BuildRequest) -> Result<Prepared, BuildError> {
 
 fn supported(request: &BuildRequest) -> Result<(), BuildError> {
     let build = &request.build;
-    if !build.cache_from.is_empty() {
-        return Err(BuildError::Unsupported("cache_from"));
-    }
-    if !build.cache_to.is_empty() {
-        return Err(BuildError::Unsupported("cache_to"));
-    }
+    sources(build)?;
+    targets(build)?;
     Ok(())
+}
+
+/// The caches that a build takes results from.
+fn sources(build: &Build) -> Result<Vec<Reference>, BuildError> {
+    let key = "cache_from";
+    let read = |text: &String| shared::source(text);
+    let all: Result<_, _> = build.cache_from.iter().map(read).collect();
+    all.map_err(|cause| BuildError::Cache { key, cause })
+}
+
+/// Where a build's results are to be exported to.
+pub fn targets(build: &Build) -> Result<Vec<Target>, BuildError> {
+    let key = "cache_to";
+    let read = |text: &String| shared::target(text);
+    let all: Result<_, _> = build.cache_to.iter().map(read).collect();
+    all.map_err(|cause| BuildError::Cache { key, cause })
 }
 
 /// Its name for people, where it is, and what it says.
@@ -367,18 +389,34 @@ impl Builder {
         images: BTreeMap<Wanted, Digest>,
     ) -> Result<Digest, BuildError> {
         let builder = self.clone();
-        tokio::task::spawn_blocking(move || builder.carry_out(&prepared, &images))
+        let import = self.import(&prepared.request).await?;
+        let work =
+            move || builder.carry_out_under(&prepared, &images, import.as_ref(), Conditions::Usual);
+        let built = tokio::task::spawn_blocking(work)
             .await
-            .map_err(|_| BuildError::Lost)?
+            .map_err(|_| BuildError::Lost)?;
+        built.map(|(digest, _)| digest)
     }
 
-    /// The same, on the caller's thread.
+    async fn import(&self, request: &BuildRequest) -> Result<Option<Import>, BuildError> {
+        let sources = sources(&request.build)?;
+        if sources.is_empty() {
+            return Ok(None);
+        }
+        let task = format!("build {}", request.name);
+        let (client, store) = (&self.registry, &self.store);
+        Ok(Some(
+            Import::open(client, store, &self.progress, task, sources).await,
+        ))
+    }
+
+    /// The same without caches of others, on the caller's thread.
     pub fn carry_out(
         &self,
         prepared: &Prepared,
         images: &BTreeMap<Wanted, Digest>,
     ) -> Result<Digest, BuildError> {
-        let (digest, _) = self.carry_out_under(prepared, images, Conditions::Usual)?;
+        let (digest, _) = self.carry_out_under(prepared, images, None, Conditions::Usual)?;
         Ok(digest)
     }
 
@@ -387,6 +425,7 @@ impl Builder {
         &self,
         prepared: &Prepared,
         images: &BTreeMap<Wanted, Digest>,
+        import: Option<&Import>,
         conditions: Conditions,
     ) -> Result<(Digest, Vec<(String, Image)>), BuildError> {
         foreign::check(prepared)?;
@@ -403,13 +442,15 @@ impl Builder {
             });
         }
         let context = self.context(prepared)?;
-        let run = Run::new(self, prepared, images, context.as_ref(), conditions)?;
+        let run = Run::new(self, prepared, images, context.as_ref(), import, conditions)?;
         let (stages, (document, tree)) = run.carry_out()?;
         if let Some(context) = &context
             && let Err(cause) = context.save()
         {
             tracing::debug!(%cause, "the context's digests were not remembered");
         }
+        // Of many files it takes much memory, and so does what comes.
+        drop(context);
         let digest = self.keep(document, tree.as_deref()).map_err(keep)?;
         Ok((digest, stages))
     }

@@ -22,6 +22,7 @@ use crate::exec::state::Files;
 use crate::exec::{Building, Conditions, ExecError, Place, Site, Taken};
 use crate::graph::{self, Needed, Origin, Wanted};
 use crate::secrets::{self, Given, Located, Refused};
+use crate::shared::Import;
 
 /// Stages that are built at the same time; a bound, as each may run a compiler.
 const MAX_AT_ONCE: usize = 8;
@@ -62,6 +63,7 @@ impl<'a> Run<'a> {
         prepared: &'a Prepared,
         images: &'a BTreeMap<Wanted, Digest>,
         context: Option<&'a ContextSource>,
+        import: Option<&'a Import>,
         conditions: Conditions,
     ) -> Result<Self, BuildError> {
         let request = &prepared.request;
@@ -110,6 +112,8 @@ impl<'a> Run<'a> {
             ssh: &request.ssh,
             cancel: &request.cancel,
             context,
+            results: request.results.clone(),
+            import,
         };
         Ok(Self {
             builder,
@@ -151,6 +155,8 @@ impl<'a> Run<'a> {
         document.created = Some(timestamp(self.site.epoch));
         document.diff_ids = target.layers.iter().map(|l| l.diff_id).collect();
         document.config.platform.clone_from(&last.platform);
+        let layers = target.layers.iter().map(|l| l.digest);
+        self.site.results.image(layers);
         let tree = target.files.exact_tree();
         let target = ((document, target.layers.clone()), tree);
         Ok((stages, target))

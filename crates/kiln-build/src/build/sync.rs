@@ -55,13 +55,12 @@ impl Builder {
             self.lay(&mut target, part, epoch)
                 .map_err(|e| fail(e.into()))?;
         }
-        let scratch = crate::exec::scratch(&self.cache).map_err(fail)?;
         let delta = Delta::between(&before, &target.tree);
         let Some(part) = delta.whole() else {
             return Ok(*base);
         };
-        let layer = part.write(&self.store, &scratch);
-        let layer = layer.map_err(|e| fail(e.into()))?;
+        let layer = part.write(&self.store, None);
+        let (layer, _) = layer.map_err(|e| fail(e.into()))?;
         let mut document = image.document;
         document.diff_ids.push(layer.diff_id);
         document.history.push(History {

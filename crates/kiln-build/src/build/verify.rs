@@ -54,12 +54,13 @@ impl Builder {
             ..self.clone()
         };
         std::thread::sleep(LATER);
-        let (second, other) = elsewhere.carry_out_under(prepared, images, Conditions::Other)?;
+        let (second, other) =
+            elsewhere.carry_out_under(prepared, images, None, Conditions::Other)?;
         if second == *first {
             return Ok(Vec::new());
         }
         // Stage by stage, so that it is told where it began. The first build's are cached.
-        let (_, usual) = self.carry_out_under(prepared, images, Conditions::Usual)?;
+        let (_, usual) = self.carry_out_under(prepared, images, None, Conditions::Usual)?;
         let side = |image| Side {
             store: &self.store,
             image,

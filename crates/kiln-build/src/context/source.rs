@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_model::Digest;
-use kiln_store::Store;
+use kiln_store::{Batch, PutError, Store};
 
 use super::ignore::Patterns;
 use super::stat_cache::{Stamp, StatCache};
@@ -83,11 +83,17 @@ impl ContextSource {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn content(&self, path: &[Vec<u8>], stamp: &Stamp) -> Result<(Digest, u64), FilesError> {
+    /// The object may still wait for its name in the batch.
+    fn content(
+        &self,
+        path: &[Vec<u8>],
+        stamp: &Stamp,
+        batch: &mut Batch<'_>,
+    ) -> Result<(Digest, u64), FilesError> {
         let key = path.join(&b'/');
         let known = self.remembered().get(&key, stamp);
         if let Some(digest) = known
-            && self.store.object_path(&digest).is_file()
+            && self.store.object_size(&digest).ok().flatten() == Some(stamp.size())
         {
             return Ok((digest, stamp.size()));
         }
@@ -108,15 +114,47 @@ impl ContextSource {
         if !meta.is_file() {
             return Err(fail("it is no plain file any more".into()));
         }
-        let (digest, size) = self
-            .store
-            .put_object(&mut file)
-            .map_err(|e| fail(Box::new(e)))?;
+        let put = batch.put(&mut file, meta.len());
+        let (digest, size) = put.map_err(|e| fail(Box::new(e)))?;
         let after = file.metadata().map_err(|e| fail(Box::new(e)))?;
         if Stamp::of(&after) == *stamp {
             self.remembered().put(&key, *stamp, digest, self.now);
         }
         Ok((digest, size))
+    }
+
+    fn described(
+        &self,
+        path: &[Vec<u8>],
+        batch: &mut Batch<'_>,
+    ) -> Result<(Meta, Shape), FilesError> {
+        let entry = self
+            .context
+            .entry(path)
+            .ok_or_else(|| FilesError::NotFound(shown(path)))?;
+        // Owner and times are this machine's, not the project's.
+        let meta = Meta {
+            mode: entry.mode,
+            ..Meta::default()
+        };
+        let shape = match &entry.kind {
+            EntryKind::Folder(_) => Shape::Folder,
+            EntryKind::File { stamp, .. } => {
+                let (digest, size) = self.content(path, stamp, batch)?;
+                Shape::File { digest, size }
+            }
+            EntryKind::Link(target) => Shape::Link(target.clone()),
+            EntryKind::Fifo => Shape::Fifo,
+            EntryKind::Device => return Err(FilesError::Device(shown(path))),
+        };
+        Ok((meta, shape))
+    }
+}
+
+fn unkept(path: &[Vec<u8>], cause: PutError) -> FilesError {
+    FilesError::Read {
+        path: shown(path),
+        cause: Box::new(cause),
     }
 }
 
@@ -149,26 +187,10 @@ impl Source for ContextSource {
     }
 
     fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError> {
-        let entry = self
-            .context
-            .entry(path)
-            .ok_or_else(|| FilesError::NotFound(shown(path)))?;
-        // Owner and times are this machine's, not the project's.
-        let meta = Meta {
-            mode: entry.mode,
-            ..Meta::default()
-        };
-        let shape = match &entry.kind {
-            EntryKind::Folder(_) => Shape::Folder,
-            EntryKind::File { stamp, .. } => {
-                let (digest, size) = self.content(path, stamp)?;
-                Shape::File { digest, size }
-            }
-            EntryKind::Link(target) => Shape::Link(target.clone()),
-            EntryKind::Fifo => Shape::Fifo,
-            EntryKind::Device => return Err(FilesError::Device(shown(path))),
-        };
-        Ok((meta, shape))
+        let mut batch = self.store.batch();
+        let found = self.described(path, &mut batch)?;
+        batch.finish().map_err(|e| unkept(path, e.into()))?;
+        Ok(found)
     }
 
     /// Several at a time: reading and keeping many small files is waiting, mostly.
@@ -180,18 +202,22 @@ impl Source for ContextSource {
         let work = Mutex::new(paths.chunks(FEW).zip(found.chunks_mut(FEW)));
         let next = || work.lock().unwrap_or_else(PoisonError::into_inner).next();
         let take = || {
+            let mut batch = self.store.batch();
             while let Some((paths, found)) = next() {
                 for (path, found) in paths.iter().zip(found) {
-                    *found = Some(self.entry(path));
+                    *found = Some(self.described(path, &mut batch));
                 }
             }
+            batch.finish()
         };
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(take);
-            }
-            take();
+        let named = std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(take)).collect();
+            let own = take();
+            let joined = others.into_iter().map(|other| other.join());
+            let mut named = joined.map(|named| named.unwrap_or_else(|panic| resume_unwind(panic)));
+            own.and(named.find(Result::is_err).unwrap_or(Ok(())))
         });
+        named.map_err(|e| unkept(&[], e.into()))?;
         found.into_iter().flatten().collect()
     }
 }

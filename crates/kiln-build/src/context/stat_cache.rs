@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, BufWriter};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -110,12 +110,17 @@ impl StatCache {
             format: FORMAT,
             files: std::mem::take(&mut self.files),
         };
-        let bytes = serde_json::to_vec(&document)?;
-        self.files = document.files;
         let folder = self.path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&bytes)?;
+        let file = tempfile::NamedTempFile::new_in(folder)?;
+        // Of many files it is long: it is not held in memory as a whole.
+        let mut writer = BufWriter::new(file);
+        let written = serde_json::to_writer(&mut writer, &document);
+        self.files = document.files;
+        written?;
+        let file = writer
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
         file.persist(&self.path).map_err(|e| e.error)?;
         self.changed = false;
         Ok(())

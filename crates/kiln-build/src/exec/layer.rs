@@ -1,18 +1,16 @@
 //! What changed between two trees, as layers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::File;
-use std::io::{self, Read, Seek};
-use std::path::Path;
+use std::io::{self, Read};
 
 use kiln_model::Digest;
-use kiln_oci::blob::{BlobWrite, BlobWriteError, Expected};
 use kiln_oci::layer::{Entry, EntryKind, LayerWriteError, LayerWriter};
-use kiln_store::Store;
 use kiln_store::tree::{Change, ChangeKind, InodeId, Kind, Metadata, Node, Tree, diff};
+use kiln_store::{PathError, Store};
 use serde::{Deserialize, Serialize};
 
 use super::state::Key;
+use crate::secrets::{self, Finding, Look};
 
 /// A layer that is in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,12 +24,6 @@ pub struct LayerRef {
 /// Why a layer can't be made.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    #[error("can't write a layer below {folder}")]
-    Scratch {
-        folder: String,
-        #[source]
-        cause: io::Error,
-    },
     #[error(transparent)]
     Write(#[from] LayerWriteError),
     #[error("the content of {path} is not in the store")]
@@ -41,7 +33,7 @@ pub enum LayerError {
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
     #[error(transparent)]
-    Blob(#[from] BlobWriteError),
+    Store(#[from] PathError),
 }
 
 /// Bytes of files that are worth a layer of their own.
@@ -209,22 +201,25 @@ impl Part<'_> {
             .filter_map(|path| Some((path, self.delta.after.get(path)?)))
     }
 
-    /// Writes the layer into the store. `scratch` is a folder for a temporary file.
+    /// Writes the layer into the store, and looks through what is new in it while it is
+    /// read: content is read once.
     ///
     /// The folders above what it holds are in it: engines make those that are missing as
     /// they like.
-    pub fn write(&self, store: &Store, scratch: &Path) -> Result<LayerRef, LayerError> {
-        let fail = |cause| LayerError::Scratch {
-            folder: scratch.display().to_string(),
-            cause,
-        };
-        let file = tempfile::tempfile_in(scratch).map_err(fail)?;
+    pub fn write(
+        &self,
+        store: &Store,
+        look: Option<&Look<'_>>,
+    ) -> Result<(LayerRef, Vec<Finding>), LayerError> {
         let mut layer = Writing {
-            writer: LayerWriter::new(file, None)?,
+            writer: LayerWriter::new(store.new_blob()?, None)?,
             store,
             links: &self.delta.links,
             linked: BTreeMap::new(),
             folders: HashSet::new(),
+            look,
+            found: Vec::new(),
+            content: Vec::new(),
         };
         let mut gone: Option<&[u8]> = None;
         for change in &self.changes {
@@ -242,27 +237,21 @@ impl Part<'_> {
                 _ => {}
             }
             for (path, node) in self.folders_above(path) {
-                layer.add(path, node)?;
+                layer.add(path, node, false)?;
             }
             match node_of(change) {
-                Some(node) => layer.add(path, node)?,
+                Some(node) => layer.add(path, node, secrets::is_new(change))?,
                 None => layer.writer.whiteout(path)?,
             }
         }
-        let (layer, mut file) = layer.writer.finish()?;
-        file.rewind().map_err(fail)?;
-        let expected = Expected {
-            digest: layer.digest,
-            size: layer.size,
+        let (written, blob) = layer.writer.finish()?;
+        blob.keep(&written.digest, written.size)?;
+        let made = LayerRef {
+            digest: written.digest,
+            size: written.size,
+            diff_id: written.diff_id,
         };
-        if !store.contains(&layer.digest).unwrap_or(false) {
-            store.write(Some(expected), &mut file)?;
-        }
-        Ok(LayerRef {
-            digest: layer.digest,
-            size: layer.size,
-            diff_id: layer.diff_id,
-        })
+        Ok((made, layer.found))
     }
 }
 
@@ -301,10 +290,15 @@ struct Writing<'a, W: io::Write> {
     /// The first name of each that has several.
     linked: BTreeMap<InodeId, Vec<u8>>,
     folders: HashSet<Vec<u8>>,
+    look: Option<&'a Look<'a>>,
+    found: Vec<Finding>,
+    /// The beginning of the file at hand.
+    content: Vec<u8>,
 }
 
 impl<W: io::Write> Writing<'_, W> {
-    fn add(&mut self, path: &[u8], node: &Node) -> Result<(), LayerError> {
+    /// `new`: its content is, and is looked through.
+    fn add(&mut self, path: &[u8], node: &Node, new: bool) -> Result<(), LayerError> {
         if node.is_dir() && !self.folders.insert(path.to_vec()) {
             return Ok(());
         }
@@ -333,23 +327,46 @@ impl<W: io::Write> Writing<'_, W> {
             xattrs: node.meta.xattrs.clone(),
             kind,
         };
-        let mut content: Box<dyn Read> = match (&entry.kind, &node.kind) {
-            (EntryKind::File { .. }, Kind::File { digest, .. }) => {
-                Box::new(content(self.store, path, digest)?)
-            }
-            _ => Box::new(io::empty()),
+        let look = self.look.filter(|_| new);
+        let written = matches!(entry.kind, EntryKind::File { .. });
+        let Kind::File { digest, size } = &node.kind else {
+            return Ok(self.writer.entry(&entry, &mut io::empty())?);
         };
+        // Another name of a file is another place where something may be.
+        let mut rest = match *size > 0 && (written || look.is_some()) {
+            true => self.read(path, digest, *size)?,
+            false => {
+                self.content.clear();
+                Box::new(io::empty())
+            }
+        };
+        if let Some(look) = look {
+            self.found.extend(look.at(path, *size, &self.content));
+        }
+        let mut content = self.content.as_slice().chain(&mut rest);
         Ok(self.writer.entry(&entry, &mut content)?)
     }
-}
 
-fn content(store: &Store, path: &[u8], digest: &Digest) -> Result<File, LayerError> {
-    let fail = |cause: Box<dyn std::error::Error + Send + Sync>| LayerError::Content {
-        path: String::from_utf8_lossy(path).into_owned(),
-        cause,
-    };
-    let object = store.open_object(digest).map_err(|e| fail(Box::new(e)))?;
-    object.ok_or_else(|| fail(digest.to_string().into()))
+    /// Reads as much of a file as is looked through, and gives what follows.
+    fn read(
+        &mut self,
+        path: &[u8],
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Box<dyn Read>, LayerError> {
+        let fail = |cause: Box<dyn std::error::Error + Send + Sync>| LayerError::Content {
+            path: String::from_utf8_lossy(path).into_owned(),
+            cause,
+        };
+        let object = self.store.open_object(digest);
+        let object = object.map_err(|e| fail(Box::new(e)))?;
+        let mut object = object.ok_or_else(|| fail(digest.to_string().into()))?;
+        let first = size.min(secrets::LOOKED_INTO);
+        self.content.resize(usize::try_from(first).unwrap_or(0), 0);
+        let read = object.read_exact(&mut self.content);
+        read.map_err(|e| fail(Box::new(e)))?;
+        Ok(Box::new(object))
+    }
 }
 
 fn entry_kind(node: &Node) -> Option<EntryKind> {

@@ -25,6 +25,7 @@ mod work;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -45,7 +46,8 @@ use crate::evaluate::{Action, Step};
 use crate::files::FilesError;
 use crate::network::record::Recordings;
 use crate::network::{Network, NetworkError, RecordError};
-use crate::secrets::{self, Finding, Given, Located};
+use crate::secrets::{self, Finding, Given, Located, Look};
+use crate::shared::{Import, Results};
 use fetches::Taped;
 use layer::{Delta, LayerError, LayerRef, Part};
 use reason::{Inputs, Reasons};
@@ -143,6 +145,14 @@ impl ExecError {
     pub(crate) fn store(cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Store(Box::new(cause))
     }
+
+    /// Without a command's output, which was told while it ran.
+    fn brief(&self) -> String {
+        match self {
+            Self::Command { status, .. } => format!("the command {status}"),
+            other => other.to_string(),
+        }
+    }
 }
 
 fn last_lines(lines: &[String]) -> String {
@@ -205,6 +215,10 @@ pub struct Site<'a> {
     pub ssh: &'a BTreeMap<String, PathBuf>,
     pub cancel: &'a AtomicBool,
     pub context: Option<&'a ContextSource>,
+    /// What steps came to; learns.
+    pub results: Arc<Results>,
+    /// Caches of others.
+    pub import: Option<&'a Import>,
 }
 
 /// What an image must not depend on.
@@ -308,7 +322,7 @@ impl Site<'_> {
             Ok(done) if done.cached => Finish::Cached,
             Ok(_) => Finish::Done,
             Err(cause) => Finish::Failed {
-                cause: cause.to_string(),
+                cause: cause.brief(),
             },
         };
         self.progress.event(ProgressEvent::Finished {
@@ -352,10 +366,12 @@ impl Site<'_> {
                 })
             }
             Action::Copy(copy) => {
-                let picked = self.pick(copy, step.span, find)?;
+                // Of many files it takes much memory: nobody has it once they are placed.
+                let picked = Rc::new(self.pick(copy, step.span, find)?);
                 let key = self.copy_key(&before, copy, &picked);
-                let inputs = || self.copy_inputs(&before, copy, &picked);
-                self.cached(building, key, told, inputs, |files| {
+                let known = picked.clone();
+                let inputs = move || self.copy_inputs(&before, copy, &known);
+                self.cached(building, key, told, inputs, move |files| {
                     self.place(files, copy, &picked).map(Carried::from)
                 })
             }
@@ -408,9 +424,10 @@ impl Site<'_> {
         let anew = self.anew(taped);
         let made = match self.no_cache || anew {
             true => None,
-            false => steps.get(&key, &self.store),
+            false => self.known(&steps, &key, told.task)?,
         };
         if let Some(made) = made {
+            self.results.add(key, &made);
             building.advance(key, made.clone(), None, told.step);
             return Ok(Done {
                 layers: made.layers.len(),
@@ -445,6 +462,7 @@ impl Site<'_> {
         if !made.findings.iter().any(Finding::is_given) {
             self.remember(&steps, &key, made.clone())?;
         }
+        self.results.add(key, &made);
         if let Err(cause) = told.reasons.remember(key, inputs) {
             tracing::debug!(%cause, "an instruction's inputs were not remembered");
         }
@@ -456,6 +474,25 @@ impl Site<'_> {
         Ok(done)
     }
 
+    /// What the cache has, or a cache of others.
+    fn known(
+        &self,
+        steps: &StepCache,
+        key: &Digest,
+        task: &str,
+    ) -> Result<Option<Made>, ExecError> {
+        if let Some(made) = steps.get(key, &self.store) {
+            return Ok(Some(made));
+        }
+        let Some((made, from)) = self.import.and_then(|import| import.get(key)) else {
+            return Ok(None);
+        };
+        self.remember(steps, key, made.clone())?;
+        let task = task.to_owned();
+        self.progress.event(ProgressEvent::Taken { task, from });
+        Ok(Some(made))
+    }
+
     /// Writes what has changed, several layers at a time, and looks for what may not be in
     /// them. A layer of a part that is as it was in an earlier build is there already.
     fn layers(
@@ -465,6 +502,11 @@ impl Site<'_> {
         marks: &[Vec<u8>],
     ) -> Result<(Vec<LayerRef>, Vec<Finding>), ExecError> {
         let parts = delta.parts(below);
+        if parts.len() > 1 {
+            // The disk is idle meanwhile, and what it has does not have to be waited for.
+            let store = self.store.clone();
+            std::thread::spawn(move || store.sync());
+        }
         let mut made: Vec<Option<Result<Made, ExecError>>> = Vec::new();
         made.resize_with(parts.len(), || None);
         let known = self.given.is_empty() && marks.is_empty() && !self.no_cache;
@@ -499,9 +541,11 @@ impl Site<'_> {
             return Ok(made);
         }
         let begun = Instant::now();
+        let look = Look::new(&self.given, marks);
+        let (layer, findings) = part.write(&self.store, Some(&look))?;
         let made = Made {
-            findings: secrets::in_changes(&part.changes, &self.store, &self.given, marks)?,
-            layers: vec![part.write(&self.store, &self.scratch()?)?],
+            layers: vec![layer],
+            findings,
             took: begun.elapsed().into(),
         };
         if let Some(key) = key {

@@ -158,7 +158,7 @@ impl Key {
 }
 
 /// What came of a step.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Made {
     /// None: it changed nothing.
     pub layers: Vec<LayerRef>,

@@ -28,8 +28,8 @@ use serde::{Deserialize, Serialize};
 use crate::containerfile::Span;
 use crate::context::glob::{BadPattern, Glob};
 pub(crate) use instruction::{in_instruction, in_labels};
-pub use scan::Given;
-pub(crate) use scan::{in_changes, in_tree, judged};
+pub use scan::{Given, Look};
+pub(crate) use scan::{LOOKED_INTO, in_tree, is_new, judged};
 
 /// What kinds of the build's own secrets begin with.
 const GIVEN: &str = "the build's secret ";

@@ -10,13 +10,13 @@ use kiln_model::Digest;
 use kiln_model::identity::{self, Identity};
 use kiln_model::secrets::Finder;
 use kiln_store::Store;
-use kiln_store::tree::{Aspect, Change, ChangeKind, Kind, Tree, diff};
+use kiln_store::tree::{Aspect, Change, ChangeKind, Kind, Tree};
 
 use super::{Finding, credentials, packages};
 use crate::exec::ExecError;
 
 /// Of a longer file only the beginning is looked at: keys and settings are small.
-const LOOKED_INTO: u64 = 8 << 20;
+pub(crate) const LOOKED_INTO: u64 = 8 << 20;
 /// Files looked at at the same time; a bound on memory.
 const MAX_THREADS: usize = 4;
 /// A shorter secret would be found in files that have nothing to do with it.
@@ -42,46 +42,39 @@ impl Given {
     }
 }
 
-/// A file whose content is new.
-struct New {
-    path: Vec<u8>,
-    digest: Digest,
-    size: u64,
+/// What is looked for.
+pub struct Look<'a> {
+    finder: Finder,
+    given: &'a Given,
+    /// What a RUN is given and no file may hold.
+    marks: &'a [Vec<u8>],
 }
 
 /// Looks through all of a tree.
 pub(crate) fn in_tree(tree: &Tree, store: &Store) -> Result<Vec<Finding>, ExecError> {
-    let changes = diff(&Tree::new(), tree);
-    let changes: Vec<&Change> = changes.iter().collect();
-    let found = in_changes(&changes, store, &Given(Vec::new()), &[])?;
-    Ok(judged(found, tree, store))
-}
-
-/// Looks through what has changed; what may be there all the same is still in it.
-pub(crate) fn in_changes(
-    changes: &[&Change],
-    store: &Store,
-    given: &Given,
-    marks: &[Vec<u8>],
-) -> Result<Vec<Finding>, ExecError> {
-    let new: Vec<New> = changes.iter().copied().filter_map(new).collect();
-    let finder = Finder::default();
+    let files = tree.walk().filter_map(|item| match item.node.kind {
+        Kind::File { digest, size } => Some((item.path, digest, size)),
+        _ => None,
+    });
+    let files: Vec<(Vec<u8>, Digest, u64)> = files.collect();
+    let given = Given(Vec::new());
+    let look = Look::new(&given, &[]);
     let next = AtomicUsize::new(0);
     let found = Mutex::new((Vec::new(), None));
     let work = || {
         let mut content = Vec::new();
-        while let Some(file) = new.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let one = look(file, store, &finder, (given, marks), &mut content);
+        while let Some((path, digest, size)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let read = read(store, digest, *size, &mut content);
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-            match one {
-                Ok(one) => found.0.extend(one),
+            match read {
+                Ok(()) => found.0.extend(look.at(path, *size, &content)),
                 Err(error) => found.1 = Some(error),
             }
         }
     };
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        for _ in 1..processors.min(MAX_THREADS).min(new.len()) {
+        for _ in 1..processors.min(MAX_THREADS).min(files.len()) {
             scope.spawn(work);
         }
         work();
@@ -89,8 +82,19 @@ pub(crate) fn in_changes(
     let (found, error) = found.into_inner().unwrap_or_else(PoisonError::into_inner);
     match error {
         Some(error) => Err(error),
-        None => Ok(found),
+        None => Ok(judged(found, tree, store)),
     }
+}
+
+fn read(store: &Store, digest: &Digest, size: u64, content: &mut Vec<u8>) -> Result<(), ExecError> {
+    content.clear();
+    if size == 0 {
+        return Ok(());
+    }
+    let object = store.open_object(digest).map_err(ExecError::store)?;
+    let object = object.ok_or(ExecError::Lost(*digest))?;
+    let read = object.take(LOOKED_INTO).read_to_end(content);
+    read.map(drop).map_err(ExecError::store)
 }
 
 /// Without what may be in this tree.
@@ -100,63 +104,62 @@ pub(crate) fn judged(mut found: Vec<Finding>, tree: &Tree, store: &Store) -> Vec
     found
 }
 
-fn new(change: &Change) -> Option<New> {
-    let node = match &change.kind {
-        ChangeKind::Added(node) => node,
-        ChangeKind::Modified { after, what, .. } => {
-            let changed = what.contains(&Aspect::Content) || what.contains(&Aspect::Kind);
-            changed.then_some(after)?
+/// Whether a change brings content that was not at its path before.
+pub(crate) fn is_new(change: &Change) -> bool {
+    match &change.kind {
+        ChangeKind::Added(_) => true,
+        ChangeKind::Modified { what, .. } => {
+            what.contains(&Aspect::Content) || what.contains(&Aspect::Kind)
         }
-        ChangeKind::Removed(_) => return None,
-    };
-    let Kind::File { digest, size } = node.kind else {
-        return None;
-    };
-    let path = change.path.clone();
-    Some(New { path, digest, size })
+        ChangeKind::Removed(_) => false,
+    }
 }
 
-fn look(
-    file: &New,
-    store: &Store,
-    finder: &Finder,
-    (given, marks): (&Given, &[Vec<u8>]),
-    content: &mut Vec<u8>,
-) -> Result<Vec<Finding>, ExecError> {
-    let path = String::from_utf8_lossy(&file.path);
-    let place = format!("/{path}");
-    let identity = identity::at(&file.path);
-    if file.size == 0 {
-        let made_anew = |kind| Finding {
-            made_anew: true,
-            ..Finding::new(place, kind)
-        };
-        return Ok(identity.map(name).map(made_anew).into_iter().collect());
+impl<'a> Look<'a> {
+    pub fn new(given: &'a Given, marks: &'a [Vec<u8>]) -> Self {
+        Self {
+            finder: Finder::default(),
+            given,
+            marks,
+        }
     }
-    content.clear();
-    let object = store.open_object(&file.digest).map_err(ExecError::store)?;
-    let object = object.ok_or(ExecError::Lost(file.digest))?;
-    object
-        .take(LOOKED_INTO)
-        .read_to_end(content)
-        .map_err(ExecError::store)?;
-    let mut kinds: Vec<String> = finder.kinds(content).iter().map(|k| (*k).into()).collect();
-    if identity == Some(Identity::MachineId) && content.trim_ascii() != b"uninitialized" {
-        kinds.push(name(Identity::MachineId).into());
+
+    /// What a file of `size` bytes holds; `content`: its first [`LOOKED_INTO`] bytes.
+    pub fn at(&self, path: &[u8], size: u64, content: &[u8]) -> Vec<Finding> {
+        let identity = identity::at(path);
+        let path = String::from_utf8_lossy(path);
+        let place = format!("/{path}");
+        if size == 0 {
+            let made_anew = |kind| Finding {
+                made_anew: true,
+                ..Finding::new(place, kind)
+            };
+            return identity.map(name).map(made_anew).into_iter().collect();
+        }
+        let kinds = self.finder.kinds(content);
+        let mut kinds: Vec<String> = kinds.iter().map(|k| (*k).into()).collect();
+        if identity == Some(Identity::MachineId) && content.trim_ascii() != b"uninitialized" {
+            kinds.push(name(Identity::MachineId).into());
+        }
+        if is_putty(content) || is_der_key(content) {
+            kinds.push("private key".into());
+        }
+        if credentials::is_known(&path) && credentials::has_login(&path, content) {
+            kinds.push("file with a login".into());
+        }
+        if self.marks.iter().any(|mark| contains(content, mark)) {
+            let mark = "what a RUN is given for this build only, to reach the recording proxy";
+            kinds.push(mark.into());
+        }
+        let own = self
+            .given
+            .0
+            .iter()
+            .filter(|(_, value)| contains(content, value));
+        let own = own.map(|(id, _)| Finding::given(&place, id));
+        let kinds = kinds.into_iter().map(|k| Finding::new(&place, k));
+        kinds.chain(own).collect()
     }
-    if is_putty(content) || is_der_key(content) {
-        kinds.push("private key".into());
-    }
-    if credentials::is_known(&path) && credentials::has_login(&path, content) {
-        kinds.push("file with a login".into());
-    }
-    if marks.iter().any(|mark| contains(content, mark)) {
-        kinds.push("what a RUN is given for this build only, to reach the recording proxy".into());
-    }
-    let own = given.0.iter().filter(|(_, value)| contains(content, value));
-    let own = own.map(|(id, _)| Finding::given(&place, id));
-    let kinds = kinds.into_iter().map(|k| Finding::new(&place, k));
-    Ok(kinds.chain(own).collect())
 }
 
 fn name(identity: Identity) -> &'static str {
@@ -226,6 +229,7 @@ fn drop_innocent(found: &mut Vec<Finding>, tree: &Tree, store: &Store) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::exec::layer::Delta;
     use kiln_store::tree::Node;
 
     /// Frames are put together here, so that no scanner takes this file for a leak.
@@ -249,9 +253,10 @@ mod tests {
             ("npm".to_owned(), b"very-hush-3311\n".to_vec()),
             ("short".to_owned(), b"x".to_vec()),
         ]);
-        let changes = diff(&Tree::new(), &tree);
-        let changes: Vec<&Change> = changes.iter().collect();
-        let found = in_changes(&changes, &store, &Given::new(&secrets), &[]).unwrap();
+        let delta = Delta::between(&Tree::new(), &tree);
+        let given = Given::new(&secrets);
+        let look = Look::new(&given, &[]);
+        let (_, found) = delta.whole().unwrap().write(&store, Some(&look)).unwrap();
         let found = judged(found, &tree, &store);
         let told = found.iter().map(|f| match f.made_anew {
             true => format!("{} {} made anew", f.place, f.kind),

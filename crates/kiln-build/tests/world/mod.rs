@@ -18,6 +18,7 @@ use kiln_model::instance::{InstanceLimits, InstanceSecurity, Resolver};
 use kiln_model::progress::{Finish, Silent};
 use kiln_model::spec::{Build, DebianBase};
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
+use kiln_oci::registry::{Client, Options};
 use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree};
@@ -33,6 +34,11 @@ impl Progress for Seen {
 }
 
 impl Seen {
+    /// All that was told since the last time.
+    pub fn take(&self) -> Vec<ProgressEvent> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+
     /// How many steps came from the cache, and how many were carried out.
     pub fn counts(&self) -> (usize, usize) {
         let events = std::mem::take(&mut *self.0.lock().unwrap());
@@ -126,6 +132,7 @@ pub fn builder(root: &Path, seen: Arc<Seen>, resolver: Resolver) -> Builder {
         progress: seen,
         network: Arc::new(Network::new(root, &cache, resolver)),
         fetches: Builder::fetches(&cache),
+        registry: Arc::new(Client::new(Options::default()).unwrap()),
         cache,
     }
 }
@@ -160,6 +167,7 @@ impl World {
             recordings: Arc::default(),
             live: false,
             allowed: Arc::default(),
+            results: Arc::default(),
             cancel: Arc::new(AtomicBool::new(false)),
         }
     }

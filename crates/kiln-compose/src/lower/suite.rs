@@ -23,7 +23,10 @@ impl Lowering<'_> {
         let file = PathBuf::from(self.string(node, path)?);
         let (root, bytes) = self.test_file(&file, node.span)?;
         let (digest, suite) = match kind {
-            SuiteKind::Structure => (Digest::of(&bytes), Suite::Structure(self.structure(&root))),
+            SuiteKind::Structure => (
+                Digest::of(&bytes),
+                Suite::Structure(Box::new(self.structure(&root))),
+            ),
             SuiteKind::Goss => {
                 let mut parts = Parts::new(&bytes);
                 self.goss(&root, &file, &mut parts, 0);

@@ -43,6 +43,6 @@ impl SuiteKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Suite {
-    Structure(Structure),
+    Structure(Box<Structure>),
     Goss(Goss),
 }

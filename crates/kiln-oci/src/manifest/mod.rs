@@ -134,6 +134,8 @@ pub enum ManifestError {
         found: usize,
         limit: usize,
     },
+    #[error("it is `{found}`, not `{wanted}`")]
+    OtherArtifact { wanted: String, found: String },
     #[error(
         "its {what} has media type `{media_type}`, which kiln does not support; this is not a runnable container image"
     )]

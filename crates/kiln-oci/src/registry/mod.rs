@@ -10,6 +10,7 @@
 //! login for none, knows neither 429 nor retries, and falls back to a default client
 //! when its TLS set-up fails.
 
+mod artifact;
 mod auth;
 mod bridge;
 mod credentials;

@@ -155,19 +155,11 @@ impl Session<'_> {
     }
 
     async fn config(&self, manifest: &Manifest) -> Result<Vec<u8>, RegistryError> {
-        let expected = manifest.config.digest;
         manifest
             .check_runnable()
             .map_err(|e| self.fail(Problem::Image(e.into())))?;
-        let url = self.url(&format!("blobs/{expected}"))?;
-        let make = || self.client.http.get(url.clone());
-        let what = format!("configuration {expected}");
-        let (_, bytes) = self.small(&what, &make, MAX_CONFIG_BYTES).await?;
-        let found = Digest::of(&bytes);
-        match found == expected {
-            true => Ok(bytes),
-            false => Err(self.fail(Problem::WrongDigest { expected, found })),
-        }
+        let digest = manifest.config.digest;
+        self.small_blob(&digest, MAX_CONFIG_BYTES).await
     }
 
     fn has(&self, blobs: &Arc<dyn BlobWrite>, digest: Digest) -> Result<bool, RegistryError> {
@@ -208,7 +200,7 @@ impl Session<'_> {
     }
 
     /// Streams one blob into the store.
-    async fn fetch(
+    pub(super) async fn fetch(
         &self,
         blob: &Descriptor,
         blobs: Arc<dyn BlobWrite>,

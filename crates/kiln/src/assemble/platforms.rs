@@ -138,6 +138,7 @@ impl Assembler<'_> {
             };
             built.insert(name.clone(), one);
         }
+        self.export().await?;
         Ok(built)
     }
 

@@ -30,7 +30,7 @@ use kiln_model::spec::StackTest;
 use kiln_model::{Digest, EnvironmentName, Millis, Release};
 use serde::{Deserialize, Serialize};
 
-use crate::assemble::{Assembled, Over};
+use crate::assemble::{Assembled, Over, Shares};
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
 use crate::junit::Suite;
@@ -149,7 +149,12 @@ async fn assemble(
     let environment = loaded.spec.project.as_str().parse();
     let environment = environment.map_err(|e| Failure::new(Kind::Input, format!("{e}")))?;
     let cancel = Arc::new(AtomicBool::new(false));
-    let assembler = up::assembler(context, &loaded, &cancel)?;
+    // The candidate's results have been exported, and would be replaced by the test's alone.
+    let shares = Shares {
+        no_export: true,
+        ..Shares::default()
+    };
+    let assembler = up::assembler(context, &loaded, &cancel)?.shares(shares);
     let assembled = up::assemble(&assembler, &cancel, &environment, &over).await?;
     Ok((assembled.release, main.project.to_string()))
 }

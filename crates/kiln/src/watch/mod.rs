@@ -21,7 +21,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::eyes::Eyes;
 use self::rules::{Laid, Turn, Watched};
-use crate::assemble::Over;
+use crate::assemble::{Over, Shares};
 use crate::cli::WatchArgs;
 use crate::context::{Context, who};
 use crate::failure::{Failure, Kind, machine};
@@ -188,7 +188,12 @@ impl<'a> Watch<'a> {
             synced: laid.synced(),
             proven: BTreeMap::new(),
         };
-        let assembler = up::assembler(self.context, &loaded, &cancel)?;
+        // Others get what was built on purpose, not what each save came to.
+        let shares = Shares {
+            no_export: true,
+            ..Shares::default()
+        };
+        let assembler = up::assembler(self.context, &loaded, &cancel)?.shares(shares);
         let assembled = up::assemble(&assembler, &cancel, &self.environment, &over).await?;
         self.bases = assembled.bases;
         for rule in &mut self.rules {
