@@ -116,11 +116,13 @@ fn resolver(world: &World, bases: BTreeMap<String, DebianBase>) -> Resolver {
                 arch: debian::architecture(&platform).unwrap().into(),
             },
         },
-        registry: registry::Client::new(registry::Options {
-            credentials: CredentialSources::default(),
-            ..registry::Options::default()
-        })
-        .unwrap(),
+        registry: Arc::new(
+            registry::Client::new(registry::Options {
+                credentials: CredentialSources::default(),
+                ..registry::Options::default()
+            })
+            .unwrap(),
+        ),
         platform: platform.parse().unwrap(),
         bases,
         mirror: None,

@@ -49,8 +49,13 @@ fn seen(world: &World) -> (usize, usize, Vec<String>, Vec<String>) {
     let (mut from, mut told) = (Vec::new(), Vec::new());
     for event in world.seen.take() {
         match event {
-            ProgressEvent::Finished { how, .. } if how == Finish::Cached => cached += 1,
-            ProgressEvent::Finished { how, .. } if how == Finish::Done => done += 1,
+            ProgressEvent::Finished {
+                how: Finish::Cached,
+                ..
+            } => cached += 1,
+            ProgressEvent::Finished {
+                how: Finish::Done, ..
+            } => done += 1,
             ProgressEvent::Taken { from: cache, .. } => from.push(cache),
             ProgressEvent::Warning { text, .. } => told.push(text),
             _ => {}

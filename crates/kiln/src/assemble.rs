@@ -399,7 +399,6 @@ impl<'a> Assembler<'a> {
         let request = self.build_request(name.as_str(), build, platform, lock)?;
         let (pins, recordings) = (request.pins.clone(), request.recordings.clone());
         self.to_export(&request)?;
-        let platform = request.platform.clone();
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
         let began = Instant::now();

@@ -76,8 +76,9 @@ impl Proven {
         asked: Asked<'_>,
     ) -> Result<Self, Failure> {
         let mut suites = Vec::new();
+        let junit = asked.junit;
         let result = prove(context, args, asked, &mut suites).await;
-        let written = match asked.junit {
+        let written = match junit {
             Some(path) => junit::write(path, &suites),
             None => Ok(()),
         };

@@ -18,7 +18,7 @@ use super::layer::Delta;
 use super::{ExecError, Site};
 use crate::files::{names, shown};
 use crate::network::record::{Kept, Made};
-use crate::secrets;
+use crate::secrets::Look;
 
 /// The file that such a folder is known by, and another name that must be in it.
 const KNOWN: [(&[u8], &[u8]); 2] = [
@@ -117,11 +117,9 @@ impl Site<'_> {
         let Some(part) = delta.whole() else {
             return Ok(None);
         };
-        if !secrets::in_changes(&part.changes, &self.store, &self.given, &[])?.is_empty() {
-            return Ok(None);
-        }
-        let layer = part.write(&self.store, &self.scratch()?)?;
-        if layer.size > Kept::LARGEST {
+        let look = Look::new(&self.given, &[]);
+        let (layer, found) = part.write(&self.store, Some(&look))?;
+        if !found.is_empty() || layer.size > Kept::LARGEST {
             return Ok(None);
         }
         let blob = BlobRead::open(&*self.store, &layer.digest).map_err(ExecError::store)?;

@@ -238,6 +238,7 @@ fn missing(patterns: &[LinePattern], text: &str) -> Result<Vec<String>, String> 
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use kiln_model::suite::Pattern;
     use serde_json::json;

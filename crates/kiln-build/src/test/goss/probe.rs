@@ -212,7 +212,7 @@ fn user(inside: &Inside<'_>, name: &str) -> Result<Found, String> {
 /// The mount that is seen at `path`, by proc(5), "mountinfo".
 fn mount(inside: &Inside<'_>, path: &str, asked: Asked<'_>) -> Result<Found, String> {
     let text = inside.proc("mountinfo")?;
-    let mounts = text.lines().filter_map(|line| {
+    let mut mounts = text.lines().filter_map(|line| {
         let (mount, system) = line.split_once(" - ")?;
         let mount: Vec<&str> = mount.split(' ').collect();
         let system: Vec<&str> = system.split(' ').collect();
@@ -225,7 +225,7 @@ fn mount(inside: &Inside<'_>, path: &str, asked: Asked<'_>) -> Result<Found, Str
             *system.get(2)?,
         ))
     });
-    let Some((_, options, kind, source, own)) = mounts.filter(|(at, ..)| at == path).last() else {
+    let Some((_, options, kind, source, own)) = mounts.rfind(|(at, ..)| at == path) else {
         return Ok(absent("exists"));
     };
     let list = |text: &str| json!(text.split(',').collect::<Vec<_>>());
