@@ -11,6 +11,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("gpgv", "gpgv"),
     ("gpg", "gpg"),
     ("nft", "nftables"),
+    ("iptables-nft", "iptables"),
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("mount", "mount"),

@@ -6,9 +6,12 @@ use kiln_model::spec::{
     ExposedPort, HealthcheckSetting, Mount, MountSource, NetworkMode, RestartPolicy, RootSetting,
     Service, ServiceMode, Spec, Volume,
 };
-use kiln_model::{EnvironmentName, ServiceName};
+use kiln_model::{EnvironmentName, Millis, ServiceName};
 
 use crate::failure::{Failure, Kind};
+
+/// Nobody misses what is thrown away.
+const GRACE: Millis = Millis(1000);
 
 /// Takes away what leads out, and makes `test` a job.
 pub fn alone(spec: &mut Spec, test: &ServiceName) -> Result<(), Failure> {
@@ -84,6 +87,8 @@ fn inside(name: &ServiceName, service: &mut Service) -> Result<(), Failure> {
             service.expose.push(exposed);
         }
     }
+    let grace = service.process.stop_grace.unwrap_or(GRACE);
+    service.process.stop_grace = Some(grace.min(GRACE));
     service.update = Default::default();
     service.rollback = None;
     service.kiln.rollout = None;

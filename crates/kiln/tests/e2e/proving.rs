@@ -29,7 +29,7 @@ fn page(more: &str) -> Page<'_> {
 fn verdicts(project: &Project<'_>) -> Vec<Value> {
     let entries = project.kiln(&["audit", "--json"]).ok().json();
     let entries = entries.as_array().cloned().unwrap_or_default();
-    let of_stack = |entry: &Value| entry.to_string().contains("\"stack\"");
+    let of_stack = |entry: &Value| entry["details"]["stack"].is_string();
     entries.into_iter().filter(of_stack).collect()
 }
 
@@ -115,8 +115,7 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     project.write("www/check", "echo waiting; sleep 1000");
     let running = project.start("up", &[]);
     wait_until("the test to run", || {
-        let of_test =
-            |spec: &fs::DirEntry| spec.file_name().to_string_lossy().starts_with("check-");
+        let of_test = |spec: &fs::DirEntry| spec.file_name().to_string_lossy().contains("-check-");
         let instances = fs::read_dir(kiln.root.join("instances"));
         instances
             .into_iter()
