@@ -3,7 +3,8 @@
 //!
 //! The second time everything is elsewhere: folder, root, host name, umask, time zone,
 //! language, one processor, the images in the opposite order, later, and without network. It
-//! has compose.yaml, kiln.lock and what was fetched from the first, as another machine would.
+//! has compose.yaml, kiln.lock, kiln.lock.d and what was fetched from the first, as another
+//! machine would.
 //!
 //! The clock can't be set for one program, and two builds of one day don't tell what another
 //! day would: so what instructions have made is also searched for today's date.
@@ -196,6 +197,10 @@ impl Bed {
         fs::create_dir_all(&project)?;
         for name in ["compose.yaml", "kiln.lock"] {
             fs::copy(before.join(name), project.join(name))?;
+        }
+        let kept = before.join("kiln.lock.d");
+        if kept.exists() {
+            link_all(&kept, &project.join("kiln.lock.d"))?;
         }
         for fetched in ["network", "debian"] {
             link_all(
