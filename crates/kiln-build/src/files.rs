@@ -64,8 +64,13 @@ pub enum Kind {
 pub trait Source {
     /// What is at this path; links are not followed. The empty path is the root.
     fn kind(&self, path: &[Vec<u8>]) -> Option<Kind>;
-    /// The names in a folder, in byte order.
-    fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>>;
+    /// The names in a folder, in byte order, and whether each is a folder's.
+    fn list(&self, path: &[Vec<u8>]) -> Vec<(Vec<u8>, bool)>;
+    /// The names alone.
+    fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let listed = self.list(path).into_iter();
+        listed.map(|(name, _)| name).collect()
+    }
     /// The same for all names of one file; `None`: it has no other name.
     fn inode(&self, _path: &[Vec<u8>]) -> Option<Inode> {
         None

@@ -90,9 +90,11 @@ impl Source for Rootfs {
         })
     }
 
-    fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    fn list(&self, path: &[Vec<u8>]) -> Vec<(Vec<u8>, bool)> {
         match self.tree.children(joined(path)) {
-            Ok(children) => children.map(|(name, _)| name.to_vec()).collect(),
+            Ok(children) => children
+                .map(|(name, node)| (name.to_vec(), node.is_dir()))
+                .collect(),
             Err(_) => Vec::new(),
         }
     }

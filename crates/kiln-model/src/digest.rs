@@ -9,6 +9,20 @@ use sha2::{Digest as _, Sha256};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest([u8; 32]);
 
+/// Trees of many thousand files are read and written by the digit: tables, not branches.
+const DIGITS: [u8; 16] = *b"0123456789abcdef";
+
+/// What each byte stands for; more than 15: it is no lower-case digit.
+const VALUES: [u8; 256] = {
+    let mut values = [u8::MAX; 256];
+    let mut value = 0;
+    while value < DIGITS.len() {
+        values[DIGITS[value] as usize] = value as u8;
+        value += 1;
+    }
+    values
+};
+
 /// Why a text is not a [`Digest`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a sha256 digest (sha256: and 64 lower-case hex digits)")]
@@ -38,22 +52,36 @@ impl Digest {
 
     /// The 64 hex digits without the algorithm.
     pub fn hex(&self) -> String {
-        hex::encode(self.0)
+        let mut text = String::with_capacity(64);
+        for byte in self.0 {
+            text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            text.push(char::from(DIGITS[usize::from(byte & 15)]));
+        }
+        text
     }
 
     /// The first 12 hex digits, for people.
     pub fn short(&self) -> String {
-        hex::encode(&self.0[..6])
+        self.hex()[..12].to_owned()
     }
 
     /// Parses 64 hex digits without an algorithm prefix.
     pub fn from_hex(text: &str) -> Result<Self, DigestParseError> {
         let fail = || DigestParseError { text: text.into() };
-        if text.bytes().any(|b| b.is_ascii_uppercase()) {
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+            return Err(fail());
+        };
+        let mut bytes = [0; 32];
+        if pairs.len() != bytes.len() {
             return Err(fail());
         }
-        let mut bytes = [0; 32];
-        hex::decode_to_slice(text, &mut bytes).map_err(|_| fail())?;
+        for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+            let (high, low) = (VALUES[usize::from(*high)], VALUES[usize::from(*low)]);
+            if high | low > 15 {
+                return Err(fail());
+            }
+            *byte = high << 4 | low;
+        }
         Ok(Self(bytes))
     }
 }
@@ -126,6 +154,8 @@ mod tests {
             digest.to_string().to_uppercase(),
             format!("{digest}0"),
             "sha512:00".into(),
+            digest.to_string().replace(&digest.hex()[..1], "g"),
+            digest.to_string().replace(&digest.hex()[..1], "é"),
             String::new(),
         ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");

@@ -151,15 +151,25 @@ impl Store {
     /// applies the layers (from the longest run of them already known), writes the tree
     /// and records the image durably. Adding it again only looks that all is there.
     pub fn add_image(&self, manifest: &Digest) -> Result<Image, AddImageError> {
-        self.add_built_image(manifest, None)
+        self.add(manifest, None)
     }
 
     /// The same of an image whose layers were written from a tree, which saves reading
-    /// them again. The caller vouches for it that the layers make exactly this tree.
+    /// them again, and whose packages have been looked for. The caller vouches for it that
+    /// the layers make exactly this tree.
     pub fn add_built_image(
         &self,
         manifest: &Digest,
-        tree: Option<&Tree>,
+        tree: &Tree,
+        packages: Digest,
+    ) -> Result<Image, AddImageError> {
+        self.add(manifest, Some((tree, packages)))
+    }
+
+    fn add(
+        &self,
+        manifest: &Digest,
+        built: Option<(&Tree, Digest)>,
     ) -> Result<Image, AddImageError> {
         let _lease = self.lease()?;
         let bytes = read_small(self, manifest, MAX_MANIFEST_BYTES)?;
@@ -172,8 +182,8 @@ impl Store {
             return Ok(image);
         }
         let config = self.read_config(manifest, &parsed)?;
-        let tree = match tree {
-            Some(tree) => self.keep_chain(tree, &config.diff_ids)?,
+        let tree = match built {
+            Some((tree, _)) => self.keep_chain(tree, &config.diff_ids)?,
             None => self.build_tree(&parsed, &config.diff_ids)?,
         };
         let layers =
@@ -193,7 +203,7 @@ impl Store {
                 + bytes.len() as u64,
             layers,
             created: config.created,
-            packages: None,
+            packages: built.map(|(_, packages)| packages),
         };
         self.record(&image)?;
         Ok(image)

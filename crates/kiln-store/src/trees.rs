@@ -1,6 +1,6 @@
 //! Trees on disk: `trees/<sha256 of the file>.erofs`, in the format of [`crate::erofs`].
 
-use std::collections::HashSet;
+use std::panic::resume_unwind;
 
 use kiln_model::Digest;
 use kiln_model::instance::TreePaths;
@@ -49,11 +49,17 @@ impl Store {
     /// Writes a tree's metadata image and gives its digest. Every object that it names
     /// must be in the store.
     pub fn write_tree(&self, tree: &Tree) -> Result<Digest, WriteTreeError> {
-        let image = erofs::write(tree)?;
-        let digest = Digest::of(&image);
         // From the check to the end nothing may be collected.
         let _lock = self.layout.publishing()?;
-        self.check_objects(tree)?;
+        let (image, digest) = std::thread::scope(|scope| {
+            let checked = scope.spawn(|| self.check_objects(tree));
+            let image = erofs::write(tree)?;
+            let digest = Digest::of(&image);
+            checked
+                .join()
+                .unwrap_or_else(|panic| resume_unwind(panic))?;
+            Ok::<_, WriteTreeError>((image, digest))
+        })?;
         self.put_bytes(Shelf::Trees, &digest, &image)?;
         Ok(digest)
     }
@@ -90,15 +96,21 @@ impl Store {
 
     /// Every object that `tree` names is there with its size.
     pub(crate) fn check_objects(&self, tree: &Tree) -> Result<(), WriteTreeError> {
-        let mut seen = HashSet::new();
-        for item in tree.walk() {
-            if let Kind::File { digest, size } = item.node.kind
-                && size > 0
-                && seen.insert(digest)
-                && self.layout.object_size(&digest)? != Some(size)
-            {
+        let mut wanted: Vec<(Digest, u64)> = (tree.nodes())
+            .filter_map(|node| match node.kind {
+                Kind::File { digest, size } if size > 0 => Some((digest, size)),
+                _ => None,
+            })
+            .collect();
+        // In the folders' order, and each once.
+        wanted.sort_unstable();
+        wanted.dedup();
+        for (digest, size) in wanted {
+            if self.layout.object_size(&digest)? != Some(size) {
+                let holds = Kind::File { digest, size };
+                let place = tree.walk().find(|item| item.node.kind == holds);
                 return Err(WriteTreeError::MissingObject {
-                    path: item.path,
+                    path: place.map(|item| item.path).unwrap_or_default(),
                     digest,
                     size,
                 });

@@ -14,6 +14,7 @@ use super::{BuildError, Builder};
 use crate::containerfile::{self, Instruction, Span};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Files;
+use crate::packages;
 
 /// A manifest or configuration is read up to this many bytes.
 const MAX_DOCUMENT: u64 = 8 << 20;
@@ -65,7 +66,13 @@ impl Builder {
         let config = Descriptor::new(media_type::OCI_CONFIG, digest, size);
         let manifest = Manifest::new(config, descriptors).to_bytes();
         let (digest, _) = self.store.write(None, &mut manifest.as_slice())?;
-        self.store.add_built_image(&digest, tree)?;
+        match tree {
+            Some(tree) => {
+                let packages = packages::write(&self.store, tree)?;
+                self.store.add_built_image(&digest, tree, packages)?;
+            }
+            None => drop(self.store.add_image(&digest)?),
+        }
         Ok(digest)
     }
 

@@ -39,7 +39,7 @@ impl Context {
             deep,
             entries: 0,
         };
-        let root = match scan.entry(&path, "", &meta, &Seen::default(), 0) {
+        let root = match scan.entry(&|| path.clone(), "", &meta, &Seen::default(), 0) {
             Err(ContextError::Read { cause, .. }) if is_gone(&cause) => return Ok(None),
             other => other?,
         };

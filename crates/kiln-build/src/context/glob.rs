@@ -27,7 +27,11 @@ enum Token {
 
 /// A compiled pattern. Matching takes time of at most pattern × text.
 #[derive(Clone, Debug)]
-pub struct Glob(Vec<Token>);
+pub struct Glob {
+    tokens: Vec<Token>,
+    /// The plain text that it ends with: most texts end otherwise.
+    ending: String,
+}
 
 impl Glob {
     /// A pattern in which a star never passes a `/`.
@@ -66,16 +70,28 @@ impl Glob {
             };
             tokens.push(token);
         }
-        Ok(Self(tokens))
+        let plain = tokens.iter().rev().map_while(|token| match token {
+            Token::Char(c) => Some(*c),
+            _ => None,
+        });
+        let ending: Vec<char> = plain.collect();
+        Ok(Self {
+            ending: ending.into_iter().rev().collect(),
+            tokens,
+        })
     }
 
     pub fn matches(&self, text: &str) -> bool {
-        let mut places = vec![false; self.0.len() + 1];
+        if !text.ends_with(&self.ending) {
+            return false;
+        }
+        let mut places = vec![false; self.tokens.len() + 1];
+        let mut next = places.clone();
         places[0] = true;
         self.skip(&mut places);
         for c in text.chars() {
-            let mut next = vec![false; places.len()];
-            for (i, token) in self.0.iter().enumerate().filter(|(i, _)| places[*i]) {
+            next.fill(false);
+            for (i, token) in self.tokens.iter().enumerate().filter(|(i, _)| places[*i]) {
                 match token {
                     Token::Char(x) => next[i + 1] |= *x == c,
                     Token::Any => next[i + 1] |= c != '/',
@@ -93,15 +109,15 @@ impl Glob {
                 }
             }
             self.skip(&mut next);
-            places = next;
+            std::mem::swap(&mut places, &mut next);
         }
-        places[self.0.len()]
+        places[self.tokens.len()]
     }
 
     /// Passes the tokens that may stand for nothing.
     fn skip(&self, places: &mut [bool]) {
         for (i, token) in self
-            .0
+            .tokens
             .iter()
             .enumerate()
             .filter(|(_, t)| !matches!(t, Token::Char(_)))
@@ -174,6 +190,10 @@ mod tests {
             ("**/*.md", "x/y.md", true),
             ("**/*.md", "y.md", true),
             ("**/*.md/**", "x/y.md/z", true),
+            ("**/né", "x/né", true),
+            ("**/né", "x/nè", false),
+            ("*\\*", "x*", true),
+            ("*\\*", "*x", false),
         ];
         for (pattern, text, expected) in cases {
             let glob = Glob::ignore(pattern).unwrap();

@@ -180,14 +180,13 @@ impl Scan<'_> {
             if out && !self.deep {
                 continue;
             }
-            let host = item.path();
             let meta = match item.metadata() {
                 Ok(meta) => meta,
                 // It went away since the folder was listed.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(fail(&host, e)),
+                Err(e) => return Err(fail(&item.path(), e)),
             };
-            let entry = self.entry(&host, &path, &meta, &seen, depth)?;
+            let entry = self.entry(&|| item.path(), &path, &meta, &seen, depth)?;
             let Some(entry) = entry else { continue };
             if out && !matches!(&entry.kind, EntryKind::Folder(kept) if !kept.is_empty()) {
                 continue;
@@ -203,7 +202,7 @@ impl Scan<'_> {
 
     fn entry(
         &mut self,
-        host: &Path,
+        host: &dyn Fn() -> PathBuf,
         path: &str,
         meta: &fs::Metadata,
         seen: &Seen,
@@ -211,7 +210,7 @@ impl Scan<'_> {
     ) -> Result<Option<Entry>, ContextError> {
         let kind = meta.file_type();
         let kind = if kind.is_dir() {
-            EntryKind::Folder(self.folder(host, path, seen, depth + 1)?)
+            EntryKind::Folder(self.folder(&host(), path, seen, depth + 1)?)
         } else if kind.is_file() {
             EntryKind::File {
                 size: meta.len(),
@@ -219,10 +218,9 @@ impl Scan<'_> {
                 linked: meta.nlink() > 1,
             }
         } else if kind.is_symlink() {
-            let target = fs::read_link(host).map_err(|cause| ContextError::Read {
-                path: host.to_owned(),
-                cause,
-            })?;
+            let host = host();
+            let target = fs::read_link(&host);
+            let target = target.map_err(|cause| ContextError::Read { path: host, cause })?;
             EntryKind::Link(target.as_os_str().as_bytes().to_vec())
         } else if kind.is_fifo() {
             EntryKind::Fifo

@@ -13,7 +13,7 @@ use kiln_store::{Batch, PutError, Store};
 
 use super::ignore::Patterns;
 use super::stat_cache::{Stamp, StatCache};
-use super::{Context, ContextError, EntryKind};
+use super::{Context, ContextError, Entry, EntryKind};
 use crate::files::{FilesError, Inode, Kind, Meta, Names, Shape, Source, shown};
 
 /// Files read at the same time; a bound on memory.
@@ -73,10 +73,8 @@ impl ContextSource {
 
     /// Writes what was learned. It is a cache: a failure is told, and costs time only.
     pub fn save(&self) -> std::io::Result<()> {
-        self.remembered().save(|path| {
-            let names = crate::files::names(path.as_bytes());
-            path.starts_with('\0') || self.context.entry(&names).is_some()
-        })
+        let there = |path: &[u8]| self.context.entry(&crate::files::names(path)).is_some();
+        self.remembered().save(there)
     }
 
     fn remembered(&self) -> MutexGuard<'_, StatCache> {
@@ -118,7 +116,7 @@ impl ContextSource {
         let (digest, size) = put.map_err(|e| fail(Box::new(e)))?;
         let after = file.metadata().map_err(|e| fail(Box::new(e)))?;
         if Stamp::of(&after) == *stamp {
-            self.remembered().put(&key, *stamp, digest, self.now);
+            self.remembered().put(key, *stamp, digest, self.now);
         }
         Ok((digest, size))
     }
@@ -168,9 +166,13 @@ impl Source for ContextSource {
         })
     }
 
-    fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    fn list(&self, path: &[Vec<u8>]) -> Vec<(Vec<u8>, bool)> {
+        let folder = |entry: &Entry| matches!(entry.kind, EntryKind::Folder(_));
         match self.context.entry(path).map(|e| &e.kind) {
-            Some(EntryKind::Folder(entries)) => entries.keys().cloned().collect(),
+            Some(EntryKind::Folder(entries)) => entries
+                .iter()
+                .map(|(name, entry)| (name.clone(), folder(entry)))
+                .collect(),
             _ => Vec::new(),
         }
     }

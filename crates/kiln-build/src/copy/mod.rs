@@ -148,22 +148,24 @@ struct Walk<'a, S: ?Sized> {
 struct Position {
     include: Seen,
     exclude: Seen,
+    out: bool,
     text: String,
 }
 
 impl<S: Source + ?Sized> Walk<'_, S> {
     /// The root and, of a folder, what is in it.
     fn items(&self, folder: bool) -> Result<Vec<Item>, CopyError> {
-        let mut found = vec![Names::new()];
+        let mut found = vec![self.root.to_vec()];
         if folder {
-            self.folder(&mut Names::new(), Position::default(), &mut found);
+            self.folder(&mut self.root.to_vec(), Position::default(), &mut found);
         }
-        let real: Vec<Names> = found.iter().map(|below| self.real(below)).collect();
-        let entries = self.source.entries(&real)?;
+        let entries = self.source.entries(&found)?;
         let mut first: BTreeMap<Inode, Names> = BTreeMap::new();
-        let items = found.into_iter().zip(real).zip(entries);
-        let items = items.map(|((path, real), (meta, shape))| {
-            let shape = match self.source.inode(&real) {
+        let items = found.into_iter().zip(entries);
+        let items = items.map(|(mut path, (meta, shape))| {
+            let inode = self.source.inode(&path);
+            path.drain(..self.root.len());
+            let shape = match inode {
                 None => shape,
                 Some(inode) => match first.entry(inode) {
                     Entry::Occupied(first) => Shape::Same(first.get().clone()),
@@ -178,45 +180,55 @@ impl<S: Source + ?Sized> Walk<'_, S> {
         Ok(items.collect())
     }
 
-    fn real(&self, below: &[Vec<u8>]) -> Names {
-        [self.root, below].concat()
-    }
-
-    /// Adds the paths below a folder that are meant.
-    fn folder(&self, below: &mut Names, at: Position, found: &mut Vec<Names>) {
-        for name in self.source.names(&self.real(below)) {
-            let text = match at.text.as_str() {
-                "" => String::from_utf8_lossy(&name).into_owned(),
-                parent => format!("{parent}/{}", String::from_utf8_lossy(&name)),
-            };
-            let (out, exclude) = self.exclude.leave_out(&text, &at.exclude);
-            let (wanted, include) = match self.include {
-                Some(patterns) => patterns.leave_out(&text, &at.include),
-                None => (true, Seen::default()),
-            };
-            below.push(name);
-            let folder = self.source.kind(&self.real(below)) == Some(Kind::Folder);
-            let keep = wanted && !out;
-            if !keep && (!folder || (out && !self.exclude.takes_back())) {
-                below.pop();
+    /// Adds the paths below the folder `path` that are meant.
+    fn folder(&self, path: &mut Names, at: Position, found: &mut Vec<Names>) {
+        for (name, folder) in self.source.list(path) {
+            let (keep, next) = self.asked(&name, &at);
+            let out = !keep && (!folder || !self.looks_into(&next));
+            if out {
                 continue;
             }
             let before = found.len();
-            found.push(below.clone());
+            path.push(name);
+            found.push(path.clone());
             if folder {
-                let next = Position {
-                    include,
-                    exclude,
-                    text,
-                };
-                self.folder(below, next, found);
+                self.folder(path, next, found);
                 // A folder that is only on the way is there for what is in it.
                 if !keep && found.len() == before + 1 {
                     found.pop();
                 }
             }
-            below.pop();
+            path.pop();
         }
+    }
+
+    /// Whether an entry is meant, and where its own entries stand.
+    fn asked(&self, name: &[u8], at: &Position) -> (bool, Position) {
+        if self.include.is_none() && self.exclude.is_empty() {
+            return (true, Position::default());
+        }
+        let name = String::from_utf8_lossy(name);
+        let text = match at.text.as_str() {
+            "" => name.into_owned(),
+            parent => format!("{parent}/{name}"),
+        };
+        let (out, exclude) = self.exclude.leave_out(&text, &at.exclude);
+        let (wanted, include) = match self.include {
+            Some(patterns) => patterns.leave_out(&text, &at.include),
+            None => (true, Seen::default()),
+        };
+        let next = Position {
+            include,
+            exclude,
+            out,
+            text,
+        };
+        (wanted && !out, next)
+    }
+
+    /// Whether something in a folder that is not meant itself may be.
+    fn looks_into(&self, at: &Position) -> bool {
+        !at.out || self.exclude.takes_back()
     }
 }
 

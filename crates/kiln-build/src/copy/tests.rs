@@ -81,12 +81,12 @@ impl Source for Memory {
         })
     }
 
-    fn names(&self, path: &[Vec<u8>]) -> Vec<Vec<u8>> {
-        let below = |p: &&Names| p.len() == path.len() + 1 && p.starts_with(path);
+    fn list(&self, path: &[Vec<u8>]) -> Vec<(Vec<u8>, bool)> {
+        let below = |p: &Names| p.len() == path.len() + 1 && p.starts_with(path);
         self.entries
-            .keys()
-            .filter(below)
-            .filter_map(|p| p.last().cloned())
+            .iter()
+            .filter(|(p, _)| below(p))
+            .filter_map(|(p, (_, shape))| Some((p.last()?.clone(), *shape == Shape::Folder)))
             .collect()
     }
 

@@ -114,6 +114,8 @@ pub enum PackagesError {
     Add(#[from] AddImageError),
     #[error(transparent)]
     Read(#[from] ReadSmallError),
+    #[error("the record of packages can't be made")]
+    Record(#[source] serde_json::Error),
     #[error("the record of packages {0} is damaged: {1}")]
     Damaged(Digest, #[source] serde_json::Error),
     #[error("the record of packages {0} has format {1}, this kiln knows {FORMAT}")]
@@ -127,10 +129,15 @@ pub fn attach(store: &Store, manifest: &Digest) -> Result<Image, PackagesError> 
     if image.packages.is_some() {
         return Ok(image);
     }
-    let record = collect(&store.load_tree(&image.tree)?, store);
-    let bytes = serde_json::to_vec(&record).map_err(|e| PackagesError::Damaged(*manifest, e))?;
+    let record = write(store, &store.load_tree(&image.tree)?)?;
+    Ok(store.attach_packages(&image, record)?)
+}
+
+/// Looks through a tree, and puts the record into the store.
+pub fn write(store: &Store, tree: &Tree) -> Result<Digest, PackagesError> {
+    let bytes = serde_json::to_vec(&collect(tree, store)).map_err(PackagesError::Record)?;
     let (digest, _) = store.write(None, &mut bytes.as_slice())?;
-    Ok(store.attach_packages(&image, digest)?)
+    Ok(digest)
 }
 
 /// An image's packages; `None`: nobody has looked.

@@ -1,7 +1,8 @@
 //! What the image holds, before where: inodes in their order, directories cut into
 //! blocks, attributes encoded.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
 
 use kiln_model::Digest;
 
@@ -34,6 +35,9 @@ static WHITEOUT: Node = Node {
     },
     kind: Kind::Char { major: 0, minor: 0 },
 };
+
+/// What a file with content has, if nothing else.
+const XATTRS_OF_A_FILE: usize = 128;
 
 /// One inode of the image.
 pub(super) struct Planned<'a> {
@@ -112,11 +116,8 @@ impl Planned<'_> {
 /// The most frequent mtime; of equals the earliest.
 pub(super) fn epoch(tree: &Tree) -> Mtime {
     let mut counts: BTreeMap<Mtime, u64> = BTreeMap::new();
-    let mut seen = BTreeSet::new();
-    for item in tree.walk() {
-        if item.links == 1 || seen.insert(item.inode) {
-            *counts.entry(item.node.meta.mtime).or_default() += 1;
-        }
+    for node in tree.nodes() {
+        *counts.entry(node.meta.mtime).or_default() += 1;
     }
     let mut best = (Mtime::default(), 0);
     for (mtime, count) in counts {
@@ -239,30 +240,32 @@ fn directory<'a>(mut entries: Vec<DirEntry<'a>>, here: usize, parent: usize) -> 
 
 /// The attributes' bytes as they follow the inode; empty if there are none.
 fn encode_xattrs(node: &Node, opaque: bool) -> Vec<u8> {
-    let mut all: BTreeMap<Vec<u8>, &[u8]> = BTreeMap::new();
+    let mut all: Vec<(Cow<'_, [u8]>, &[u8])> = Vec::new();
     for (name, value) in &node.meta.xattrs {
         let name = match name.strip_prefix(XATTR_OVERLAY) {
-            Some(rest) => [XATTR_ESCAPED, rest].concat(),
-            None => name.clone(),
+            Some(rest) => Cow::Owned([XATTR_ESCAPED, rest].concat()),
+            None => Cow::Borrowed(name.as_slice()),
         };
-        all.insert(name, value);
+        all.push((name, value));
     }
     let redirect = match &node.kind {
         Kind::File { digest, size } if *size > 0 => object_redirect(digest),
         _ => String::new(),
     };
     if !redirect.is_empty() {
-        all.insert(XATTR_METACOPY.into(), b"");
-        all.insert(XATTR_REDIRECT.into(), redirect.as_bytes());
+        all.push((XATTR_METACOPY.into(), b""));
+        all.push((XATTR_REDIRECT.into(), redirect.as_bytes()));
     }
     if opaque {
-        all.insert(XATTR_OPAQUE.into(), b"y");
+        all.push((XATTR_OPAQUE.into(), b"y"));
     }
     if all.is_empty() {
         return Vec::new();
     }
+    all.sort_unstable();
     // Header: no name filter, nothing shared.
-    let mut bytes = vec![0; XATTR_HEADER];
+    let mut bytes = Vec::with_capacity(XATTRS_OF_A_FILE);
+    bytes.resize(XATTR_HEADER, 0);
     for (name, value) in all {
         let (index, suffix) = split_xattr_name(&name);
         // The tree's limits keep both lengths in range.
@@ -287,6 +290,10 @@ fn split_xattr_name(name: &[u8]) -> (u8, &[u8]) {
 
 /// Where overlayfs finds an object, from the objects folder.
 fn object_redirect(digest: &Digest) -> String {
+    let mut path = String::with_capacity(66);
     let hex = digest.hex();
-    format!("/{}/{}", &hex[..2], &hex[2..])
+    for part in ["/", &hex[..2], "/", &hex[2..]] {
+        path.push_str(part);
+    }
+    path
 }

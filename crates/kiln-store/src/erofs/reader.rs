@@ -94,20 +94,31 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Values by full name.
-type Xattrs = HashMap<Vec<u8>, Vec<u8>>;
+/// An extended attribute.
+struct Xattr<'a> {
+    prefix: &'static [u8],
+    suffix: &'a [u8],
+    value: &'a [u8],
+}
+
+impl Xattr<'_> {
+    fn is(&self, name: &[u8]) -> bool {
+        name.strip_prefix(self.prefix) == Some(self.suffix)
+    }
+}
 
 /// One inode's fields.
-struct RawInode {
+struct RawInode<'a> {
     offset: usize,
     layout: u16,
     mode: u32,
+    links: u32,
     uid: u32,
     gid: u32,
     mtime: Mtime,
     size: u64,
     union: u32,
-    xattrs: Xattrs,
+    xattrs: Vec<Xattr<'a>>,
     /// Where its tail is.
     tail: usize,
 }
@@ -116,7 +127,7 @@ struct Reader<'a> {
     image: Image<'a>,
     epoch: Mtime,
     tree: Tree,
-    /// The first path of every inode.
+    /// The first path of every directory, and of what has several names.
     seen: HashMap<u64, Vec<u8>>,
     entries: usize,
 }
@@ -146,8 +157,11 @@ impl<'a> Reader<'a> {
                 if path.is_empty() && is_fan_out(name) && is_whiteout(&inode) {
                     continue;
                 }
-                self.seen.insert(number, child.clone());
-                if inode.mode & S_IFMT == S_IFDIR {
+                let folder = inode.mode & S_IFMT == S_IFDIR;
+                if folder || inode.links != 1 {
+                    self.seen.insert(number, child.clone());
+                }
+                if folder {
                     queue.push_back((child, inode));
                 } else {
                     let node = self.node(inode)?;
@@ -160,7 +174,7 @@ impl<'a> Reader<'a> {
         Ok(self.tree)
     }
 
-    fn inode(&self, number: u64) -> Result<RawInode, ErofsReadError> {
+    fn inode(&self, number: u64) -> Result<RawInode<'a>, ErofsReadError> {
         let offset = usize::try_from(number)
             .ok()
             .and_then(|number| number.checked_mul(SLOT))
@@ -175,6 +189,7 @@ impl<'a> Reader<'a> {
             offset,
             layout: format >> 1,
             mode: u32::from(image.u16(offset + 4)?),
+            links: u32::from(image.u16(offset + 6)?),
             uid: u32::from(image.u16(offset + 24)?),
             gid: u32::from(image.u16(offset + 26)?),
             mtime: self.epoch,
@@ -191,13 +206,18 @@ impl<'a> Reader<'a> {
                 seconds: image.u64(offset + 32)?.cast_signed(),
                 nanos: image.u32(offset + 40)?,
             };
+            raw.links = image.u32(offset + 44)?;
         }
         Ok(raw)
     }
 
     /// The attributes at `offset`, and how many bytes they take.
-    fn xattrs(&self, offset: usize, count: u16) -> Result<(Xattrs, usize), ErofsReadError> {
-        let mut found = HashMap::new();
+    fn xattrs(
+        &self,
+        offset: usize,
+        count: u16,
+    ) -> Result<(Vec<Xattr<'a>>, usize), ErofsReadError> {
+        let mut found = Vec::new();
         if count == 0 {
             return Ok((found, 0));
         }
@@ -215,18 +235,22 @@ impl<'a> Reader<'a> {
             let value_length = usize::from(bytes.u16(at + 2)?);
             let suffix = bytes.bytes(at + XATTR_ENTRY, usize::from(name_length))?;
             let value = bytes.bytes(at + XATTR_ENTRY + suffix.len(), value_length)?;
-            let prefix = XATTR_PREFIXES
+            let (_, prefix) = XATTR_PREFIXES
                 .iter()
                 .find(|(i, _)| *i == index)
                 .ok_or_else(|| damaged(offset + at, "an attribute has an unknown prefix"))?;
-            found.insert([prefix.1, suffix].concat(), value.to_vec());
+            found.push(Xattr {
+                prefix,
+                suffix,
+                value,
+            });
             at += (XATTR_ENTRY + suffix.len() + value_length).next_multiple_of(XATTR_ENTRY);
         }
         Ok((found, length))
     }
 
     /// The data of a directory or link, in pieces of at most one block.
-    fn data(&self, raw: &RawInode) -> Result<Vec<&'a [u8]>, ErofsReadError> {
+    fn data(&self, raw: &RawInode<'_>) -> Result<Vec<&'a [u8]>, ErofsReadError> {
         let wrong = |problem| damaged(raw.offset, problem);
         let size = usize::try_from(raw.size).map_err(|_| wrong("its size is too large"))?;
         if size == 0 || size > self.image.0.len() {
@@ -251,7 +275,7 @@ impl<'a> Reader<'a> {
         Ok(pieces)
     }
 
-    fn dir_entries(&mut self, raw: &RawInode) -> Result<Vec<(&'a [u8], u64)>, ErofsReadError> {
+    fn dir_entries(&mut self, raw: &RawInode<'_>) -> Result<Vec<(&'a [u8], u64)>, ErofsReadError> {
         let mut entries = Vec::new();
         for block in self.data(raw)? {
             let block = Image(block);
@@ -277,7 +301,7 @@ impl<'a> Reader<'a> {
         Ok(entries)
     }
 
-    fn node(&self, mut raw: RawInode) -> Result<Node, ErofsReadError> {
+    fn node(&self, raw: RawInode<'_>) -> Result<Node, ErofsReadError> {
         let wrong = |problem| damaged(raw.offset, problem);
         let (major, minor) = decode_device(raw.union);
         let kind = match raw.mode & S_IFMT {
@@ -287,8 +311,8 @@ impl<'a> Reader<'a> {
                 size: 0,
             },
             S_IFREG if raw.layout == CHUNK_BASED => Kind::File {
-                digest: (raw.xattrs.get(XATTR_REDIRECT))
-                    .and_then(|path| object_digest(path))
+                digest: (raw.xattrs.iter().find(|xattr| xattr.is(XATTR_REDIRECT)))
+                    .and_then(|xattr| object_digest(xattr.value))
                     .ok_or_else(|| wrong("a file names no object"))?,
                 size: raw.size,
             },
@@ -309,36 +333,42 @@ impl<'a> Reader<'a> {
             S_IFSOCK => Kind::Socket,
             _ => return Err(wrong("its file type is none")),
         };
-        for own in [XATTR_METACOPY, XATTR_REDIRECT, XATTR_OPAQUE] {
-            raw.xattrs.remove(own);
-        }
-        let xattrs = (raw.xattrs.into_iter())
-            .map(|(name, value)| match name.strip_prefix(XATTR_ESCAPED) {
-                Some(rest) => ([XATTR_OVERLAY, rest].concat(), value),
-                None => (name, value),
-            })
-            .collect();
+        let own = [XATTR_METACOPY, XATTR_REDIRECT, XATTR_OPAQUE];
+        let others = raw.xattrs.iter();
+        let others = others.filter(|xattr| !own.iter().any(|name| xattr.is(name)));
+        let xattrs = others.map(|xattr| {
+            let name = [xattr.prefix, xattr.suffix].concat();
+            let name = match name.strip_prefix(XATTR_ESCAPED) {
+                Some(rest) => [XATTR_OVERLAY, rest].concat(),
+                None => name,
+            };
+            (name, xattr.value.to_vec())
+        });
         Ok(Node {
             meta: Metadata {
                 mode: raw.mode & !S_IFMT,
                 uid: raw.uid,
                 gid: raw.gid,
                 mtime: raw.mtime,
-                xattrs,
+                xattrs: xattrs.collect(),
             },
             kind,
         })
     }
 }
 
-fn is_whiteout(raw: &RawInode) -> bool {
+fn is_whiteout(raw: &RawInode<'_>) -> bool {
     raw.mode & S_IFMT == S_IFCHR && raw.union == 0
 }
 
 /// The inverse of the writer's `/ab/cdef…`.
 fn object_digest(redirect: &[u8]) -> Option<Digest> {
-    let text = std::str::from_utf8(redirect).ok()?.strip_prefix('/')?;
-    let (folder, rest) = text.split_once('/')?;
-    (folder.len() == 2).then_some(())?;
-    Digest::from_hex(&[folder, rest].concat()).ok()
+    let [b'/', a, b, b'/', rest @ ..] = redirect else {
+        return None;
+    };
+    let mut digits = [0; 64];
+    digits[..2].copy_from_slice(&[*a, *b]);
+    digits.get_mut(2..)?.copy_from_slice(rest.get(..62)?);
+    let whole = (rest.len() == 62).then_some(digits)?;
+    Digest::from_hex(std::str::from_utf8(&whole).ok()?).ok()
 }

@@ -49,7 +49,7 @@ impl Tree {
             return self.replace_metadata(ROOT, node.meta);
         }
         let (parent, name) = self.place(path)?;
-        if let Some(id) = self.inode(parent).children.get(&name).copied()
+        if let Some(id) = self.inode(parent).children.get(name).copied()
             && node.is_dir()
             && self.inode(id).node.is_dir()
         {
@@ -57,9 +57,10 @@ impl Tree {
         }
         let cost = node_cost(&node.meta, &node.kind);
         self.charge(1, cost + name.len())?;
-        self.detach(parent, &name);
+        self.detach(parent, name);
         let id = self.allocate(node)?;
-        self.inodes[parent.index()].children.insert(name, id);
+        let children = &mut self.inodes[parent.index()].children;
+        children.insert(name.into(), id);
         Ok(())
     }
 
@@ -80,14 +81,16 @@ impl Tree {
     ) -> Result<(), TreeEditError> {
         let (path, target) = (path.as_ref(), target.as_ref());
         check_path(path)?;
-        let reached = self.reach(target, false)?;
-        if !reached.missing.is_empty() {
-            return Err(TreeEditError::LinkTargetMissing {
-                path: path.into(),
-                target: target.into(),
-            });
-        }
-        let id = reached.last();
+        let id = match self.lookup(target) {
+            Ok(id) => id,
+            Err(LookupError::NotFound { .. }) => {
+                return Err(TreeEditError::LinkTargetMissing {
+                    path: path.into(),
+                    target: target.into(),
+                });
+            }
+            Err(error) => return Err(error.into()),
+        };
         if self.inode(id).node.is_dir() {
             return Err(TreeEditError::LinkToDirectory {
                 path: path.into(),
@@ -95,14 +98,15 @@ impl Tree {
             });
         }
         let (parent, name) = self.place(path)?;
-        if self.inode(parent).children.get(&name) == Some(&id) {
+        if self.inode(parent).children.get(name) == Some(&id) {
             return Ok(());
         }
         self.charge(1, name.len())?;
         // Counted before the old name goes, which may hold the last way to `id`.
         self.inodes[id.index()].links += 1;
-        self.detach(parent, &name);
-        self.inodes[parent.index()].children.insert(name, id);
+        self.detach(parent, name);
+        let children = &mut self.inodes[parent.index()].children;
+        children.insert(name.into(), id);
         Ok(())
     }
 
@@ -139,16 +143,21 @@ impl Tree {
     }
 
     /// The directory that is to hold `path`, made where missing, and the last name.
-    fn place(&mut self, path: &[u8]) -> Result<(InodeId, Box<[u8]>), TreeEditError> {
-        let mut parents: Vec<&[u8]> = components(path).collect();
-        let Some(name) = parents.pop() else {
+    fn place<'p>(&mut self, path: &'p [u8]) -> Result<(InodeId, &'p [u8]), TreeEditError> {
+        let mut parents = components(path);
+        let Some(name) = parents.next_back() else {
             return Err(TreeEditError::Path {
                 path: path.into(),
                 problem: "it is the root",
             });
         };
-        let parent = self.directory(&parents.join(&b'/'), path)?;
-        Ok((parent, name.into()))
+        let there = self.direct(parents.clone());
+        let parent = match there.filter(|id| self.inode(*id).node.is_dir()) {
+            // As short as `path`, whose length has been looked at.
+            Some(parent) => parent,
+            None => self.directory(&parents.collect::<Vec<_>>().join(&b'/'), path)?,
+        };
+        Ok((parent, name))
     }
 
     /// The directory at `path`, made where missing, on the way to `target`.

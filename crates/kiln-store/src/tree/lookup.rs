@@ -85,7 +85,7 @@ pub(super) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
     path
 }
 
-pub(super) fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+pub(super) fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> + Clone {
     path.split(|b| *b == b'/')
         .filter(|name| !name.is_empty() && *name != b".")
 }
@@ -111,7 +111,7 @@ impl Tree {
     /// The node at `path`. Symbolic links on the way are followed, the last one is not
     /// (as lstat). `None`: there is nothing, or no way to it.
     pub fn get(&self, path: impl AsRef<[u8]>) -> Option<&Node> {
-        let (_, id) = self.find(path.as_ref(), false).ok()?;
+        let id = self.lookup(path.as_ref()).ok()?;
         Some(&self.inode(id).node)
     }
 
@@ -125,7 +125,7 @@ impl Tree {
     /// What is at `path`, as [`Tree::get`], if it has several names: a number that they
     /// share.
     pub fn other_names(&self, path: impl AsRef<[u8]>) -> Option<InodeId> {
-        let (_, id) = self.find(path.as_ref(), false).ok()?;
+        let id = self.lookup(path.as_ref()).ok()?;
         let inode = self.inode(id);
         (inode.links > 1 && !inode.node.is_dir()).then_some(id)
     }
@@ -141,6 +141,14 @@ impl Tree {
         Ok(children.map(|(name, id)| (&**name, &self.inode(*id).node)))
     }
 
+    /// The inode at `path`, the last link not followed.
+    pub(super) fn lookup(&self, path: &[u8]) -> Result<InodeId, LookupError> {
+        match self.direct(components(path)) {
+            Some(id) => Ok(id),
+            None => self.find(path, false).map(|(_, id)| id),
+        }
+    }
+
     fn find(&self, path: &[u8], follow: bool) -> Result<(Vec<u8>, InodeId), LookupError> {
         let reached = self.reach(path, follow)?;
         if !reached.missing.is_empty() {
@@ -149,8 +157,19 @@ impl Tree {
         Ok((reached.path(), reached.last()))
     }
 
-    /// Follows `path` as far as it exists. Every lookup and every change goes through
-    /// here.
+    /// What is at `path` where neither a link nor `..` is on the way, which is nearly
+    /// always; `None`: ask [`Tree::reach`].
+    pub(super) fn direct<'p>(&self, names: impl Iterator<Item = &'p [u8]>) -> Option<InodeId> {
+        let mut here = ROOT;
+        for name in names {
+            // Of what is no directory there are no children; `..` is nobody's name.
+            here = *self.inode(here).children.get(name)?;
+        }
+        Some(here)
+    }
+
+    /// Follows `path` as far as it exists. Every lookup and every change that [`Tree::direct`]
+    /// knows no answer to goes through here.
     pub(super) fn reach(&self, path: &[u8], follow: bool) -> Result<Reached, LookupError> {
         let mut todo: VecDeque<Box<[u8]>> = components(path).map(Into::into).collect();
         let mut reached = Reached {

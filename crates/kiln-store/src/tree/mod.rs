@@ -205,6 +205,12 @@ impl Tree {
         &self.inodes[id.index()]
     }
 
+    /// Every node once, however many names it has, in no order.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &Node> {
+        let used = self.inodes.iter().filter(|inode| inode.links > 0);
+        used.map(|inode| &inode.node)
+    }
+
     pub(crate) fn inode_slots(&self) -> usize {
         self.inodes.len()
     }
