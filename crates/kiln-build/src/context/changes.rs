@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::ignore::Seen;
-use super::{Context, ContextError, Entry, EntryKind, Scan};
+use super::scan::{Scan, leaf};
+use super::{Context, ContextError, Entry, EntryKind};
 use crate::files::Names;
 
 impl Context {
@@ -16,7 +18,7 @@ impl Context {
     /// path; what lies in a folder that is left out is left out, too, unless `deep`.
     pub fn look(
         path: &Path,
-        leave_out: &dyn Fn(&str) -> bool,
+        leave_out: &(dyn Fn(&str) -> bool + Sync),
         deep: bool,
     ) -> Result<Option<Self>, ContextError> {
         let read = |cause| ContextError::Read {
@@ -33,13 +35,16 @@ impl Context {
             Err(e) => return Err(read(e)),
         };
         let leave_out = |path: &str, _: &Seen| (leave_out(path), Seen::default());
-        let mut scan = Scan {
-            folder: &path,
-            leave_out: &leave_out,
-            deep,
-            entries: 0,
+        let found = match meta.is_dir() {
+            true => Scan::new(&path, &leave_out, deep).folder().map(|entries| {
+                Some(Entry {
+                    mode: meta.mode() & 0o7777,
+                    kind: EntryKind::Folder(entries),
+                })
+            }),
+            false => leaf(&|| path.clone(), &meta),
         };
-        let root = match scan.entry(&|| path.clone(), "", &meta, &Seen::default(), 0) {
+        let root = match found {
             Err(ContextError::Read { cause, .. }) if is_gone(&cause) => return Ok(None),
             other => other?,
         };

@@ -10,6 +10,7 @@
 pub mod changes;
 pub mod glob;
 pub mod ignore;
+mod scan;
 pub mod source;
 pub mod stat_cache;
 
@@ -18,10 +19,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ignore::{MAX_IGNORE_FILE, Patterns, Seen};
+use scan::Scan;
 use stat_cache::Stamp;
 
 /// A context's greatest number of entries.
@@ -98,18 +100,12 @@ impl Context {
             return Err(ContextError::NotAFolder(folder.to_owned()));
         }
         let leave_out = |path: &str, parent: &Seen| patterns.leave_out(path, parent);
-        let mut scan = Scan {
-            folder,
-            leave_out: &leave_out,
-            deep: patterns.takes_back(),
-            entries: 0,
-        };
-        let entries = scan.folder(folder, "", &Seen::default(), 0)?;
+        let scan = Scan::new(folder, &leave_out, patterns.takes_back());
         Ok(Self {
             folder: folder.to_owned(),
             root: Entry {
                 mode: meta.mode() & 0o7777,
-                kind: EntryKind::Folder(entries),
+                kind: EntryKind::Folder(scan.folder()?),
             },
         })
     }
@@ -136,104 +132,6 @@ impl Context {
         let mut host = self.folder.clone();
         host.extend(path.iter().map(|name| OsStr::from_bytes(name)));
         host
-    }
-}
-
-/// Says whether an entry is left out, from its relative path and what the same question
-/// about its folder gave.
-type LeaveOut<'a> = dyn Fn(&str, &Seen) -> (bool, Seen) + 'a;
-
-struct Scan<'a> {
-    folder: &'a Path,
-    leave_out: &'a LeaveOut<'a>,
-    /// Folders that are left out are looked into all the same.
-    deep: bool,
-    entries: usize,
-}
-
-impl Scan<'_> {
-    fn folder(
-        &mut self,
-        host: &Path,
-        path: &str,
-        seen: &Seen,
-        depth: usize,
-    ) -> Result<BTreeMap<Vec<u8>, Entry>, ContextError> {
-        if depth > MAX_DEPTH {
-            return Err(ContextError::TooDeep(host.to_owned()));
-        }
-        let fail = |path: &Path, cause| ContextError::Read {
-            path: path.to_owned(),
-            cause,
-        };
-        let mut entries = BTreeMap::new();
-        for item in fs::read_dir(host).map_err(|e| fail(host, e))? {
-            let item = item.map_err(|e| fail(host, e))?;
-            let name = item.file_name();
-            let shown = name.to_string_lossy();
-            let path = if path.is_empty() {
-                shown.into_owned()
-            } else {
-                format!("{path}/{shown}")
-            };
-            let (out, seen) = (self.leave_out)(&path, seen);
-            if out && !self.deep {
-                continue;
-            }
-            let meta = match item.metadata() {
-                Ok(meta) => meta,
-                // It went away since the folder was listed.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(fail(&item.path(), e)),
-            };
-            let entry = self.entry(&|| item.path(), &path, &meta, &seen, depth)?;
-            let Some(entry) = entry else { continue };
-            if out && !matches!(&entry.kind, EntryKind::Folder(kept) if !kept.is_empty()) {
-                continue;
-            }
-            self.entries += 1;
-            if self.entries > MAX_ENTRIES {
-                return Err(ContextError::TooMany(self.folder.to_owned()));
-            }
-            entries.insert(name.as_bytes().to_vec(), entry);
-        }
-        Ok(entries)
-    }
-
-    fn entry(
-        &mut self,
-        host: &dyn Fn() -> PathBuf,
-        path: &str,
-        meta: &fs::Metadata,
-        seen: &Seen,
-        depth: usize,
-    ) -> Result<Option<Entry>, ContextError> {
-        let kind = meta.file_type();
-        let kind = if kind.is_dir() {
-            EntryKind::Folder(self.folder(&host(), path, seen, depth + 1)?)
-        } else if kind.is_file() {
-            EntryKind::File {
-                size: meta.len(),
-                stamp: Stamp::of(meta),
-                linked: meta.nlink() > 1,
-            }
-        } else if kind.is_symlink() {
-            let host = host();
-            let target = fs::read_link(&host);
-            let target = target.map_err(|cause| ContextError::Read { path: host, cause })?;
-            EntryKind::Link(target.as_os_str().as_bytes().to_vec())
-        } else if kind.is_fifo() {
-            EntryKind::Fifo
-        } else if kind.is_socket() {
-            // As docker does: a socket means nothing without its process.
-            return Ok(None);
-        } else {
-            EntryKind::Device
-        };
-        Ok(Some(Entry {
-            mode: meta.mode() & 0o7777,
-            kind,
-        }))
     }
 }
 

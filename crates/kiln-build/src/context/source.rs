@@ -81,17 +81,19 @@ impl ContextSource {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The object may still wait for its name in the batch.
+    /// The object may still wait for its name in the batch. `stored`: what is remembered
+    /// must be in the store as well.
     fn content(
         &self,
         path: &[Vec<u8>],
         stamp: &Stamp,
+        stored: bool,
         batch: &mut Batch<'_>,
     ) -> Result<(Digest, u64), FilesError> {
         let key = path.join(&b'/');
         let known = self.remembered().get(&key, stamp);
         if let Some(digest) = known
-            && self.store.object_size(&digest).ok().flatten() == Some(stamp.size())
+            && (!stored || self.store.object_size(&digest).ok().flatten() == Some(stamp.size()))
         {
             return Ok((digest, stamp.size()));
         }
@@ -124,6 +126,7 @@ impl ContextSource {
     fn described(
         &self,
         path: &[Vec<u8>],
+        stored: bool,
         batch: &mut Batch<'_>,
     ) -> Result<(Meta, Shape), FilesError> {
         let entry = self
@@ -138,7 +141,7 @@ impl ContextSource {
         let shape = match &entry.kind {
             EntryKind::Folder(_) => Shape::Folder,
             EntryKind::File { stamp, .. } => {
-                let (digest, size) = self.content(path, stamp, batch)?;
+                let (digest, size) = self.content(path, stamp, stored, batch)?;
                 Shape::File { digest, size }
             }
             EntryKind::Link(target) => Shape::Link(target.clone()),
@@ -190,13 +193,45 @@ impl Source for ContextSource {
 
     fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError> {
         let mut batch = self.store.batch();
-        let found = self.described(path, &mut batch)?;
+        let found = self.described(path, true, &mut batch)?;
         batch.finish().map_err(|e| unkept(path, e.into()))?;
         Ok(found)
     }
 
-    /// Several at a time: reading and keeping many small files is waiting, mostly.
     fn entries(&self, paths: &[Names]) -> Result<Vec<(Meta, Shape)>, FilesError> {
+        self.all(paths, true)
+    }
+}
+
+/// A context whose files are what they are remembered to be, wherever their content is: it
+/// may have left the store. Enough for finding out whether anything has changed.
+pub struct Remembered<'a>(pub &'a ContextSource);
+
+impl Source for Remembered<'_> {
+    fn kind(&self, path: &[Vec<u8>]) -> Option<Kind> {
+        self.0.kind(path)
+    }
+
+    fn list(&self, path: &[Vec<u8>]) -> Vec<(Vec<u8>, bool)> {
+        self.0.list(path)
+    }
+
+    fn inode(&self, path: &[Vec<u8>]) -> Option<Inode> {
+        self.0.inode(path)
+    }
+
+    fn entry(&self, path: &[Vec<u8>]) -> Result<(Meta, Shape), FilesError> {
+        self.0.entry(path)
+    }
+
+    fn entries(&self, paths: &[Names]) -> Result<Vec<(Meta, Shape)>, FilesError> {
+        self.0.all(paths, false)
+    }
+}
+
+impl ContextSource {
+    /// Several at a time: reading and keeping many small files is waiting, mostly.
+    fn all(&self, paths: &[Names], stored: bool) -> Result<Vec<(Meta, Shape)>, FilesError> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = processors.min(MAX_THREADS).min(paths.len().div_ceil(FEW));
         let mut found: Vec<Option<Result<(Meta, Shape), FilesError>>> = Vec::new();
@@ -207,7 +242,7 @@ impl Source for ContextSource {
             let mut batch = self.store.batch();
             while let Some((paths, found)) = next() {
                 for (path, found) in paths.iter().zip(found) {
-                    *found = Some(self.described(path, &mut batch));
+                    *found = Some(self.described(path, stored, &mut batch));
                 }
             }
             batch.finish()

@@ -366,9 +366,15 @@ impl Site<'_> {
                 })
             }
             Action::Copy(copy) => {
+                let mut picked = self.pick(copy, step.span, find)?;
+                let mut key = self.copy_key(&before, copy, &picked);
+                let known = StepCache::new(&self.cache).get(&key, &self.store);
+                if (self.no_cache || known.is_none()) && !self.stored(&picked)? {
+                    picked = self.pick_stored(copy, step.span, find)?;
+                    key = self.copy_key(&before, copy, &picked);
+                }
                 // Of many files it takes much memory: nobody has it once they are placed.
-                let picked = Rc::new(self.pick(copy, step.span, find)?);
-                let key = self.copy_key(&before, copy, &picked);
+                let picked = Rc::new(picked);
                 let known = picked.clone();
                 let inputs = move || self.copy_inputs(&before, copy, &known);
                 self.cached(building, key, told, inputs, move |files| {

@@ -12,7 +12,7 @@ use super::{ExecError, Find, Site, Taken};
 use crate::containerfile::Span;
 use crate::context::Context;
 use crate::context::ignore::Patterns;
-use crate::context::source::ContextSource;
+use crate::context::source::{ContextSource, Remembered};
 use crate::copy::archive;
 use crate::copy::owner::{self, MAX_ACCOUNTS, Owner};
 use crate::copy::{self, Changes, Item, Picked};
@@ -26,13 +26,60 @@ const FETCHED_MODE: u32 = 0o600;
 /// Mode of a heredoc's file, as docker has it.
 const INLINE_MODE: u32 = 0o644;
 
+/// Picks from a context what a pattern names, without what others leave out.
+type Within<'a> =
+    dyn Fn(&ContextSource, &str, &Patterns) -> Result<Vec<Picked>, ExecError> + 'a;
+
 impl Site<'_> {
-    /// Finds what a COPY or ADD names.
+    /// Finds what a COPY or ADD names. The content of a context's files may have left the
+    /// store: [`Site::stored`].
     pub(super) fn pick(
         &self,
         action: &CopyAction,
         span: Span,
         find: &Find<'_>,
+    ) -> Result<Vec<Picked>, ExecError> {
+        self.pick_from(action, span, find, &|context, pattern, exclude| {
+            let context = Remembered(context);
+            Ok(copy::pick(&context, pattern, exclude, action.parents)?)
+        })
+    }
+
+    /// The same, where what has left the store is read again.
+    pub(super) fn pick_stored(
+        &self,
+        action: &CopyAction,
+        span: Span,
+        find: &Find<'_>,
+    ) -> Result<Vec<Picked>, ExecError> {
+        self.pick_from(action, span, find, &|context, pattern, exclude| {
+            Ok(copy::pick(context, pattern, exclude, action.parents)?)
+        })
+    }
+
+    /// Whether the content of all that was picked is in the store.
+    pub(super) fn stored(&self, picked: &[Picked]) -> Result<bool, ExecError> {
+        for item in picked.iter().flat_map(|picked| &picked.items) {
+            let Shape::File { digest, size } = item.shape else {
+                continue;
+            };
+            if size == 0 {
+                continue;
+            }
+            let found = self.store.object_size(&digest).map_err(ExecError::store)?;
+            if found != Some(size) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn pick_from(
+        &self,
+        action: &CopyAction,
+        span: Span,
+        find: &Find<'_>,
+        within: &Within<'_>,
     ) -> Result<Vec<Picked>, ExecError> {
         let exclude = Patterns::new(action.exclude.iter().map(String::as_str))?;
         let taken = match &action.from {
@@ -45,18 +92,15 @@ impl Site<'_> {
                 Taking::Inline { name, content } => all.push(self.inline(name, content)?),
                 Taking::Remote(remote) => all.extend(self.remote(remote, action)?),
                 Taking::Path(pattern) => {
-                    let parents = action.parents;
                     all.extend(match &taken {
                         None => {
                             let context = self.context.ok_or(ExecError::NoContext)?;
-                            copy::pick(context, pattern, &exclude, parents)?
+                            within(context, pattern, &exclude)?
                         }
-                        Some(Taken::Folder(context)) => {
-                            copy::pick(&**context, pattern, &exclude, parents)?
-                        }
+                        Some(Taken::Folder(context)) => within(context, pattern, &exclude)?,
                         Some(Taken::Files(files)) => {
                             let rootfs = self.rootfs(files)?;
-                            copy::pick(&rootfs, pattern, &exclude, parents)?
+                            copy::pick(&rootfs, pattern, &exclude, action.parents)?
                         }
                     });
                 }
