@@ -2,6 +2,8 @@
 //! gives them, private keys by their frame. `kiln check` looks for them in files, the
 //! builder in images. What is found is told by its kind and place, never by its value.
 
+use aho_corasick::{AhoCorasick, Input, MatchKind};
+
 /// Words that a secret variable's name ends with, or has before a [`HARMLESS`] word.
 const WORDS: [&str; 6] = [
     "PASSWORD",
@@ -121,7 +123,6 @@ const SLACK: &str = "Slack token";
 const STRIPE: &str = "Stripe key";
 const AWS: &str = "AWS access key";
 
-/// Prefixes have four characters at least: [`Finder`] counts on it.
 const SHAPES: [Shape; 23] = [
     exact(AWS, "AKIA", "", 16),
     exact(AWS, "ASIA", "", 16),
@@ -158,22 +159,19 @@ const KEY_LENGTH: usize = 60;
 
 /// Finds tokens and private keys in bytes; passes over most of them unread.
 pub struct Finder {
-    /// By byte: how far the next place is at which a prefix may begin, counted from the
-    /// fourth byte of the place looked at.
-    skip: [u8; 256],
+    /// Finds what a secret begins with. `None`: it can't be made, and every place is looked at.
+    prefixes: Option<AhoCorasick>,
 }
 
 impl Default for Finder {
     fn default() -> Self {
-        let mut skip = [4; 256];
         let prefixes = SHAPES.iter().map(|shape| shape.prefix).chain([KEY_FRAME]);
-        for prefix in prefixes {
-            for (place, byte) in prefix.bytes().take(4).enumerate() {
-                let known = &mut skip[usize::from(byte)];
-                *known = (*known).min(3 - place as u8);
-            }
+        let builder = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostFirst)
+            .build(prefixes);
+        Self {
+            prefixes: builder.ok(),
         }
-        Self { skip }
     }
 }
 
@@ -181,18 +179,27 @@ impl Finder {
     /// The kinds of what is found, each once.
     pub fn kinds(&self, bytes: &[u8]) -> Vec<&'static str> {
         let mut found = Vec::new();
-        let mut at = 0;
-        while let Some(fourth) = bytes.get(at + 3) {
-            let skip = usize::from(self.skip[usize::from(*fourth)]);
-            if skip == 0
-                && let Some(kind) = secret_at(bytes, at)
+        let mut from = 0;
+        while let Some(at) = self.next(bytes, from) {
+            if let Some(kind) = secret_at(bytes, at)
                 && !found.contains(&kind)
             {
                 found.push(kind);
             }
-            at += skip.max(1);
+            from = at + 1;
         }
         found
+    }
+
+    /// The next place that may be a secret's.
+    fn next(&self, bytes: &[u8], from: usize) -> Option<usize> {
+        match &self.prefixes {
+            Some(prefixes) => {
+                let found = prefixes.find(Input::new(bytes).range(from..));
+                found.map(|found| found.start())
+            }
+            None => (from < bytes.len()).then_some(from),
+        }
     }
 }
 

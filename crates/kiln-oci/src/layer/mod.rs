@@ -9,7 +9,7 @@
 //! comes before an entry exactly when ustar cannot say it: names over 100 bytes,
 //! extended attributes (`SCHILY.xattr.*`), ids over 2097151, sizes of 8 GiB and more,
 //! times before 1970. Two zero blocks end it. It is compressed as one zstd frame at
-//! level 3 by one thread, with zstd's content checksum, fed in pieces of 128 KiB.
+//! level 2 by one thread, with zstd's content checksum, fed in pieces of 128 KiB.
 //! zstd's output may change with its version: the golden test in this module tells.
 //!
 //! # What a reader takes

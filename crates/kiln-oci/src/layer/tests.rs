@@ -151,7 +151,7 @@ fn the_bytes_of_a_layer_are_pinned() {
     );
     assert_eq!(
         written.digest.to_string(),
-        "sha256:1280227f928fe62730d4eb966f699b5aa4b4d8af1c95d5ed63adf95aab015dbf"
+        "sha256:00f35749c04ec252e2a8b1727deefede5e62881d9c08084c19a2251c111fd994"
     );
     assert_eq!(
         (Digest::of(&bytes), bytes.len() as u64),

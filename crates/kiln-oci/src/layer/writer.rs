@@ -10,7 +10,7 @@ use crate::manifest::{Descriptor, media_type};
 
 /// Pinned, with the checksum and the piece size: they shape the bytes, so changing one
 /// changes the digest of everything that is built.
-const ZSTD_LEVEL: i32 = 3;
+const ZSTD_LEVEL: i32 = 2;
 const ZSTD_CHECKSUM: bool = true;
 /// The compressor gets its input in pieces of exactly this many bytes, so that its
 /// output can't depend on how the content was read.
