@@ -31,6 +31,17 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Gives the kernel back what was freed and lies between things that are still used; where
+/// the allocator is another than glibc's it does so by itself, or not at all.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: any thread may call it at any time (malloc_trim(3)); it only looks at what is
+    // free.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// The kernel sends this process `signal` when its parent ends.
 pub fn set_parent_death_signal(signal: i32) -> io::Result<()> {
     // SAFETY: plain integers only.

@@ -90,7 +90,7 @@ impl Store {
     }
 
     /// What leads from tree `a` to tree `b`: [`diff`].
-    pub fn diff(a: &Tree, b: &Tree) -> Vec<Change> {
+    pub fn diff<'t>(a: &'t Tree, b: &'t Tree) -> Vec<Change<'t>> {
         diff(a, b)
     }
 

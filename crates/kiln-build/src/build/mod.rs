@@ -395,7 +395,10 @@ impl Builder {
         let built = tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| BuildError::Lost)?;
-        built.map(|(digest, _)| digest)
+        let built = built.map(|(digest, _)| digest);
+        // The trees of large images are gone: their memory is somebody else's now.
+        kiln_runtime::trim_heap();
+        built
     }
 
     async fn import(&self, request: &BuildRequest) -> Result<Option<Import>, BuildError> {

@@ -193,8 +193,18 @@ mod tests {
         let mut cache = StatCache::load(folder.path(), Path::new("/ctx"));
         cache.put(b"fresh".to_vec(), stamp, digest, stamp.ctime + 1);
         cache.put(b"f".to_vec(), stamp, digest, stamp.ctime + TOO_FRESH);
-        cache.put(b"\xff/gone".to_vec(), stamp, digest, stamp.ctime + TOO_FRESH);
-        cache.put(b"\xff/kept".to_vec(), stamp, digest, stamp.ctime + TOO_FRESH);
+        cache.put(
+            b"\xff/gone".to_vec(),
+            stamp,
+            digest,
+            stamp.ctime + TOO_FRESH,
+        );
+        cache.put(
+            b"\xff/kept".to_vec(),
+            stamp,
+            digest,
+            stamp.ctime + TOO_FRESH,
+        );
         cache.save(|path| path != b"\xff/gone").unwrap();
         let cache = StatCache::load(folder.path(), Path::new("/ctx"));
         assert_eq!(cache.get(b"f", &stamp), Some(digest));

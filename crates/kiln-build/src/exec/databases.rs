@@ -113,7 +113,8 @@ impl Site<'_> {
     fn record(&self, now: &Tree, kept: &Kept) -> Result<Option<Digest>, ExecError> {
         let mut alone = Tree::new();
         copy_into(now, b"", &mut alone, INSIDE)?;
-        let delta = Delta::between(&Tree::new(), &alone);
+        let nothing = Tree::new();
+        let delta = Delta::between(&nothing, &alone);
         let Some(part) = delta.whole() else {
             return Ok(None);
         };

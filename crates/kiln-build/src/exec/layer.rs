@@ -48,7 +48,7 @@ const MOST_LAYERS: usize = 100;
 /// all that came with it, and layers are made at the same time.
 pub struct Delta<'t> {
     after: &'t Tree,
-    changes: Vec<Change>,
+    changes: Vec<Change<'t>>,
     /// Paths with other names (hard links): a number they share, and how many they are.
     links: BTreeMap<Vec<u8>, (InodeId, u32)>,
 }
@@ -56,11 +56,11 @@ pub struct Delta<'t> {
 /// What becomes one layer; in the order of a walk, never empty.
 pub struct Part<'d> {
     delta: &'d Delta<'d>,
-    pub changes: Vec<&'d Change>,
+    pub changes: Vec<&'d Change<'d>>,
 }
 
 impl<'t> Delta<'t> {
-    pub fn between(before: &Tree, after: &'t Tree) -> Self {
+    pub fn between(before: &'t Tree, after: &'t Tree) -> Self {
         let links = after
             .walk()
             .filter(|item| item.links > 1 && !item.node.is_dir())
@@ -114,7 +114,7 @@ impl<'t> Delta<'t> {
         for change in &self.changes {
             *folders.entry(folder(&change.path)).or_default() += file_size(change).unwrap_or(0);
         }
-        let mut parts: Vec<Vec<&Change>> = vec![Vec::new(); count];
+        let mut parts: Vec<Vec<&Change<'_>>> = vec![Vec::new(); count];
         for change in &self.changes {
             let apart = file_size(change).is_some() && !self.links.contains_key(&change.path);
             // A folder's files stay together, unless they are most of all there is.
@@ -148,7 +148,7 @@ fn parts_for(bytes: u64, room: usize) -> usize {
     }
 }
 
-fn node_of(change: &Change) -> Option<&Node> {
+fn node_of<'t>(change: &Change<'t>) -> Option<&'t Node> {
     match &change.kind {
         ChangeKind::Added(node) | ChangeKind::Modified { after: node, .. } => Some(node),
         ChangeKind::Removed(_) => None,
@@ -156,7 +156,7 @@ fn node_of(change: &Change) -> Option<&Node> {
 }
 
 /// Bytes of a file that is written; `None`: it is none, or takes a folder's place.
-fn file_size(change: &Change) -> Option<u64> {
+fn file_size(change: &Change<'_>) -> Option<u64> {
     if let ChangeKind::Modified { before, .. } = &change.kind
         && before.is_dir()
     {

@@ -27,8 +27,7 @@ const FETCHED_MODE: u32 = 0o600;
 const INLINE_MODE: u32 = 0o644;
 
 /// Picks from a context what a pattern names, without what others leave out.
-type Within<'a> =
-    dyn Fn(&ContextSource, &str, &Patterns) -> Result<Vec<Picked>, ExecError> + 'a;
+type Within<'a> = dyn Fn(&ContextSource, &str, &Patterns) -> Result<Vec<Picked>, ExecError> + 'a;
 
 impl Site<'_> {
     /// Finds what a COPY or ADD names. The content of a context's files may have left the

@@ -105,7 +105,7 @@ pub(crate) fn judged(mut found: Vec<Finding>, tree: &Tree, store: &Store) -> Vec
 }
 
 /// Whether a change brings content that was not at its path before.
-pub(crate) fn is_new(change: &Change) -> bool {
+pub(crate) fn is_new(change: &Change<'_>) -> bool {
     match &change.kind {
         ChangeKind::Added(_) => true,
         ChangeKind::Modified { what, .. } => {
@@ -253,7 +253,8 @@ mod tests {
             ("npm".to_owned(), b"very-hush-3311\n".to_vec()),
             ("short".to_owned(), b"x".to_vec()),
         ]);
-        let delta = Delta::between(&Tree::new(), &tree);
+        let nothing = Tree::new();
+        let delta = Delta::between(&nothing, &tree);
         let given = Given::new(&secrets);
         let look = Look::new(&given, &[]);
         let (_, found) = delta.whole().unwrap().write(&store, Some(&look)).unwrap();

@@ -212,11 +212,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The attributes at `offset`, and how many bytes they take.
-    fn xattrs(
-        &self,
-        offset: usize,
-        count: u16,
-    ) -> Result<(Vec<Xattr<'a>>, usize), ErofsReadError> {
+    fn xattrs(&self, offset: usize, count: u16) -> Result<(Vec<Xattr<'a>>, usize), ErofsReadError> {
         let mut found = Vec::new();
         if count == 0 {
             return Ok((found, 0));

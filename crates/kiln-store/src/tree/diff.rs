@@ -3,21 +3,22 @@ use std::iter::Peekable;
 
 use super::{Node, Tree, Walk, WalkItem};
 
-/// One path that differs between two trees.
+/// One path that differs between two trees. There may be as many as files: their nodes stay
+/// in the trees.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct Change<'t> {
     /// Relative to the root; empty: the root itself.
     pub path: Vec<u8>,
-    pub kind: ChangeKind,
+    pub kind: ChangeKind<'t>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ChangeKind {
-    Added(Node),
-    Removed(Node),
+pub enum ChangeKind<'t> {
+    Added(&'t Node),
+    Removed(&'t Node),
     Modified {
-        before: Node,
-        after: Node,
+        before: &'t Node,
+        after: &'t Node,
         /// In the order of [`Aspect`], never empty.
         what: Vec<Aspect>,
     },
@@ -38,18 +39,18 @@ pub enum Aspect {
 
 /// What leads from `a` to `b`, in the order of a walk. Which names are hard links of
 /// each other is not compared.
-pub fn diff(a: &Tree, b: &Tree) -> Vec<Change> {
+pub fn diff<'t>(a: &'t Tree, b: &'t Tree) -> Vec<Change<'t>> {
     let (mut a, mut b) = (a.walk().peekable(), b.walk().peekable());
     let mut changes = Vec::new();
     loop {
         let (path, kind) = match order(&mut a, &mut b) {
             None => return changes,
             Some(Ordering::Less) => match a.next() {
-                Some(item) => (item.path, ChangeKind::Removed(item.node.clone())),
+                Some(item) => (item.path, ChangeKind::Removed(item.node)),
                 None => return changes,
             },
             Some(Ordering::Greater) => match b.next() {
-                Some(item) => (item.path, ChangeKind::Added(item.node.clone())),
+                Some(item) => (item.path, ChangeKind::Added(item.node)),
                 None => return changes,
             },
             Some(Ordering::Equal) => match (a.next(), b.next()) {
@@ -80,7 +81,7 @@ fn components<'a>(item: &'a WalkItem<'_>) -> impl Iterator<Item = &'a [u8]> {
     item.path.split(|b| *b == b'/')
 }
 
-fn modified(before: &WalkItem<'_>, after: &WalkItem<'_>) -> Option<ChangeKind> {
+fn modified<'t>(before: &WalkItem<'t>, after: &WalkItem<'t>) -> Option<ChangeKind<'t>> {
     let (b, a) = (&before.node.meta, &after.node.meta);
     let same_kind =
         std::mem::discriminant(&before.node.kind) == std::mem::discriminant(&after.node.kind);
@@ -99,14 +100,14 @@ fn modified(before: &WalkItem<'_>, after: &WalkItem<'_>) -> Option<ChangeKind> {
         .into_iter()
         .filter_map(|(aspect, differs)| differs.then_some(aspect))
         .collect();
-    (!what.is_empty()).then(|| ChangeKind::Modified {
-        before: before.node.clone(),
-        after: after.node.clone(),
+    (!what.is_empty()).then_some(ChangeKind::Modified {
+        before: before.node,
+        after: after.node,
         what,
     })
 }
 
-impl std::fmt::Display for Change {
+impl std::fmt::Display for Change<'_> {
     /// `~ /etc/hosts (content, mtime)`
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.path.escape_ascii();
