@@ -132,6 +132,8 @@ pub struct Build {
     pub pull: bool,
     pub extra_hosts: Vec<(String, String)>,
     pub shm_size: Option<u64>,
+    /// Name → soft and hard limit of every RUN, as [`Limits::ulimits`].
+    pub ulimits: BTreeMap<String, (i64, i64)>,
     /// The most time that one RUN may take; `None`: the builder's own limit. Not of compose.
     pub time_limit: Option<Millis>,
     /// Secret id → key in [`Spec::secrets`].

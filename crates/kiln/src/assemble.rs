@@ -487,17 +487,16 @@ impl<'a> Assembler<'a> {
         }
         let lock_path = self.spec().folder.join("kiln.lock");
         let recordings = Recordings::new(lock.network.get(name).cloned().unwrap_or_default());
-        let time_limit = self.context.run_timeout;
+        let mut build = self.shares.added_to(build.clone(), &self.spec().folder);
+        build.time_limit = self.context.run_timeout;
+        build.ulimits.extend(self.context.ulimits.clone());
         Ok(BuildRequest {
-            build: kiln_model::spec::Build {
-                time_limit,
-                ..self.shares.added_to(build.clone())
-            },
+            ssh: agents(&build.ssh)?,
+            build,
             name: name.to_owned(),
             platform: platform.to_owned(),
             secrets,
             epoch: epoch()?,
-            ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
             recordings: Arc::new(recordings.keeping(Kept::beside(&lock_path))),
             live: self.live,

@@ -252,20 +252,21 @@ pub struct TestArgs {
 /// Results of instructions, shared with other machines.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SharedCacheArgs {
-    /// Take results of instructions from a cache in a registry (repeatable)
+    /// Take results of instructions from a cache in a registry or a folder (repeatable)
     ///
-    /// A reference, or `type=registry,ref=REFERENCE`; beside `build.cache_from` of the project.
-    /// Layers are verified, but what an instruction makes is what the cache says: whoever may
-    /// write to it decides what is built. What is taken is told. A cache that can't be used is
-    /// told, and the build goes on without.
-    #[arg(long, value_name = "REF")]
+    /// A reference, `type=registry,ref=REFERENCE`, or `type=local,src=FOLDER` (and `tag=NAME`);
+    /// beside `build.cache_from` of the project. Layers are verified, but what an instruction
+    /// makes is what the cache says: whoever may write to it decides what is built. What is
+    /// taken is told. A cache that can't be used is told, and the build goes on without.
+    #[arg(long, value_name = "CACHE")]
     pub cache_from: Vec<String>,
-    /// Put the results of all instructions into a registry (repeatable)
+    /// Put the results of all instructions into a registry or a folder (repeatable)
     ///
-    /// A reference, or `type=registry,ref=REFERENCE`, with `mode=min` (only of the image's own
-    /// layers; `max`, all stages, unless stated) and `ignore-error=true`; beside
+    /// A reference, `type=registry,ref=REFERENCE`, or `type=local,dest=FOLDER` (and `tag=NAME`):
+    /// an OCI layout, in which what had this name before is replaced. Also `mode=min` (only of
+    /// the image's own layers; `max`, all stages, unless stated) and `ignore-error=true`; beside
     /// `build.cache_to` of the project. Results in which secrets were found are not exported.
-    #[arg(long, value_name = "REF")]
+    #[arg(long, value_name = "CACHE")]
     pub cache_to: Vec<String>,
 }
 
@@ -313,6 +314,13 @@ pub struct BuildArgs {
     /// it may run commands only if an emulator is registered with the kernel.
     #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
     pub platform: Vec<String>,
+    /// A limit of setrlimit(2) for every RUN, such as nofile=1024:4096 (repeatable)
+    ///
+    /// TYPE=SOFT[:HARD], in place of what `build.ulimits` of the project says of that type.
+    /// `kiln up` goes by the project alone, and RUNs with other limits are run anew: for it,
+    /// write them there.
+    #[arg(long, value_name = "LIMIT", value_parser = kiln_compose::parse_ulimit)]
+    pub ulimit: Vec<(String, (i64, i64))>,
     /// Write the images that were built to an OCI layout: a folder, or a file named *.tar
     #[arg(short, long, value_name = "PATH")]
     pub output: Option<PathBuf>,
