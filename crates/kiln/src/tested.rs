@@ -2,6 +2,7 @@
 //! digest and its counts, and the name of each check is in the cache, while that has it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 
 use kiln_build::test::{self, Case, CaseResult};
@@ -83,17 +84,17 @@ impl History {
         let mut contents: BTreeMap<Digest, (String, Images)> = BTreeMap::new();
         let mut all = BTreeMap::new();
         for line in lines {
-            if !contents.contains_key(&line.digest) {
-                let release = context.client.release(environment, line.number).await?;
-                let services = release.services.into_iter();
-                let images = services.map(|(name, service)| (name, service.image.digest));
-                let content = (release.project.to_string(), images.collect());
-                contents.insert(line.digest, content);
-            }
-            let until = Millis(line.created);
-            let tests = contents.get(&line.digest);
-            let tests = tests.map(|(project, images)| self.of(project, images, until));
-            all.extend(tests.map(|tests| (line.number, tests)));
+            let content = match contents.entry(line.digest) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let release = context.client.release(environment, line.number).await?;
+                    let services = release.services.into_iter();
+                    let images = services.map(|(name, service)| (name, service.image.digest));
+                    new.insert((release.project.to_string(), images.collect()))
+                }
+            };
+            let (project, images) = &*content;
+            all.insert(line.number, self.of(project, images, Millis(line.created)));
         }
         Ok(all)
     }
