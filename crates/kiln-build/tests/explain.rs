@@ -67,6 +67,12 @@ fn what_changed_of_a_command_is_named() {
         told.last().unwrap(),
         "changed: the network, what stands before it"
     );
+    let limited = |request: &mut BuildRequest| {
+        outside(request);
+        let ulimits = &mut request.build.ulimits;
+        ulimits.insert("nofile".into(), (100, 100));
+    };
+    assert_eq!(built(&limited)[0], "new: the ulimit nofile");
     let never = |request: &mut BuildRequest| request.build.no_cache = true;
     assert_eq!(built(&never), ["no_cache asks for it"; 4]);
 }

@@ -85,3 +85,30 @@ impl Assembler<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_the_project_count_from_it_and_those_of_the_command_from_where_it_is() {
+        let list = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect();
+        let build = Build {
+            cache_from: list(&["type=local,src=c", "a/b"]),
+            cache_to: list(&["type=local,dest=/d"]),
+            ..Build::default()
+        };
+        let mut shares = Shares {
+            from: list(&["type=local,src=e"]),
+            to: list(&["type=local,dest=f"]),
+            no_export: false,
+        };
+        let added = shares.added_to(build.clone(), Path::new("/p"));
+        let from = ["type=local,src=/p/c", "a/b", "type=local,src=e"];
+        assert_eq!(added.cache_from, from);
+        assert_eq!(added.cache_to, ["type=local,dest=/d", "type=local,dest=f"]);
+        shares.no_export = true;
+        let added = shares.added_to(build, Path::new("/p"));
+        assert_eq!((added.cache_from.len(), added.cache_to.len()), (3, 0));
+    }
+}
