@@ -330,4 +330,26 @@ mod tests {
             "{text}"
         );
     }
+
+    #[test]
+    fn of_several_writers_none_loses_what_the_others_put() {
+        let folder = tempfile::tempdir().unwrap();
+        let layout = Layout::new(folder.path());
+        let blobs = MemoryBlobs::new();
+        let names: Vec<String> = (0..8).map(|n| format!("n{n}")).collect();
+        std::thread::scope(|scope| {
+            for name in &names {
+                let (layout, blobs) = (&layout, &blobs);
+                scope.spawn(move || {
+                    let digest = artifact(blobs, &format!("{{{name}}}"), &["shared"]);
+                    layout.put(name, &digest, blobs).unwrap();
+                });
+            }
+        });
+        for name in &names {
+            let (_, config) = layout.artifact(name, KIND, 9).unwrap();
+            assert_eq!(config, format!("{{{name}}}").as_bytes());
+        }
+        assert_eq!(there(folder.path()), 17);
+    }
 }
