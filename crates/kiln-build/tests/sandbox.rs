@@ -117,57 +117,6 @@ async fn calls_that_docker_refuses_are_refused() {
     assert_eq!(one.text(&image, "allowed"), "");
 }
 
-#[test]
-fn a_run_that_hangs_is_ended_and_says_what_it_did_last() {
-    if !sandboxes() {
-        return;
-    }
-    let one = world();
-    let (folder, base) = busybox();
-    let text = format!("{base}RUN echo begun; sleep 600\n");
-    let begun = Instant::now();
-    let limited = |request: &mut BuildRequest| request.build.time_limit = Some(Millis(1500));
-    let error = one.build_with(folder.path(), &text, limited).unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(300), "{error}");
-    for expected in [
-        "not ended within 1.5s",
-        "--run-timeout",
-        "begun",
-        "line 8: RUN echo begun",
-    ] {
-        assert!(error.contains(expected), "{expected}: {error}");
-    }
-    let left = fs::read_dir(one.root.path().join("cache/run")).unwrap();
-    assert_eq!(left.count(), 0);
-}
-
-#[test]
-fn processes_and_memory_of_a_run_are_bounded() {
-    if !sandboxes() {
-        return;
-    }
-    let one = world();
-    let (folder, base) = busybox();
-    let files = "cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null > /pids; \
-         cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null > /memory; \
-         cat /proc/self/oom_score_adj > /score; true";
-    let image = one.build(folder.path(), &format!("{base}RUN {files}\n"));
-    let image = image.unwrap();
-    let number = |path: &str| one.text(&image, path).trim().parse::<u64>();
-    assert_eq!(number("score"), Ok(500));
-    // A machine without these controllers bounds nothing; kiln doctor says so.
-    if one.text(&image, "pids").is_empty() || one.text(&image, "memory").is_empty() {
-        eprintln!("SKIPPED: the pids or memory controller is not there");
-        return;
-    }
-    assert_eq!(number("pids"), Ok(16_384));
-    let info = fs::read_to_string("/proc/meminfo").unwrap();
-    let total = info.lines().next().unwrap().split_whitespace().nth(1);
-    let total: u64 = total.unwrap().parse::<u64>().unwrap() * 1024;
-    let limit = number("memory").unwrap();
-    assert!(limit < total && limit > total / 2, "{limit} of {total}");
-}
-
 /// What of this machine a process without CAP_SYS_RESOURCE may ask for, and whether this is one.
 fn most_files() -> (i64, bool) {
     let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -220,4 +169,55 @@ fn a_run_has_the_ulimits_that_are_given_and_what_it_came_to_is_theirs() {
             }
         }
     }
+}
+
+#[test]
+fn a_run_that_hangs_is_ended_and_says_what_it_did_last() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let text = format!("{base}RUN echo begun; sleep 600\n");
+    let begun = Instant::now();
+    let limited = |request: &mut BuildRequest| request.build.time_limit = Some(Millis(1500));
+    let error = one.build_with(folder.path(), &text, limited).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(300), "{error}");
+    for expected in [
+        "not ended within 1.5s",
+        "--run-timeout",
+        "begun",
+        "line 8: RUN echo begun",
+    ] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    let left = fs::read_dir(one.root.path().join("cache/run")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn processes_and_memory_of_a_run_are_bounded() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let files = "cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null > /pids; \
+         cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null > /memory; \
+         cat /proc/self/oom_score_adj > /score; true";
+    let image = one.build(folder.path(), &format!("{base}RUN {files}\n"));
+    let image = image.unwrap();
+    let number = |path: &str| one.text(&image, path).trim().parse::<u64>();
+    assert_eq!(number("score"), Ok(500));
+    // A machine without these controllers bounds nothing; kiln doctor says so.
+    if one.text(&image, "pids").is_empty() || one.text(&image, "memory").is_empty() {
+        eprintln!("SKIPPED: the pids or memory controller is not there");
+        return;
+    }
+    assert_eq!(number("pids"), Ok(16_384));
+    let info = fs::read_to_string("/proc/meminfo").unwrap();
+    let total = info.lines().next().unwrap().split_whitespace().nth(1);
+    let total: u64 = total.unwrap().parse::<u64>().unwrap() * 1024;
+    let limit = number("memory").unwrap();
+    assert!(limit < total && limit > total / 2, "{limit} of {total}");
 }
