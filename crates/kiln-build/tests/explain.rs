@@ -12,6 +12,26 @@ const NEW: &str = "the instruction is new here, or written otherwise";
 const BEFORE: &str = "changed: what stands before it";
 
 #[test]
+fn changed_limits_of_a_command_are_named() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, text) = busybox();
+    let world = world();
+    let built = |files: i64| {
+        let change = |request: &mut BuildRequest| {
+            let ulimits = &mut request.build.ulimits;
+            ulimits.insert("nofile".into(), (files, files));
+        };
+        world.build_with(folder.path(), &text, change).unwrap();
+        world.seen.reasons()
+    };
+    built(100);
+    let told = ["changed: the ulimit nofile", BEFORE];
+    assert_eq!(built(101), told);
+}
+
+#[test]
 fn what_changed_of_a_copy_is_named() {
     let folder = context(&[("d/a", "1"), ("d/b", "1"), ("d/c", "1"), ("e", "1")]);
     let world = world();

@@ -5,7 +5,9 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use kiln_build::build::runs_here;
 use kiln_build::debian::{self, DebianContext, Machine};
@@ -17,6 +19,7 @@ use kiln_oci::manifest::Index;
 use kiln_oci::registry::{self, CredentialSources};
 use kiln_oci::testing::SampleImage;
 use kiln_oci::testing::registry::{Login, TestRegistry};
+use kiln_testkit::emulator::{self, Emulator};
 use world::{World, busybox, context, sandboxes, world};
 
 /// One that is not run here; `None`, and a word about it, where all are.
@@ -97,6 +100,98 @@ fn a_stage_of_this_machine_makes_what_is_for_another() {
         let arch = wanted.trim_start_matches("linux/");
         assert_eq!(world.text(&digest, "made"), format!("for {arch}\n"));
     }
+}
+
+const BINFMT: &str = "/proc/sys/fs/binfmt_misc";
+/// Set in a process that has mounts of its own.
+const WITHIN: &str = "KILN_TEST_WITHIN";
+
+/// Runs the test of this name once more, where binfmt_misc is mounted for it alone; false:
+/// this is that process.
+fn mounts_of_its_own(test: &str) -> bool {
+    if std::env::var_os(WITHIN).is_some() {
+        return false;
+    }
+    let script = "mount -t binfmt_misc binfmt_misc \"$0\" || exit 77; exec \"$@\"";
+    let own = std::env::current_exe().unwrap();
+    let status = Command::new("unshare")
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            BINFMT,
+        ])
+        .arg(own)
+        .args(["--exact", test, "--nocapture"])
+        .env(WITHIN, "1")
+        .status();
+    match status.unwrap().code() {
+        Some(77) => eprintln!("SKIPPED: the kernel has no binfmt_misc"),
+        code => assert_eq!(code, Some(0)),
+    }
+    true
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_command_runs_where_an_emulator_is_registered() {
+    let test = "a_foreign_command_runs_where_an_emulator_is_registered";
+    if !sandboxes() || mounts_of_its_own(test) {
+        return;
+    }
+    let platform = emulator::PLATFORM;
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let there = runs_here(platform);
+    let registered = (!there).then(|| Emulator::register(kept, Path::new(BINFMT)).unwrap());
+    assert!(runs_here(platform));
+
+    let base = DebianBase {
+        suite: "bookworm".into(),
+        packages: vec!["busybox-static".into()],
+        distroless: true,
+        ..DebianBase::default()
+    };
+    let world = world();
+    let mut resolver = resolver(&world, [("small".to_owned(), base)].into());
+    resolver.debian.cache = kept.join("apt-cache");
+    resolver.debian.machine.now = now();
+    let mut lock = Lock::default();
+    let found = resolver.resolve_for("small", platform, false, &mut lock);
+    let found = found.await.map_err(|e| world::chain(&e)).unwrap();
+    world.images.lock().unwrap().insert("small".into(), found);
+
+    // A program that starts others, in a shell; beside it a stage of this machine's.
+    let (folder, host) = busybox();
+    let host = host.replace("FROM scratch", "FROM --platform=$BUILDPLATFORM scratch");
+    let text = format!(
+        "{host}FROM base AS here\nRUN uname -m > /here\nFROM small\nARG TARGETARCH\n\
+         RUN [\"/bin/busybox\", \"sh\", \"-c\", \"/bin/busybox uname -m > /there; \
+         for i in 1 2 3; do /bin/busybox echo $i $TARGETARCH; done | /bin/busybox tac >> /there\"]\n\
+         COPY --from=here /here /\n"
+    );
+    let build = || {
+        let digest = world.build_with(folder.path(), &text, |r| {
+            r.platform = platform.into();
+            r.build.no_cache = true;
+        });
+        digest.unwrap()
+    };
+    let image = build();
+    let arch = platform.trim_start_matches("linux/");
+    let expected = format!("{}\n3 {arch}\n2 {arch}\n1 {arch}\n", emulator::MACHINE);
+    assert_eq!(world.text(&image, "there"), expected);
+    assert_ne!(world.text(&image, "here").trim(), emulator::MACHINE);
+    assert_eq!(build(), image);
+    drop(registered);
+    assert_eq!(runs_here(platform), there);
+}
+
+/// Seconds.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap().as_secs()
 }
 
 fn resolver(world: &World, bases: BTreeMap<String, DebianBase>) -> Resolver {

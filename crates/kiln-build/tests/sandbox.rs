@@ -7,7 +7,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use kiln_build::build::BuildRequest;
-use kiln_model::Millis;
+use kiln_model::{Digest, Millis};
 use world::{busybox, sandboxes, world};
 
 /// The namespaces of this process, as links name them.
@@ -115,6 +115,60 @@ async fn calls_that_docker_refuses_are_refused() {
     let text = "FROM root\nRUN --mount=type=bind,target=/in perl /in/calls.pl > /allowed\n";
     let image = one.build(folder.path(), text).unwrap();
     assert_eq!(one.text(&image, "allowed"), "");
+}
+
+/// What of this machine a process without CAP_SYS_RESOURCE may ask for, and whether this is one.
+fn most_files() -> (i64, bool) {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let held = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    let held = u64::from_str_radix(held.unwrap().trim(), 16).unwrap();
+    let limits = fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find(|l| l.starts_with("Max open files"));
+    let hard = line.unwrap().split_whitespace().nth(4);
+    (hard.unwrap().parse().unwrap(), held >> 24 & 1 == 0)
+}
+
+#[test]
+fn a_run_has_the_ulimits_that_are_given_and_what_it_came_to_is_theirs() {
+    if !sandboxes() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let text = format!("{base}RUN ulimit -n > /soft; ulimit -Hn > /hard; ulimit -c > /core\n");
+    let with = |soft: i64, hard: i64| {
+        one.build_with(folder.path(), &text, |request| {
+            let all = [("nofile", (soft, hard)), ("core", (0, 0))];
+            request.build.ulimits = all.map(|(n, l)| (n.into(), l)).into();
+        })
+    };
+    let told =
+        |image: &Digest| ["soft", "hard", "core"].map(|f| one.text(image, f).trim().to_owned());
+    let image = with(100, 200).unwrap();
+    assert_eq!(told(&image), ["100", "200", "0"]);
+    // Other limits: another result, and the first is still there for the first.
+    assert_eq!(told(&with(100, 300).unwrap()), ["100", "300", "0"]);
+    assert_eq!(with(100, 200), Ok(image));
+
+    let (most, held_down) = most_files();
+    match with(100, most + 1) {
+        Ok(image) => {
+            assert!(!held_down);
+            assert_eq!(told(&image)[1], (most + 1).to_string());
+        }
+        Err(error) => {
+            let expected = [
+                "line 3: RUN [\"/bin/busybox\"".to_owned(),
+                format!("the ulimit nofile can't be {} here", most + 1),
+                format!("at most {most}, "),
+                "CAP_SYS_RESOURCE is missing".to_owned(),
+            ];
+            assert!(held_down, "{error}");
+            for expected in expected {
+                assert!(error.contains(&expected), "{expected}: {error}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -103,6 +103,86 @@ async fn a_second_root_builds_everything_from_the_cache() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_a_cache_as_a_registry_is() {
+    let kept = tempfile::tempdir().unwrap();
+    let cache = kept.path().join("new/cache").display().to_string();
+    let (one, folder) = (world(), files());
+    let (first, results) = build(&one, folder.path(), FILE, &[]).await;
+    let to = format!("type=local,dest={cache}");
+    let exported = export(&one, results, &to).await.unwrap();
+    assert_eq!((exported.steps, exported.withheld), (4, 0));
+    // A layout that others read: its index names the manifest.
+    let read = |path: &str| std::fs::read(Path::new(&cache).join(path)).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&read("index.json")).unwrap();
+    let (entry, name) = (&index["manifests"][0], "org.opencontainers.image.ref.name");
+    assert_eq!(entry["annotations"][name], "latest");
+    assert_eq!(entry["digest"], exported.manifest.to_string());
+    let blobs = || std::fs::read_dir(Path::new(&cache).join("blobs/sha256"));
+    assert_eq!(blobs().unwrap().count(), 6);
+
+    let two = world();
+    let from = format!("type=local,src={cache}");
+    let (second, again) = build(&two, folder.path(), FILE, &[&from]).await;
+    assert_eq!(second, first);
+    assert_eq!(seen(&two), (4, 0, vec![cache.clone(); 4], vec![]));
+    assert_eq!(two.text(&second, "taken"), "one");
+    // The same again: nothing comes, nothing goes.
+    let before = exported.manifest;
+    let exported = export(&two, again, &to).await.unwrap();
+    assert_eq!((exported.manifest, blobs().unwrap().count()), (before, 6));
+
+    // Under another name beside it; damaged, it is told and the build goes on.
+    let three = world();
+    let other = format!("type=local,src={cache},tag=main");
+    let (_, results) = build(&three, folder.path(), FILE, &[&other]).await;
+    let (cached, done, _, told) = seen(&three);
+    assert_eq!((cached, done, told.len()), (0, 4, 1));
+    assert!(
+        told[0].contains(&format!("the cache {cache} (main): ")),
+        "{told:?}"
+    );
+    assert!(
+        told[0].contains("no image `main` in it; it has: latest"),
+        "{told:?}"
+    );
+    let tagged = format!("type=local,dest={cache},tag=main,mode=min");
+    assert_eq!(export(&three, results, &tagged).await.unwrap().steps, 2);
+    for blob in blobs().unwrap() {
+        let path = blob.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        if bytes[0] != b'{' {
+            *bytes.last_mut().unwrap() ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+    let four = world();
+    let (built, _) = build(&four, folder.path(), FILE, &[&from]).await;
+    let (cached, _, _, told) = seen(&four);
+    assert_eq!((built, cached), (first, 0));
+    assert!(
+        told.len() == 1 && told[0].contains("blobs/sha256"),
+        "{told:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_that_is_something_else_is_no_place_for_a_cache() {
+    let (one, folder) = (world(), files());
+    let (_, results) = build(&one, folder.path(), FILE, &[]).await;
+    let to = format!("type=local,dest={}", folder.path().display());
+    let error = export(&one, results, &to).await.unwrap_err();
+    assert!(
+        error.contains("no OCI layout; name another folder"),
+        "{error}"
+    );
+    assert!(
+        error.contains(&folder.path().display().to_string()),
+        "{error}"
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn least_is_what_the_image_came_of() {
     let registry = TestRegistry::start(Login::None).await;
     let (one, folder) = (world(), files());
@@ -197,11 +277,15 @@ async fn what_holds_a_secret_stays_at_home() {
 #[tokio::test(flavor = "multi_thread")]
 async fn other_kinds_of_caches_are_refused_by_name() {
     let (one, folder) = (world(), files());
-    let mut request = one.request(folder.path(), FILE);
-    request.build.cache_from = vec!["type=gha".into()];
-    let error = prepare(request).err().unwrap().to_string();
-    assert!(
-        error.starts_with("build.cache_from: `type=gha`: the type gha"),
-        "{error}"
-    );
+    for (kind, rest) in [("gha", ""), ("inline", ""), ("s3", ",bucket=x")] {
+        let mut request = one.request(folder.path(), FILE);
+        let entry = format!("type={kind}{rest}");
+        request.build.cache_from = vec![entry.clone()];
+        let error = prepare(request).err().unwrap().to_string();
+        let expected = format!(
+            "build.cache_from: `{entry}`: the type {kind} is not supported; use \
+             type=registry,ref=… or type=local,src=…"
+        );
+        assert_eq!(error, expected);
+    }
 }

@@ -72,10 +72,6 @@ pub const EXCEPTIONS: &[(&str, Support)] = &[
         Refused("builds are always confined; take it out"),
     ),
     (
-        "services.*.build.ulimits",
-        Refused("builds have the machine's own limits; take it out"),
-    ),
-    (
         "services.*.build.provenance",
         Note("kiln records every build's provenance anyway"),
     ),

@@ -178,6 +178,28 @@ pub fn parse_bool(text: &str) -> Option<bool> {
     }
 }
 
+/// A soft and a hard limit; -1 is none at all.
+pub fn ulimit((soft, hard): (i64, i64)) -> Result<(i64, i64), String> {
+    if hard != -1 && (soft > hard || soft == -1) {
+        return Err("soft is more than hard".into());
+    }
+    Ok((soft, hard))
+}
+
+/// `nofile=1024:4096`, or `nofile=1024` for both: as docker's `--ulimit`.
+pub fn parse_ulimit(text: &str) -> Result<(String, (i64, i64)), String> {
+    let bad = || format!("`{text}` is no ulimit; write for example `nofile=1024:4096`");
+    let (name, limits) = text.split_once('=').ok_or_else(bad)?;
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let number = |text: &str| text.parse().ok().filter(|n| *n >= -1).ok_or_else(bad);
+    let pair = ulimit((number(soft)?, number(hard)?));
+    let pair = pair.map_err(|why| format!("`{text}`: {why}"))?;
+    match name.is_empty() {
+        true => Err(bad()),
+        false => Ok((name.to_owned(), pair)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +257,32 @@ mod tests {
         }
         for bad in ["", "m", "1x", "-1m", "1bb", "1i", "99999999999p", "1.2.3m"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ulimits_are_one_number_or_two_and_soft_is_at_most_hard() {
+        for (text, pair) in [
+            ("nofile=7", (7, 7)),
+            ("nofile=7:9", (7, 9)),
+            ("nofile=7:-1", (7, -1)),
+            ("nofile=-1", (-1, -1)),
+        ] {
+            assert_eq!(parse_ulimit(text), Ok(("nofile".into(), pair)), "{text}");
+        }
+        for (text, why) in [
+            ("nofile", "is no ulimit"),
+            ("=7", "is no ulimit"),
+            ("nofile=", "is no ulimit"),
+            ("nofile=7:", "is no ulimit"),
+            ("nofile=7:8:9", "is no ulimit"),
+            ("nofile=-2", "is no ulimit"),
+            ("nofile=many", "is no ulimit"),
+            ("nofile=9:7", "soft is more than hard"),
+            ("nofile=-1:7", "soft is more than hard"),
+        ] {
+            let told = parse_ulimit(text).map_err(|e| e.contains(why) && e.contains(text));
+            assert_eq!(told, Err(true), "{text}");
         }
     }
 }

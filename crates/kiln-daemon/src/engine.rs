@@ -1,6 +1,8 @@
 //! One environment's loop: a message comes in, the planner steps, the world is stored,
 //! effects go out. Nothing here decides.
 
+mod message;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,17 +13,18 @@ use kiln_plan::{
     Conclusion, Effect, EffectKey, Event, Goal, Keeper, Layout, Plan, Refused, Releases, TRY_AGAIN,
     World,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::api::error::ApiError;
-use crate::api::types::{EnvironmentStatus, EventKind, EventRecord, Explanation, ReleaseAnswer};
+use crate::api::types::{EventKind, EventRecord, ReleaseAnswer};
 use crate::crash;
 use crate::execute::Executor;
 use crate::narrate::outline_lines;
 use crate::shared::Shared;
 use crate::{log_tail, status};
+pub use message::{EngineHandle, Message};
 
 /// How often the runtime is asked what it really holds: what told of an instance's end
 /// may itself have failed.
@@ -32,85 +35,6 @@ const QUEUE: usize = 256;
 const ROUTES_LIMIT: Duration = Duration::from_secs(3);
 /// Lines of a failing instance's log that are shown.
 const SHOWN_LOG_LINES: usize = 30;
-
-/// Something for an engine to take in.
-pub enum Message {
-    Event(Event),
-    Release {
-        release: Box<Release>,
-        by: String,
-        dry_run: bool,
-        reply: Reply<ReleaseAnswer>,
-    },
-    Rollback {
-        to: Option<ReleaseNumber>,
-        by: String,
-        reply: Reply<ReleaseAnswer>,
-    },
-    Down {
-        by: String,
-        reply: Reply<u64>,
-    },
-    Abandon {
-        by: String,
-        reply: Reply<()>,
-    },
-    /// The last message of an environment that was only made to be thrown away.
-    Forget {
-        by: String,
-        reply: Reply<()>,
-    },
-    Pause {
-        by: String,
-        reply: Reply<()>,
-    },
-    Resume {
-        by: String,
-        reply: Reply<()>,
-    },
-    Promote {
-        by: String,
-        reply: Reply<()>,
-    },
-    Tainted {
-        id: InstanceId,
-        by: String,
-        command: Vec<String>,
-        reply: Reply<()>,
-    },
-    Status {
-        reply: Reply<EnvironmentStatus>,
-    },
-    Explain {
-        id: InstanceId,
-        reply: Reply<Explanation>,
-    },
-}
-
-pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
-
-#[derive(Clone)]
-pub struct EngineHandle {
-    sender: mpsc::Sender<Message>,
-}
-
-impl EngineHandle {
-    pub async fn send(&self, message: Message) -> Result<(), ApiError> {
-        self.sender
-            .send(message)
-            .await
-            .map_err(|_| ApiError::internal("the environment's engine has stopped"))
-    }
-
-    /// Sends a question and waits for its answer.
-    pub async fn ask<T>(&self, make: impl FnOnce(Reply<T>) -> Message) -> Result<T, ApiError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(make(reply)).await?;
-        answer
-            .await
-            .map_err(|_| ApiError::internal("the environment's engine gave no answer"))?
-    }
-}
 
 pub struct Engine {
     pub(crate) shared: Arc<Shared>,

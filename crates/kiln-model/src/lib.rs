@@ -9,6 +9,7 @@
 //! What must not enter: tokio, clocks, the file system, environment variables,
 //! randomness. Time, ids and random numbers are arguments.
 
+mod confinement;
 pub mod declared;
 mod digest;
 mod duration;

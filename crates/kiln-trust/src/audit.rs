@@ -95,6 +95,22 @@ impl AuditLog {
         Ok(entries)
     }
 
+    /// What is told of one action, the oldest first. Nothing is checked: who has to be sure
+    /// verifies. A line that can't be read is left out.
+    pub fn facts(&self, action: &str) -> Result<Vec<Fact>, AuditError> {
+        let mut facts = Vec::new();
+        // Most lines are of other actions, and need not be read as a whole.
+        let said = format!("\"action\":{}", serde_json::Value::from(action));
+        self.lines(|line| {
+            if line.contains(&said) {
+                let entry = serde_json::from_str::<Entry>(line).ok();
+                facts.extend(entry.map(|e| e.fact).filter(|f| f.action == action));
+            }
+            Ok(())
+        })?;
+        Ok(facts)
+    }
+
     /// Checks every hash, link and number.
     pub fn verify(&self) -> Result<Verified, AuditError> {
         let mut verified = Verified {
@@ -109,6 +125,21 @@ impl AuditLog {
     }
 
     fn walk(&self, mut each: impl FnMut(Entry)) -> Result<(), AuditError> {
+        let mut previous = GENESIS;
+        let mut number = 0;
+        self.lines(|line| {
+            let entry = self.checked(line, number, previous)?;
+            previous = entry.hash;
+            number += 1;
+            each(entry);
+            Ok(())
+        })
+    }
+
+    fn lines(
+        &self,
+        mut each: impl FnMut(&str) -> Result<(), AuditError>,
+    ) -> Result<(), AuditError> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -116,8 +147,6 @@ impl AuditLog {
         };
         flock(&file, FlockOperation::LockShared).map_err(|e| self.io(e.into()))?;
         let mut reader = BufReader::new(file);
-        let mut previous = GENESIS;
-        let mut number = 0;
         loop {
             let mut line = String::new();
             let read = (&mut reader)
@@ -127,10 +156,7 @@ impl AuditLog {
             if read == 0 {
                 return Ok(());
             }
-            let entry = self.checked(&line, number, previous)?;
-            previous = entry.hash;
-            number += 1;
-            each(entry);
+            each(&line)?;
         }
     }
 
@@ -281,6 +307,21 @@ mod tests {
         assert_eq!(entries[2].previous, entries[1].hash);
         let head = Some(entries[2].hash);
         assert_eq!(log.verify().unwrap(), Verified { entries: 3, head });
+    }
+
+    #[test]
+    fn facts_are_those_of_one_action_whatever_stands_around_them() {
+        let (_root, log) = log_of_three();
+        let mut told = fact("release");
+        told.subject = "\"action\":\"test\"".into();
+        log.record(told).unwrap();
+        let mut text = fs::read_to_string(&log.path).unwrap();
+        text.insert_str(0, "{\"action\":\"test\"\n");
+        text.push_str("{\"number\":4,\"action\":\"test\",");
+        fs::write(&log.path, text).unwrap();
+        assert_eq!(log.facts("test").unwrap(), [fact("test")]);
+        assert_eq!(log.facts("release").unwrap().len(), 2);
+        assert_eq!(log.facts("tes").unwrap(), []);
     }
 
     #[test]

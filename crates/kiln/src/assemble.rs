@@ -1,6 +1,8 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod caller;
+mod contents;
 mod export;
 mod platforms;
 mod prove;
@@ -25,26 +27,23 @@ use kiln_model::instance::Scratch;
 use kiln_model::progress::Finish;
 use kiln_model::release::{ReleasedImage, ReleasedService};
 use kiln_model::spec::{
-    FileKind, FileSource, FileVersion, ImageSource, MountSource, Protocol, PullPolicy, Service,
-    Spec,
+    FileVersion, ImageSource, MountSource, Protocol, PullPolicy, Service, Spec,
 };
 use kiln_model::{Digest, EnvironmentName, Progress, ProgressEvent, Release, ServiceName};
-use kiln_oci::{BlobWrite, registry};
+use kiln_oci::registry;
 use kiln_store::{Image, Store};
-use kiln_trust::SecretStore;
 
 use crate::cache::Keeper;
 use crate::context::{Context, now};
 use crate::failure::{Failure, Kind, machine};
 use crate::junit::Suite;
-use crate::{named, ops};
+use crate::ops;
+use caller::{agents, credentials, epoch};
 use export::Outgoing;
 pub use export::Shares;
 
 /// Scratch without a stated size: 64 MiB.
 const SCRATCH_SIZE: u64 = 64 << 20;
-/// Largest config, as in Docker Swarm and Kubernetes' order of size.
-const LARGEST_CONFIG: u64 = 1 << 20;
 
 pub struct Assembler<'a> {
     context: &'a Context,
@@ -487,17 +486,16 @@ impl<'a> Assembler<'a> {
         }
         let lock_path = self.spec().folder.join("kiln.lock");
         let recordings = Recordings::new(lock.network.get(name).cloned().unwrap_or_default());
-        let time_limit = self.context.run_timeout;
+        let mut build = self.shares.added_to(build.clone(), &self.spec().folder);
+        build.time_limit = self.context.run_timeout;
+        build.ulimits.extend(self.context.ulimits.clone());
         Ok(BuildRequest {
-            build: kiln_model::spec::Build {
-                time_limit,
-                ..self.shares.added_to(build.clone())
-            },
+            ssh: agents(&build.ssh)?,
+            build,
             name: name.to_owned(),
             platform: platform.to_owned(),
             secrets,
             epoch: epoch()?,
-            ssh: agents(&build.ssh)?,
             pins: Arc::new(Mutex::new(lock.remote.clone())),
             recordings: Arc::new(recordings.keeping(Kept::beside(&lock_path))),
             live: self.live,
@@ -524,71 +522,6 @@ impl<'a> Assembler<'a> {
             }
         }
         Ok(found)
-    }
-
-    /// Reads and keeps the contents of the service's configs and secrets.
-    fn files(&self, service: &Service) -> Result<BTreeMap<String, FileVersion>, Failure> {
-        let mut versions = BTreeMap::new();
-        for file in &service.files {
-            let version = match file.kind {
-                FileKind::Config => {
-                    let source = self.spec().configs.get(&file.source);
-                    if let Some(FileSource::External(name)) = source {
-                        let digest = named::config(&self.store, name)?;
-                        versions.insert(file.key(), FileVersion::Config(digest));
-                        continue;
-                    }
-                    let bytes = self.content(&file.source, "config", source)?;
-                    let (digest, _) = self
-                        .store
-                        .write(None, &mut bytes.as_slice())
-                        .map_err(machine)?;
-                    FileVersion::Config(digest)
-                }
-                FileKind::Secret => {
-                    let value = self.secret_value(&file.source)?;
-                    let secrets = SecretStore::open(&self.context.root).map_err(machine)?;
-                    FileVersion::Secret(secrets.put(&value).map_err(input)?)
-                }
-            };
-            versions.insert(file.key(), version);
-        }
-        Ok(versions)
-    }
-
-    fn secret_value(&self, key: &str) -> Result<zeroize::Zeroizing<Vec<u8>>, Failure> {
-        self.content(key, "secret", self.spec().secrets.get(key))
-            .map(zeroize::Zeroizing::new)
-    }
-
-    fn content(
-        &self,
-        key: &str,
-        what: &str,
-        source: Option<&FileSource>,
-    ) -> Result<Vec<u8>, Failure> {
-        let wrong = |text: String| Failure::new(Kind::Input, format!("{what} `{key}`: {text}"));
-        match source {
-            None => Err(wrong("it is not declared".into())),
-            Some(FileSource::Content(text)) => Ok(text.clone().into_bytes()),
-            Some(FileSource::Environment(name)) => self
-                .loaded
-                .project
-                .environment
-                .get(name)
-                .map(|value| value.clone().into_bytes())
-                .ok_or_else(|| wrong(format!("the variable {name} is not set"))),
-            Some(FileSource::External(name)) => named::secret(self.context, name),
-            Some(FileSource::File(path)) => {
-                let size = std::fs::metadata(path)
-                    .map_err(|e| wrong(format!("{}: {e}", path.display())))?
-                    .len();
-                if size > LARGEST_CONFIG {
-                    return Err(wrong(format!("{} is larger than 1 MiB", path.display())));
-                }
-                std::fs::read(path).map_err(|e| wrong(format!("{}: {e}", path.display())))
-            }
-        }
     }
 
     fn released(
@@ -652,63 +585,6 @@ fn scratch(service: &Service, learned: Vec<Scratch>) -> Vec<Scratch> {
             .any(|m| Path::new(path).starts_with(&m.target))
     };
     all.into_values().filter(|s| !mounted(&s.path)).collect()
-}
-
-/// Seconds; 0 unless the caller's SOURCE_DATE_EPOCH says otherwise.
-fn epoch() -> Result<i64, Failure> {
-    match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) => text.parse().map_err(|_| {
-            Failure::new(
-                Kind::Input,
-                format!("SOURCE_DATE_EPOCH is no number: `{text}`"),
-            )
-        }),
-        Err(_) => Ok(0),
-    }
-}
-
-/// `default`, `default=socket` or `id=socket` → where the agent listens.
-fn agents(asked: &[String]) -> Result<BTreeMap<String, std::path::PathBuf>, Failure> {
-    use std::os::unix::fs::FileTypeExt as _;
-    let mut agents = BTreeMap::new();
-    for text in asked {
-        let wrong = |why: String| Failure::new(Kind::Input, format!("build.ssh `{text}`: {why}"));
-        let (id, path) = match text.split_once('=') {
-            Some((id, path)) if !path.is_empty() => (id, std::path::PathBuf::from(path)),
-            _ => match std::env::var_os("SSH_AUTH_SOCK") {
-                Some(path) => (text.trim_end_matches('='), path.into()),
-                None => return Err(wrong("SSH_AUTH_SOCK is not set: no agent runs".into())),
-            },
-        };
-        let meta = std::fs::metadata(&path);
-        let meta = meta.map_err(|e| wrong(format!("{}: {e}", path.display())))?;
-        if !meta.file_type().is_socket() {
-            return Err(wrong(format!(
-                "{} is not an agent's socket; kiln reads no private keys: add it to an agent \
-                 (ssh-add) and name that",
-                path.display()
-            )));
-        }
-        agents.insert(id.to_owned(), path);
-    }
-    Ok(agents)
-}
-
-/// Docker's and Podman's files of whoever asks.
-fn credentials() -> registry::CredentialSources {
-    let home = std::env::var_os("HOME").map(std::path::PathBuf::from);
-    let docker = std::env::var_os("DOCKER_CONFIG")
-        .map(std::path::PathBuf::from)
-        .or_else(|| home.clone().map(|h| h.join(".docker")));
-    let files = docker
-        .map(|folder| folder.join("config.json"))
-        .into_iter()
-        .chain(home.map(|h| h.join(".config/containers/auth.json")))
-        .collect();
-    registry::CredentialSources {
-        files,
-        helper_folder: None,
-    }
 }
 
 fn input(error: impl std::fmt::Display) -> Failure {

@@ -1,13 +1,17 @@
 //! The command line: what can be asked, and nothing of how it is answered.
 
-use std::ffi::OsString;
+mod build;
+mod files;
+mod order;
+
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-
+use clap::{Args, Parser, Subcommand};
 use kiln_model::Millis;
 
-use crate::progress::Form;
+pub use build::{BuildArgs, Fetching, SharedCacheArgs, TestArgs, UpArgs, WatchArgs};
+pub use files::{CheckArgs, CheckFormat, ConfigArgs, ConfigFormat, FailOn, InitArgs};
+pub use order::in_order;
 
 /// Immutable infrastructure: every change is a new release, put in place by replacement.
 #[derive(Parser, Debug)]
@@ -42,48 +46,6 @@ pub struct Cli {
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// Options with a value that `docker compose` has before its command, and kiln behind it.
-const OF_PROJECTS: [(&str, Option<char>); 7] = [
-    ("--file", Some('f')),
-    ("--project-name", Some('p')),
-    ("--environment", Some('e')),
-    ("--profile", None),
-    ("--env-file", None),
-    ("--project-directory", None),
-    ("--allow-ignored", None),
-];
-
-/// The command line with the project's options behind the command, wherever they stood.
-pub fn in_order(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let mut words = words.into_iter().peekable();
-    let mut before: Vec<OsString> = words.next().into_iter().collect();
-    let mut moved = Vec::new();
-    while let Some(word) = words.next_if(|word| word.to_string_lossy().starts_with('-')) {
-        let text = word.to_string_lossy().into_owned();
-        let short = |c: &char| text.starts_with(&format!("-{c}"));
-        let of_project = OF_PROJECTS.iter().find(|(long, letter)| {
-            text.split('=').next() == Some(long) || letter.as_ref().is_some_and(short)
-        });
-        let to = match of_project {
-            Some(_) => &mut moved,
-            None => &mut before,
-        };
-        to.push(word);
-        // The others with a value.
-        let alone = match of_project {
-            Some((long, _)) => text == *long || text.len() == 2,
-            None => text == "--root" || text == "--cache-size",
-        };
-        if alone {
-            to.extend(words.next());
-        }
-    }
-    before.extend(words.next());
-    before.extend(moved);
-    before.extend(words);
-    before
 }
 
 #[derive(Subcommand, Debug)]
@@ -221,127 +183,6 @@ pub struct ReadArgs {
     /// Go on although this key can't be honoured; the warning is recorded
     #[arg(long, value_name = "KEY")]
     pub allow_ignored: Vec<String>,
-}
-
-#[derive(Args, Debug)]
-pub struct UpArgs {
-    #[command(flatten)]
-    pub project: ProjectArgs,
-    /// Only show what would be done
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Return as soon as the rollout has begun
-    #[arg(short, long)]
-    pub detach: bool,
-    #[command(flatten)]
-    pub shared: SharedCacheArgs,
-    /// Write how each check went to FILE, as JUnit's XML
-    #[arg(long, value_name = "FILE")]
-    pub junit: Option<PathBuf>,
-}
-
-#[derive(Args, Debug)]
-pub struct TestArgs {
-    #[command(flatten)]
-    pub project: ProjectArgs,
-    /// Write how each check went to FILE, as JUnit's XML
-    #[arg(long, value_name = "FILE")]
-    pub junit: Option<PathBuf>,
-}
-
-/// Results of instructions, shared with other machines.
-#[derive(Args, Clone, Debug, Default)]
-pub struct SharedCacheArgs {
-    /// Take results of instructions from a cache in a registry (repeatable)
-    ///
-    /// A reference, or `type=registry,ref=REFERENCE`; beside `build.cache_from` of the project.
-    /// Layers are verified, but what an instruction makes is what the cache says: whoever may
-    /// write to it decides what is built. What is taken is told. A cache that can't be used is
-    /// told, and the build goes on without.
-    #[arg(long, value_name = "REF")]
-    pub cache_from: Vec<String>,
-    /// Put the results of all instructions into a registry (repeatable)
-    ///
-    /// A reference, or `type=registry,ref=REFERENCE`, with `mode=min` (only of the image's own
-    /// layers; `max`, all stages, unless stated) and `ignore-error=true`; beside
-    /// `build.cache_to` of the project. Results in which secrets were found are not exported.
-    #[arg(long, value_name = "REF")]
-    pub cache_to: Vec<String>,
-}
-
-#[derive(Args, Debug)]
-pub struct BuildArgs {
-    #[command(flatten)]
-    pub project: ProjectArgs,
-    /// Only look: say what is likely wrong in the Containerfiles, or not reproducible
-    ///
-    /// The rules are BuildKit's, under its names, and kiln's own: PipeToShell, UncheckedAdd,
-    /// UnpinnedBase, UnrecordedDownload. A file leaves some out with a first line
-    /// `# check=skip=RULE,RULE`. Exit code 0: nothing at or above --fail-on; 3: something.
-    #[arg(long)]
-    pub check: bool,
-    /// The least severity that makes the exit code 3
-    #[arg(long, value_enum, default_value_t = FailOn::Warning, requires = "check")]
-    pub fail_on: FailOn,
-    /// Build everything once more in other conditions, and say which file differs and how
-    ///
-    /// The second build works in another folder, takes nothing from the cache, has one
-    /// processor for each command and builds one stage after the other, the later first.
-    /// Exit code 4: something differs.
-    #[arg(long, conflicts_with = "check")]
-    pub verify: bool,
-    /// Build nothing: take the build cache away, or what is beyond --cache-size if that is given
-    ///
-    /// What a release keeps, or a build under way needs, stays.
-    #[arg(long, conflicts_with_all = ["check", "verify", "explain"])]
-    pub prune: bool,
-    /// What commands fetch: as kiln.lock has recorded it, or anew
-    ///
-    /// What a RUN fetches over HTTP and HTTPS is recorded: its digest in kiln.lock, the content
-    /// below KILN_ROOT. Later builds get the same, without network where the content is there;
-    /// what a command asks for beyond that is fetched and recorded. With `live`, everything is
-    /// fetched and recorded anew.
-    #[arg(long, value_enum, default_value_t = Fetching::Locked, conflicts_with_all = ["check", "prune"])]
-    pub network: Fetching,
-    /// Say of each instruction that was not taken from the cache why it was not
-    #[arg(long)]
-    pub explain: bool,
-    /// Build for these platforms instead of those of `build.platforms`, such as
-    /// linux/amd64,linux/arm64
-    ///
-    /// Several become one OCI index. What is not for this machine is built and not tested;
-    /// it may run commands only if an emulator is registered with the kernel.
-    #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
-    pub platform: Vec<String>,
-    /// Write the images that were built to an OCI layout: a folder, or a file named *.tar
-    #[arg(short, long, value_name = "PATH")]
-    pub output: Option<PathBuf>,
-    /// Push the images that were built to the registries that `image` names
-    #[arg(long)]
-    pub push: bool,
-    /// How to show what is being done
-    #[arg(long, value_enum, default_value_t = Form::Auto)]
-    pub progress: Form,
-    #[command(flatten)]
-    pub shared: SharedCacheArgs,
-    /// Write how each check of the images went to FILE, as JUnit's XML
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "verify", "prune"])]
-    pub junit: Option<PathBuf>,
-}
-
-/// Where what a RUN fetches comes from.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fetching {
-    /// As kiln.lock has it
-    Locked,
-    /// From the network, and kiln.lock has it from then on
-    Live,
-}
-
-#[derive(Args, Debug)]
-pub struct WatchArgs {
-    #[command(flatten)]
-    pub project: ReadArgs,
 }
 
 #[derive(Args, Debug)]
@@ -500,130 +341,6 @@ pub struct AtArgs {
 }
 
 #[derive(Args, Debug)]
-pub struct ConfigArgs {
-    #[command(flatten)]
-    pub project: ReadArgs,
-    /// Only these services, and what they depend on
-    #[arg(value_name = "SERVICE")]
-    pub only: Vec<String>,
-    #[arg(long, value_enum, default_value_t = ConfigFormat::Yaml)]
-    pub format: ConfigFormat,
-    #[command(flatten)]
-    pub select: SelectArgs,
-    /// Write to this file instead of printing
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
-    /// Leave env_file keys as they are
-    #[arg(long)]
-    pub no_env_resolution: bool,
-    /// Leave variables as they are
-    #[arg(long)]
-    pub no_interpolate: bool,
-    /// Leave out what is filled in: default networks, names, dependencies
-    #[arg(long)]
-    pub no_normalize: bool,
-    /// Leave relative paths as they are
-    #[arg(long)]
-    pub no_path_resolution: bool,
-    /// Do not check that what is referred to exists
-    #[arg(long)]
-    pub no_consistency: bool,
-    /// Pin images to the digests of kiln.lock
-    #[arg(long)]
-    pub resolve_image_digests: bool,
-}
-
-/// What to print instead of the whole model; one of them.
-#[derive(Args, Debug)]
-#[group(multiple = false)]
-pub struct SelectArgs {
-    /// Only the services' names
-    #[arg(long)]
-    pub services: bool,
-    /// Only the images
-    #[arg(long)]
-    pub images: bool,
-    /// Only the volumes' names
-    #[arg(long)]
-    pub volumes: bool,
-    /// Only the networks' names
-    #[arg(long)]
-    pub networks: bool,
-    /// Only the language models' names
-    #[arg(long)]
-    pub models: bool,
-    /// Only the profiles' names
-    #[arg(long)]
-    pub profiles: bool,
-    /// A hash of each of these services' configuration (`a,b`, or `*`)
-    #[arg(long, value_name = "SERVICES")]
-    pub hash: Option<String>,
-    /// The variables that the files are read with
-    #[arg(long)]
-    pub environment: bool,
-    /// The variables that the files ask for
-    #[arg(long)]
-    pub variables: bool,
-    /// An override file that pins images to the digests of kiln.lock
-    #[arg(long)]
-    pub lock_image_digests: bool,
-    /// Print nothing; only say what is wrong
-    #[arg(short, long)]
-    pub quiet: bool,
-}
-
-#[derive(Args, Debug)]
-pub struct CheckArgs {
-    #[command(flatten)]
-    pub project: ReadArgs,
-    /// How to say it
-    #[arg(long, value_enum, default_value_t = CheckFormat::Text)]
-    pub format: CheckFormat,
-    /// The least severity that makes the exit code 3
-    #[arg(long, value_enum, default_value_t = FailOn::Warning)]
-    pub fail_on: FailOn,
-    /// Leave this rule out
-    #[arg(long, value_name = "RULE")]
-    pub skip: Vec<String>,
-    /// List the rules and end
-    #[arg(long)]
-    pub rules: bool,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckFormat {
-    /// With the source text, for people
-    Text,
-    /// Annotations of GitHub Actions
-    Github,
-    /// SARIF 2.1.0, for code scanners
-    Sarif,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FailOn {
-    Error,
-    Warning,
-    Note,
-}
-
-#[derive(Args, Debug)]
-pub struct InitArgs {
-    /// The folder
-    #[arg(default_value = ".")]
-    pub folder: PathBuf,
-    /// Make the changes that are shown
-    #[arg(long)]
-    pub write: bool,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConfigFormat {
-    Yaml,
-    Json,
-}
-
-#[derive(Args, Debug)]
 pub struct NamedArgs {
     #[command(subcommand)]
     pub command: NamedCommand,
@@ -737,41 +454,4 @@ fn time(text: &str) -> Result<Millis, String> {
 fn bytes(text: &str) -> Result<u64, String> {
     let bytes = kiln_compose::parse_bytes(text)?;
     u64::try_from(bytes).map_err(|_| "a size must not be negative".into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_projects_options_may_stand_before_the_command() {
-        for (said, meant) in [
-            ("up", "up"),
-            ("-f a.yaml up", "up -f a.yaml"),
-            (
-                "-fa.yaml --file=b.yaml -p x up --detach",
-                "up -fa.yaml --file=b.yaml -p x --detach",
-            ),
-            (
-                "--root /r --json -f - config web",
-                "--root /r --json config -f - web",
-            ),
-            (
-                "--profile a --profile=b --env-file e status",
-                "status --profile a --profile=b --env-file e",
-            ),
-            ("exec -f x", "exec -f x"),
-            ("--help", "--help"),
-            ("-f", "-f"),
-            ("", ""),
-        ] {
-            let words = ["kiln"].into_iter().chain(said.split_whitespace());
-            let ordered = in_order(words.map(OsString::from));
-            let ordered: Vec<String> = ordered[1..]
-                .iter()
-                .map(|word| word.to_string_lossy().into_owned())
-                .collect();
-            assert_eq!(ordered.join(" "), meant, "{said}");
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! What every command needs: the root, the daemon's client, who is asking, and how to
 //! print.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
@@ -29,6 +30,8 @@ pub struct Context {
     pub cache_size: Option<u64>,
     /// `--run-timeout`.
     pub run_timeout: Option<Millis>,
+    /// `kiln build --ulimit`.
+    pub ulimits: BTreeMap<String, (i64, i64)>,
     pub json: bool,
     pub shown: Shown,
     pub client: Client,
@@ -42,6 +45,10 @@ impl Context {
             root,
             cache_size: cli.cache_size,
             run_timeout: cli.run_timeout,
+            ulimits: match &cli.command {
+                cli::Command::Build(args) => args.ulimit.iter().cloned().collect(),
+                _ => BTreeMap::new(),
+            },
             json: cli.json,
             shown: shown(cli),
         })

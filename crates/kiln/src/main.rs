@@ -30,6 +30,7 @@ mod stack;
 mod steer;
 mod terminal;
 mod test;
+mod tested;
 mod up;
 mod watch;
 

@@ -12,6 +12,7 @@ use crate::cli::{
 };
 use crate::context::Context;
 use crate::failure::{Failure, Kind, machine};
+use crate::tested::{History, Tests, With};
 use crate::{output, packages, steer};
 
 pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure> {
@@ -22,18 +23,50 @@ pub async fn status(context: &Context, args: &StatusArgs) -> Result<(), Failure>
     };
     let mut all = Vec::new();
     for name in &names {
-        all.push(context.client.status(name).await?);
+        let status = context.client.status(name).await?;
+        let tests = known(tests_of(context, &status).await).flatten();
+        all.push((status, tests));
     }
-    if context.json {
-        return match (args.all, all.as_slice()) {
-            (false, [one]) => output::json(one),
-            _ => output::json(&all),
-        };
+    if !context.json {
+        for (status, tests) in &all {
+            print_status(status);
+            tests.iter().for_each(Tests::print);
+        }
+        return Ok(());
     }
-    for status in &all {
-        print_status(status);
+    let all = all.iter().map(|(of, tests)| {
+        let tests = tests.clone();
+        With { of, tests }
+    });
+    let all: Vec<_> = all.collect();
+    match (args.all, all.as_slice()) {
+        (false, [one]) => output::json(one),
+        _ => output::json(&all),
     }
-    Ok(())
+}
+
+/// How the release that is wanted was tested.
+async fn tests_of(context: &Context, status: &EnvironmentStatus) -> Result<Option<Tests>, Failure> {
+    let Some(goal) = status.goal else {
+        return Ok(None);
+    };
+    let environment = &status.environment;
+    let mut lines = context.client.releases(environment).await?;
+    lines.retain(|line| line.number == goal);
+    let history = History::read(context)?;
+    let mut tests = history.of_releases(context, environment, &lines).await?;
+    Ok(tests.remove(&goal))
+}
+
+/// Without it, there is still the rest to be told.
+fn known<T>(tests: Result<T, Failure>) -> Option<T> {
+    let tell = |why: &Failure| {
+        errln!(
+            "warning: how images were tested is not known: {}",
+            why.message
+        )
+    };
+    tests.inspect_err(tell).ok()
 }
 
 fn print_status(status: &EnvironmentStatus) {
@@ -103,18 +136,36 @@ fn print_status(status: &EnvironmentStatus) {
 pub async fn releases(context: &Context, args: &EnvironmentArgs) -> Result<(), Failure> {
     let environment = context.environment(&args.project)?;
     let releases = context.client.releases(&environment).await?;
+    let tests = match History::read(context) {
+        Ok(history) => history.of_releases(context, &environment, &releases).await,
+        Err(why) => Err(why),
+    };
+    let tests = known(tests).unwrap_or_default();
     if context.json {
-        return output::json(&releases);
+        let all = releases.iter().map(|of| With {
+            of,
+            tests: tests.get(&of.number).cloned(),
+        });
+        return output::json(&all.collect::<Vec<_>>());
     }
-    let rows: Vec<Vec<String>> = releases.iter().rev().map(release_row).collect();
+    let row = |line: &ReleaseLine| release_row(line, tests.get(&line.number));
+    let rows: Vec<Vec<String>> = releases.iter().rev().map(row).collect();
     output::table(
-        &["RELEASE", "DIGEST", "WHEN (UTC)", "BY", "WHY", "OUTCOME"],
+        &[
+            "RELEASE",
+            "DIGEST",
+            "WHEN (UTC)",
+            "BY",
+            "WHY",
+            "TESTED",
+            "OUTCOME",
+        ],
         &rows,
     );
     Ok(())
 }
 
-fn release_row(line: &ReleaseLine) -> Vec<String> {
+fn release_row(line: &ReleaseLine, tests: Option<&Tests>) -> Vec<String> {
     let why = match &line.reason {
         Reason::Up => "up".to_owned(),
         Reason::Rollback { to } => format!("rollback to {to}"),
@@ -132,6 +183,7 @@ fn release_row(line: &ReleaseLine) -> Vec<String> {
         output::time(line.created),
         line.by.clone(),
         why,
+        tests.map(Tests::summary).unwrap_or_default(),
         outcome,
     ]
 }

@@ -20,7 +20,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_model::spec::Build;
 use kiln_model::{Digest, Progress, ProgressEvent};
-use kiln_oci::Reference;
 use kiln_oci::registry::Client;
 use kiln_runtime::Runtime;
 use kiln_store::Store;
@@ -37,7 +36,7 @@ use crate::network::Network;
 use crate::network::record::{self, Recordings};
 use crate::remote::Pins;
 use crate::secrets::{Allowed, Refused};
-use crate::shared::{self, Import, PlaceError, Results, Target};
+use crate::shared::{self, Import, Place, PlaceError, Results, Target};
 pub use check::{Checked, check};
 pub use differences::{Difference, differences};
 pub use foreign::{Foreign, runs_here};
@@ -275,7 +274,7 @@ fn supported(request: &BuildRequest) -> Result<(), BuildError> {
 }
 
 /// The caches that a build takes results from.
-fn sources(build: &Build) -> Result<Vec<Reference>, BuildError> {
+fn sources(build: &Build) -> Result<Vec<Place>, BuildError> {
     let key = "cache_from";
     let read = |text: &String| shared::source(text);
     let all: Result<_, _> = build.cache_from.iter().map(read).collect();

@@ -102,6 +102,7 @@ impl<'a> Run<'a> {
             networks: builder.network.clone(),
             hosts: hosts(&request.build)?,
             shm_size: request.build.shm_size,
+            ulimits: &request.build.ulimits,
             time_limit: request.build.time_limit,
             secrets: &request.secrets,
             given: Given::new(&request.secrets),

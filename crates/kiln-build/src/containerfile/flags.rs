@@ -6,7 +6,7 @@ use super::{Cause, nearest};
 
 /// How often a flag may stand, and with what.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum Takes {
     Bool,
     Text,
     /// May be repeated.
@@ -23,7 +23,7 @@ impl Flags {
     pub fn parse(
         instruction: &'static str,
         given: &[String],
-        known: &[(&'static str, Form)],
+        known: &[(&'static str, Takes)],
     ) -> Result<Self, Cause> {
         let mut values: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
         for flag in given {
@@ -40,7 +40,7 @@ impl Flags {
                 });
             };
             let slot = values.entry(key).or_default();
-            if !slot.is_empty() && *form != Form::Texts {
+            if !slot.is_empty() && *form != Takes::Texts {
                 return Err(Cause::FlagTwice {
                     instruction,
                     flag: name.into(),
@@ -78,7 +78,7 @@ impl Flags {
 fn check(
     instruction: &'static str,
     name: &str,
-    form: Form,
+    form: Takes,
     value: Option<&str>,
 ) -> Result<String, Cause> {
     let bad = |rule: String| Cause::FlagValue {
@@ -87,8 +87,8 @@ fn check(
         rule,
     };
     match (form, value) {
-        (Form::Bool, None) => Ok("true".into()),
-        (Form::Bool, Some(value)) => match value.to_ascii_lowercase().as_str() {
+        (Takes::Bool, None) => Ok("true".into()),
+        (Takes::Bool, Some(value)) => match value.to_ascii_lowercase().as_str() {
             "" => Err(bad("needs a value after `=`".into())),
             "true" => Ok("true".into()),
             "false" => Ok("false".into()),

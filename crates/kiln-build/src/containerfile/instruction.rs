@@ -3,9 +3,9 @@
 use kiln_model::Millis;
 
 use super::declared::Declared;
-use super::flags::{Flags, Form};
+use super::flags::{Flags, Takes};
 use super::heredoc::{self, Heredoc};
-use super::lines::Line;
+use super::syntax::{Form, Statement, behind_first};
 use super::{Cause, Span, duration, mount, nearest, words};
 
 /// Stands where no instruction is known yet.
@@ -200,47 +200,44 @@ const NAMES: [&str; 18] = [
     "WORKDIR",
 ];
 
-/// One line's keyword, flags, text and heredocs.
+/// A statement of which it is known what it is.
 struct Request<'a> {
     name: &'static str,
-    flags: Vec<String>,
-    rest: &'a str,
-    heredocs: &'a [Heredoc],
+    statement: &'a Statement,
     escape: char,
 }
 
-pub(super) fn parse_line(line: &Line, escape: char) -> Result<Parsed, Cause> {
-    let split = words::split(&line.text, escape);
+pub(super) fn parse(statement: &Statement, escape: char) -> Result<Parsed, Cause> {
     let request = Request {
-        name: known(split.keyword)?,
-        flags: split.flags,
-        rest: split.rest,
-        heredocs: &line.heredocs,
+        name: known(&statement.keyword)?,
+        statement,
         escape,
     };
-    let text = line.text.trim().to_owned();
     if request.name == "FROM" {
-        return from(&request, line.span, text).map(Parsed::Stage);
+        return from(&request).map(Parsed::Stage);
     }
-    let kind = match request.name {
-        "ONBUILD" => onbuild(&request, line)?,
+    let kind = match &statement.form {
+        Form::Trigger(trigger) => onbuild(&request, trigger)?,
         _ => parse_kind(&request)?,
     };
     Ok(Parsed::Instruction(Instruction {
-        span: line.span,
-        text,
+        span: statement.span,
+        text: statement.text.clone(),
         kind,
     }))
 }
 
-fn known(keyword: &str) -> Result<&'static str, Cause> {
-    NAMES
-        .into_iter()
-        .find(|name| name.eq_ignore_ascii_case(keyword))
-        .ok_or_else(|| Cause::UnknownInstruction {
-            name: keyword.to_owned(),
-            near: nearest(keyword, &NAMES),
-        })
+/// The instruction of this name, whatever its case.
+pub(super) fn keyword(written: &str) -> Option<&'static str> {
+    let mut names = NAMES.into_iter();
+    names.find(|name| name.eq_ignore_ascii_case(written))
+}
+
+fn known(written: &str) -> Result<&'static str, Cause> {
+    keyword(written).ok_or_else(|| Cause::UnknownInstruction {
+        name: written.to_owned(),
+        near: nearest(written, &NAMES),
+    })
 }
 
 fn parse_kind(request: &Request<'_>) -> Result<Kind, Cause> {
@@ -249,6 +246,10 @@ fn parse_kind(request: &Request<'_>) -> Result<Kind, Cause> {
         "COPY" => request.copy().map(Kind::Copy),
         "RUN" => request.run().map(Kind::Run),
         "HEALTHCHECK" => request.healthcheck().map(Kind::Healthcheck),
+        "ONBUILD" => {
+            request.no_flags()?;
+            Err(request.arguments("needs an instruction"))
+        }
         _ => {
             request.no_flags()?;
             request.without_flags()
@@ -272,8 +273,12 @@ impl Request<'_> {
         }
     }
 
-    fn flags(&self, known: &[(&'static str, Form)]) -> Result<Flags, Cause> {
-        Flags::parse(self.name, &self.flags, known)
+    fn flags(&self, known: &[(&'static str, Takes)]) -> Result<Flags, Cause> {
+        Flags::parse(self.name, &self.statement.flags, known)
+    }
+
+    fn rest(&self) -> &str {
+        &self.statement.arguments
     }
 
     fn no_flags(&self) -> Result<(), Cause> {
@@ -283,11 +288,11 @@ impl Request<'_> {
     fn without_flags(&self) -> Result<Kind, Cause> {
         match self.name {
             "ARG" => self.arg().map(Kind::Arg),
-            "CMD" => self.command().map(Kind::Cmd),
-            "ENTRYPOINT" => self.command().map(Kind::Entrypoint),
+            "CMD" => Ok(Kind::Cmd(self.command())),
+            "ENTRYPOINT" => Ok(Kind::Entrypoint(self.command())),
             "ENV" => self.pairs().map(Kind::Env),
             "LABEL" => self.pairs().map(Kind::Label),
-            "EXPOSE" => self.list(words::plain(self.rest)).map(Kind::Expose),
+            "EXPOSE" => self.list(words::plain(self.rest())).map(Kind::Expose),
             "MAINTAINER" => self.one().map(Kind::Maintainer),
             "SHELL" => self.shell().map(Kind::Shell),
             "STOPSIGNAL" => self.one().map(Kind::StopSignal),
@@ -299,10 +304,10 @@ impl Request<'_> {
     }
 
     fn one(&self) -> Result<String, Cause> {
-        if self.rest.is_empty() {
+        if self.rest().is_empty() {
             return Err(self.arguments("needs one argument"));
         }
-        Ok(self.rest.to_owned())
+        Ok(self.rest().to_owned())
     }
 
     fn list(&self, words: Vec<String>) -> Result<Vec<String>, Cause> {
@@ -312,12 +317,20 @@ impl Request<'_> {
         Ok(words)
     }
 
-    fn json_or_words(&self) -> Result<Vec<String>, Cause> {
-        Ok(words::json(self.rest, self.name)?.unwrap_or_else(|| words::plain(self.rest)))
+    /// The arguments that are a JSON array.
+    fn json(&self) -> Option<Vec<String>> {
+        match &self.statement.form {
+            Form::Json(words) => Some(words.clone()),
+            _ => None,
+        }
+    }
+
+    fn json_or_words(&self) -> Vec<String> {
+        self.json().unwrap_or_else(|| words::plain(self.rest()))
     }
 
     fn volume(&self) -> Result<Vec<String>, Cause> {
-        let volumes = self.list(self.json_or_words()?)?;
+        let volumes = self.list(self.json_or_words())?;
         let volumes: Vec<String> = volumes.iter().map(|v| v.trim().to_owned()).collect();
         if volumes.iter().any(String::is_empty) {
             return Err(self.arguments("can't take an empty path"));
@@ -326,45 +339,31 @@ impl Request<'_> {
     }
 
     fn shell(&self) -> Result<Vec<String>, Cause> {
-        let words = words::json(self.rest, self.name)?
-            .ok_or_else(|| self.arguments("must be in JSON form: SHELL [\"/bin/bash\", \"-c\"]"))?;
+        let rule = "must be in JSON form: SHELL [\"/bin/bash\", \"-c\"]";
+        let words = self.json().ok_or_else(|| self.arguments(rule))?;
         self.list(words)
     }
 
-    fn command(&self) -> Result<CommandLine, Cause> {
-        Ok(match words::json(self.rest, self.name)? {
+    fn command(&self) -> CommandLine {
+        match self.json() {
             Some(words) => CommandLine::Exec(words),
-            None => CommandLine::Shell(self.rest.to_owned()),
-        })
+            None => CommandLine::Shell(self.rest().to_owned()),
+        }
     }
 
     fn pairs(&self) -> Result<Vec<Pair>, Cause> {
-        let words = self.list(words::quoted(self.rest, self.escape))?;
-        if !words[0].contains('=') {
-            // The old form: one name, and the rest of the line is its value.
-            let Some((key, value)) = self.rest.split_once(char::is_whitespace) else {
-                return Err(self.arguments("needs a name and a value: NAME=value"));
-            };
-            return Ok(vec![Pair {
-                key: key.to_owned(),
-                value: value.trim_start().to_owned(),
-            }]);
+        let pairs = match &self.statement.form {
+            Form::Pairs(pairs) if !pairs.is_empty() => pairs.clone(),
+            _ => return Err(self.arguments("needs at least one argument")),
+        };
+        match pairs.iter().any(|pair| pair.key.is_empty()) {
+            true => Err(self.arguments("can't take an empty name")),
+            false => Ok(pairs),
         }
-        words
-            .iter()
-            .map(|word| match word.split_once('=') {
-                Some(("", _)) => Err(self.arguments("can't take an empty name")),
-                Some((key, value)) => Ok(Pair {
-                    key: key.to_owned(),
-                    value: value.to_owned(),
-                }),
-                None => Err(self.value(word, "has no `=`: write NAME=value")),
-            })
-            .collect()
     }
 
     fn arg(&self) -> Result<Vec<Arg>, Cause> {
-        self.list(words::quoted(self.rest, self.escape))?
+        self.list(words::quoted(self.rest(), self.escape))?
             .iter()
             .map(|word| match word.split_once('=') {
                 Some(("", _)) => Err(self.arguments("can't take an empty name")),
@@ -382,13 +381,13 @@ impl Request<'_> {
 
     fn add(&self) -> Result<Copy, Cause> {
         let mut flags = self.flags(&[
-            ("chown", Form::Text),
-            ("chmod", Form::Text),
-            ("link", Form::Bool),
-            ("keep-git-dir", Form::Bool),
-            ("checksum", Form::Text),
-            ("unpack", Form::Bool),
-            ("exclude", Form::Texts),
+            ("chown", Takes::Text),
+            ("chmod", Takes::Text),
+            ("link", Takes::Bool),
+            ("keep-git-dir", Takes::Bool),
+            ("checksum", Takes::Text),
+            ("unpack", Takes::Bool),
+            ("exclude", Takes::Texts),
         ])?;
         let (sources, destination) = self.sources()?;
         Ok(Copy {
@@ -407,12 +406,12 @@ impl Request<'_> {
 
     fn copy(&self) -> Result<Copy, Cause> {
         let mut flags = self.flags(&[
-            ("from", Form::Text),
-            ("chown", Form::Text),
-            ("chmod", Form::Text),
-            ("link", Form::Bool),
-            ("parents", Form::Bool),
-            ("exclude", Form::Texts),
+            ("from", Takes::Text),
+            ("chown", Takes::Text),
+            ("chmod", Takes::Text),
+            ("link", Takes::Bool),
+            ("parents", Takes::Bool),
+            ("exclude", Takes::Texts),
         ])?;
         let (sources, destination) = self.sources()?;
         Ok(Copy {
@@ -429,7 +428,7 @@ impl Request<'_> {
     }
 
     fn sources(&self) -> Result<(Vec<Source>, String), Cause> {
-        let mut words = self.json_or_words()?;
+        let mut words = self.json_or_words();
         let destination = match words.len() {
             0 | 1 => return Err(self.arguments("needs at least one source and a destination")),
             _ => words.pop().unwrap_or_default(),
@@ -443,7 +442,7 @@ impl Request<'_> {
 
     fn source(&self, word: String) -> Source {
         let doc = heredoc::parse(&word).ok().flatten();
-        let body = doc.and_then(|doc| self.heredocs.iter().find(|h| h.name == doc.name));
+        let body = doc.and_then(|doc| self.statement.heredocs.iter().find(|h| h.name == doc.name));
         match body {
             None => Source::Path(word),
             Some(doc) => Source::Inline {
@@ -459,12 +458,12 @@ impl Request<'_> {
 
     fn run(&self) -> Result<Run, Cause> {
         let mut flags = self.flags(&[
-            ("mount", Form::Texts),
-            ("network", Form::Text),
-            ("security", Form::Text),
-            ("device", Form::Texts),
+            ("mount", Takes::Texts),
+            ("network", Takes::Text),
+            ("security", Takes::Text),
+            ("device", Takes::Texts),
         ])?;
-        let command = self.command()?;
+        let command = self.command();
         // A shell with nothing to do is fine, as docker has it.
         if command == CommandLine::Exec(Vec::new()) {
             return Err(self.arguments("needs a command"));
@@ -499,7 +498,7 @@ impl Request<'_> {
         }
         Ok(Run {
             command,
-            heredocs: self.heredocs.to_vec(),
+            heredocs: self.statement.heredocs.to_vec(),
             mounts,
             network,
             insecure,
@@ -508,10 +507,9 @@ impl Request<'_> {
     }
 
     fn healthcheck(&self) -> Result<Health, Cause> {
-        let (form, rest) = match self.rest.split_once(char::is_whitespace) {
-            Some((form, rest)) => (form, rest.trim_start()),
-            None => (self.rest, ""),
-        };
+        let form = self.rest().split(char::is_whitespace).next();
+        let form = form.unwrap_or_default();
+        let rest = behind_first(self.rest());
         if form.eq_ignore_ascii_case("none") {
             self.no_flags()?;
             return match rest {
@@ -523,13 +521,13 @@ impl Request<'_> {
             return Err(self.arguments("needs CMD and a command, or NONE"));
         }
         let mut flags = self.flags(&[
-            ("interval", Form::Text),
-            ("timeout", Form::Text),
-            ("start-period", Form::Text),
-            ("start-interval", Form::Text),
-            ("retries", Form::Text),
+            ("interval", Takes::Text),
+            ("timeout", Takes::Text),
+            ("start-period", Takes::Text),
+            ("start-interval", Takes::Text),
+            ("retries", Takes::Text),
         ])?;
-        let test = match words::json(rest, self.name)? {
+        let test = match self.json() {
             Some(words) if words.is_empty() => return Err(self.arguments("CMD needs a command")),
             Some(words) => HealthCommand::Exec(words),
             None if rest.is_empty() => return Err(self.arguments("CMD needs a command")),
@@ -559,9 +557,9 @@ impl Request<'_> {
     }
 }
 
-fn from(request: &Request<'_>, span: Span, text: String) -> Result<Stage, Cause> {
-    let mut flags = request.flags(&[("platform", Form::Text)])?;
-    let mut words = words::plain(request.rest);
+fn from(request: &Request<'_>) -> Result<Stage, Cause> {
+    let mut flags = request.flags(&[("platform", Takes::Text)])?;
+    let mut words = words::plain(request.rest());
     let name = match words.as_slice() {
         [_] => None,
         [_, keyword, name] if keyword.eq_ignore_ascii_case("as") => {
@@ -570,8 +568,8 @@ fn from(request: &Request<'_>, span: Span, text: String) -> Result<Stage, Cause>
         _ => return Err(request.arguments("takes `image` or `image AS name`")),
     };
     Ok(Stage {
-        span,
-        text,
+        span: request.statement.span,
+        text: request.statement.text.clone(),
         base: words.swap_remove(0),
         name,
         platform: flags.text("platform"),
@@ -594,25 +592,19 @@ fn stage_name(request: &Request<'_>, name: &str) -> Result<String, Cause> {
     Ok(lower)
 }
 
-fn onbuild(request: &Request<'_>, line: &Line) -> Result<Kind, Cause> {
+fn onbuild(request: &Request<'_>, trigger: &Statement) -> Result<Kind, Cause> {
     request.no_flags()?;
-    if request.rest.is_empty() {
-        return Err(request.arguments("needs an instruction"));
-    }
-    let inner = words::split(request.rest, request.escape);
-    let name = known(inner.keyword)?;
+    let name = known(&trigger.keyword)?;
     if matches!(name, "ONBUILD" | "FROM" | "MAINTAINER") {
         return Err(request.value(name, "can't be triggered"));
     }
-    let trigger = Request {
+    let triggered = Request {
         name,
-        flags: inner.flags,
-        rest: inner.rest,
-        heredocs: request.heredocs,
+        statement: trigger,
         escape: request.escape,
     };
-    let mut expression = request.rest.to_owned();
-    for doc in request.heredocs {
+    let mut expression = trigger.text.clone();
+    for doc in &trigger.heredocs {
         expression.push('\n');
         expression.push_str(&doc.content);
         expression.push_str(&doc.name);
@@ -620,9 +612,9 @@ fn onbuild(request: &Request<'_>, line: &Line) -> Result<Kind, Cause> {
     Ok(Kind::Onbuild(
         expression,
         Box::new(Instruction {
-            span: line.span,
-            text: request.rest.to_owned(),
-            kind: parse_kind(&trigger)?,
+            span: trigger.span,
+            text: trigger.text.clone(),
+            kind: parse_kind(&triggered)?,
         }),
     ))
 }

@@ -1,5 +1,6 @@
 //! The Containerfile (Dockerfile) language as BuildKit's stable frontend accepts it:
-//! text in, typed instructions with their lines out.
+//! text in, typed instructions with their lines out. Two steps, as there: what is written
+//! ([`syntax()`]), and whether a build can be made of it ([`parse`]).
 //!
 //! Invariants: parsing is pure and total (any bytes end in a value or in named
 //! problems with their lines); everything the language has is parsed, also what the
@@ -17,6 +18,7 @@ mod instruction;
 mod lines;
 pub mod mount;
 mod pattern;
+mod syntax;
 mod words;
 
 use std::fmt;
@@ -27,6 +29,7 @@ pub use instruction::{
     Arg, CommandLine, Copy, Health, HealthCommand, Instruction, Kind, Pair, Run, RunNetwork,
     Source, Stage,
 };
+pub use syntax::{Form, Statement, Syntax, syntax};
 
 /// A Containerfile's greatest size in bytes; real ones stay under 100 KiB.
 pub const MAX_FILE: usize = 4 << 20;
@@ -146,16 +149,23 @@ fn hint(near: &Option<&'static str>) -> String {
 #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ParseErrors(pub Vec<Problem>);
 
+impl ParseErrors {
+    fn sorted(mut problems: Vec<Problem>) -> Self {
+        problems.sort_by_key(|p| p.span);
+        Self(problems)
+    }
+}
+
 /// Parses a whole file. All its problems are found at once, except that nothing is
 /// looked for behind a heredoc without an end.
 pub fn parse(content: &[u8]) -> Result<Containerfile, ParseErrors> {
-    let (read, mut problems) = lines::read(content);
+    let (read, mut problems) = syntax::read(content);
     let mut global_args = Vec::new();
     let mut stages: Vec<Stage> = Vec::new();
-    for line in &read.lines {
-        match instruction::parse_line(line, read.escape) {
+    for statement in &read.statements {
+        match instruction::parse(statement, read.escape) {
             Err(cause) => problems.push(Problem {
-                span: line.span,
+                span: statement.span,
                 cause,
             }),
             Ok(instruction::Parsed::Stage(stage)) => stages.push(stage),
@@ -164,7 +174,7 @@ pub fn parse(content: &[u8]) -> Result<Containerfile, ParseErrors> {
                     (Some(stage), _) => stage.instructions.push(instruction),
                     (None, Kind::Arg(_)) => global_args.push(instruction),
                     (None, kind) => problems.push(Problem {
-                        span: line.span,
+                        span: statement.span,
                         cause: Cause::BeforeFrom(kind.name().into()),
                     }),
                 }
@@ -173,13 +183,12 @@ pub fn parse(content: &[u8]) -> Result<Containerfile, ParseErrors> {
     }
     if problems.is_empty() && stages.is_empty() {
         problems.push(Problem {
-            span: read.lines.last().map(|l| l.span).unwrap_or_default(),
+            span: read.statements.last().map(|s| s.span).unwrap_or_default(),
             cause: Cause::NoStage,
         });
     }
     if !problems.is_empty() {
-        problems.sort_by_key(|p| p.span);
-        return Err(ParseErrors(problems));
+        return Err(ParseErrors::sorted(problems));
     }
     Ok(Containerfile {
         syntax: read.syntax,

@@ -197,6 +197,7 @@ pub struct Site<'a> {
     pub networks: Arc<Network>,
     pub hosts: Vec<(std::net::IpAddr, String)>,
     pub shm_size: Option<u64>,
+    pub ulimits: &'a BTreeMap<String, (i64, i64)>,
     /// The most time that one RUN may take.
     pub time_limit: Option<Millis>,
     /// By id.

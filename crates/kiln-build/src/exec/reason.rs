@@ -151,6 +151,9 @@ impl Site<'_> {
         inputs.add("the user", &run.user);
         inputs.add("the network", &self.network_of(run));
         inputs.add("extra_hosts", &self.hosts);
+        for (name, limit) in self.ulimits {
+            inputs.add(format!("the ulimit {name}"), limit);
+        }
         for (name, value) in &run.env {
             inputs.add(format!("${name}"), value);
         }

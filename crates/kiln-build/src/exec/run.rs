@@ -50,6 +50,10 @@ impl Site<'_> {
             .debug(&run.env)
             .debug(&(&run.cwd, &run.user, self.network_of(run), &run.script))
             .debug(&(self.epoch, &self.hosts));
+        // As with BuildKit: a program may do other things with other limits.
+        if !self.ulimits.is_empty() {
+            key.debug(&self.ulimits);
+        }
         for mounted in mounts {
             key.debug(&mounted.mount);
             match &mounted.files {
@@ -251,6 +255,7 @@ impl Site<'_> {
             },
             limits: InstanceLimits {
                 shm_size: self.shm_size,
+                ulimits: self.ulimits.clone(),
                 pids: Some(MAX_PROCESSES),
                 memory: memory(),
                 oom_score_adj: Some(OOM_SCORE),

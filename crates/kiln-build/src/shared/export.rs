@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kiln_model::{Digest, Progress};
-use kiln_oci::registry::{Client, RegistryError};
-use kiln_oci::{BlobRead, BlobWrite, BlobWriteError};
+use kiln_oci::registry::Client;
+use kiln_oci::{BlobWrite, BlobWriteError};
 use kiln_store::Store;
 
 use super::document::{self, DocumentError, MAX_BYTES};
-use super::{Results, Target};
+use super::{PutError, Results, Target};
 use crate::exec::state::Made;
 use crate::secrets::Allowed;
 
@@ -23,7 +23,7 @@ pub enum ExportError {
     #[error(transparent)]
     Store(#[from] BlobWriteError),
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Put(#[from] PutError),
 }
 
 /// What an export came to.
@@ -67,10 +67,7 @@ impl Target {
         let manifest = document::manifest(&config, layers).to_bytes();
         store.write(None, &mut config.as_slice())?;
         let (digest, _) = store.write(None, &mut manifest.as_slice())?;
-        let blobs: Arc<dyn BlobRead> = store.clone();
-        client
-            .push(&digest, blobs, &self.reference, progress)
-            .await?;
+        self.place.put(client, digest, store, progress).await?;
         Ok(Exported {
             manifest: digest,
             steps: count,

@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_oci::layer::{LayerReadError, LayerReader, Limits, Whiteouts};
 use kiln_oci::manifest::Descriptor;
-use kiln_oci::registry::{Client, RegistryError};
-use kiln_oci::{BlobRead, BlobWrite, Reference};
+use kiln_oci::registry::Client;
+use kiln_oci::{BlobRead, BlobWrite};
 use kiln_store::Store;
 use tokio::runtime::Handle;
 
-use super::document::{self, DocumentError, MAX_BYTES, MEDIA_TYPE};
+use super::document::{self, DocumentError};
+use super::{Place, TakeError};
 use crate::exec::layer::LayerRef;
 use crate::exec::state::Made;
 
@@ -20,7 +21,7 @@ use crate::exec::state::Made;
 #[derive(Debug, thiserror::Error)]
 enum ImportError {
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Take(#[from] TakeError),
     #[error(transparent)]
     Document(#[from] DocumentError),
     #[error("its manifest does not have the layer {0}, which it says a result is in")]
@@ -45,7 +46,7 @@ pub struct Import {
 }
 
 struct Cache {
-    reference: Reference,
+    place: Place,
     steps: BTreeMap<Digest, Made>,
     /// Of the manifest: their sizes.
     layers: BTreeMap<Digest, Descriptor>,
@@ -60,7 +61,7 @@ impl Import {
         store: &Arc<Store>,
         progress: &Arc<dyn Progress>,
         task: String,
-        references: Vec<Reference>,
+        places: Vec<Place>,
     ) -> Self {
         let mut import = Self {
             client: client.clone(),
@@ -70,22 +71,19 @@ impl Import {
             task,
             caches: Vec::new(),
         };
-        for reference in references {
-            match Cache::open(client, reference.clone()).await {
+        for place in places {
+            match Cache::open(client, place.clone()).await {
                 Ok(cache) => import.caches.push(cache),
-                Err(cause) => import.tell(&reference, &cause),
+                Err(cause) => import.tell(&place, &cause),
             }
         }
         import
     }
 
-    fn tell(&self, reference: &Reference, cause: &ImportError) {
+    fn tell(&self, place: &Place, cause: &ImportError) {
         self.progress.event(ProgressEvent::Warning {
             task: self.task.clone(),
-            text: format!(
-                "nothing more is taken from the cache {}: {cause}",
-                reference.familiar()
-            ),
+            text: format!("nothing more is taken from the cache {place}: {cause}"),
         });
     }
 
@@ -100,9 +98,9 @@ impl Import {
                 continue;
             }
             match made.layers.iter().try_for_each(|l| self.take(cache, l)) {
-                Ok(()) => return Some((made.clone(), cache.reference.familiar())),
+                Ok(()) => return Some((made.clone(), cache.place.to_string())),
                 Err(cause) if !cache.broken.swap(true, Ordering::Relaxed) => {
-                    self.tell(&cache.reference, &cause);
+                    self.tell(&cache.place, &cause);
                 }
                 Err(_) => {}
             }
@@ -118,7 +116,7 @@ impl Import {
         let known = known.ok_or(ImportError::NoLayer(digest))?;
         let blobs: Arc<dyn BlobWrite> = self.store.clone();
         if !blobs.contains(&digest).unwrap_or(false) {
-            let fetch = self.client.fetch_blob(&cache.reference, known, blobs);
+            let fetch = cache.place.fetch(&self.client, known, blobs);
             self.handle.block_on(fetch)?;
         }
         let fail = |source| ImportError::Layer { digest, source };
@@ -133,11 +131,11 @@ impl Import {
 }
 
 impl Cache {
-    async fn open(client: &Client, reference: Reference) -> Result<Self, ImportError> {
-        let (manifest, config) = client.artifact(&reference, MEDIA_TYPE, MAX_BYTES).await?;
+    async fn open(client: &Client, place: Place) -> Result<Self, ImportError> {
+        let (manifest, config) = place.artifact(client).await?;
         let layers = manifest.layers.into_iter();
         Ok(Self {
-            reference,
+            place,
             steps: document::read(&config)?,
             layers: layers.map(|layer| (layer.digest, layer)).collect(),
             broken: AtomicBool::new(false),

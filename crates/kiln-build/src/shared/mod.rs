@@ -1,5 +1,5 @@
-//! Results of instructions in a registry, where other machines take them from: `cache_from`
-//! and `cache_to` of a build, `--cache-from` and `--cache-to`.
+//! Results of instructions in a registry or a folder, where other machines take them from:
+//! `cache_from` and `cache_to` of a build, `--cache-from` and `--cache-to`.
 //!
 //! What is exported is what a build has used or made, also in stages that are not in the
 //! image: an [artifact](document) with the key of each instruction and its layers. Who
@@ -17,31 +17,38 @@
 mod document;
 mod export;
 mod import;
+mod place;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use kiln_model::Digest;
-use kiln_oci::Reference;
 use kiln_oci::reference::ReferenceError;
 
 use crate::exec::state::Made;
 pub use export::{ExportError, Exported};
 pub use import::Import;
+pub use place::{Place, PutError, TakeError, rooted};
 
 /// Why an entry of `cache_from` or `cache_to` can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlaceError {
-    #[error("`{text}`: the type {kind} is not supported; use type=registry,ref=…")]
-    Type { text: String, kind: String },
+    #[error(
+        "`{text}`: the type {kind} is not supported; use type=registry,ref=… or type=local,{folder}=…"
+    )]
+    Type {
+        text: String,
+        kind: String,
+        folder: &'static str,
+    },
     #[error("`{text}`: {key}={value} is not supported")]
     Option {
         text: String,
         key: String,
         value: String,
     },
-    #[error("`{text}`: ref=… is missing")]
-    NoReference { text: String },
+    #[error("`{text}`: {key}=… is missing")]
+    Missing { text: String, key: &'static str },
     #[error("`{text}`: `{part}` is not key=value")]
     Part { text: String, part: String },
     #[error("`{text}`: {source}")]
@@ -54,28 +61,28 @@ pub enum PlaceError {
 /// Where a build's results are exported to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
-    pub reference: Reference,
+    pub place: Place,
     /// `mode=min`: only what the image's own layers came of.
     pub least: bool,
     /// `ignore-error=true`: a failed export fails nothing.
     pub forgiving: bool,
 }
 
-/// Reads an entry of `cache_from`: a reference, or `type=registry,ref=…`.
-pub fn source(text: &str) -> Result<Reference, PlaceError> {
-    let (reference, options) = read(text)?;
+/// Reads an entry of `cache_from`: a reference, `type=registry,ref=…` or `type=local,src=…`.
+pub fn source(text: &str) -> Result<Place, PlaceError> {
+    let (place, options) = read(text, "src")?;
     match options.into_iter().next() {
-        None => Ok(reference),
+        None => Ok(place),
         Some((key, value)) => Err(refused(text, key, value)),
     }
 }
 
-/// Reads an entry of `cache_to`: the same, with BuildKit's options as far as they say what
-/// kiln does.
+/// Reads an entry of `cache_to`: the same (`type=local,dest=…`), with BuildKit's options as far
+/// as they say what kiln does.
 pub fn target(text: &str) -> Result<Target, PlaceError> {
-    let (reference, options) = read(text)?;
+    let (place, options) = read(text, "dest")?;
     let mut target = Target {
-        reference,
+        place,
         least: false,
         forgiving: false,
     };
@@ -99,37 +106,52 @@ fn refused(text: &str, key: String, value: String) -> PlaceError {
     }
 }
 
-/// The reference, and what else there is.
-fn read(text: &str) -> Result<(Reference, BTreeMap<String, String>), PlaceError> {
-    let text_of = || text.to_owned();
+/// The type that an entry states.
+fn kind(text: &str) -> Option<&str> {
+    let mut parts = text.split(',').filter_map(|part| part.split_once('='));
+    parts.find_map(|(key, value)| (key.trim() == "type").then_some(value.trim()))
+}
+
+/// The place, and what else there is. `folder` is the option that names a folder.
+fn read(text: &str, folder: &'static str) -> Result<(Place, BTreeMap<String, String>), PlaceError> {
+    let owned = || text.to_owned();
+    let registry = |name: &str| {
+        Place::registry(name).map_err(|source| PlaceError::Reference {
+            text: owned(),
+            source,
+        })
+    };
+    if !text.contains(['=', ',']) {
+        return Ok((registry(text.trim())?, BTreeMap::new()));
+    }
     let mut options = BTreeMap::new();
-    let name = if text.contains(['=', ',']) {
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').ok_or_else(|| PlaceError::Part {
-                text: text_of(),
-                part: part.to_owned(),
-            })?;
-            options.insert(key.trim().to_owned(), value.trim().to_owned());
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| PlaceError::Part {
+            text: owned(),
+            part: part.to_owned(),
+        })?;
+        options.insert(key.trim().to_owned(), value.trim().to_owned());
+    }
+    let kind = options.remove("type").unwrap_or_default();
+    let mut stated = |key: &'static str| {
+        let value = options.remove(key).filter(|value| !value.is_empty());
+        value.ok_or_else(|| PlaceError::Missing { text: owned(), key })
+    };
+    let place = match kind.as_str() {
+        "registry" => registry(&stated("ref")?)?,
+        "local" => {
+            let path = stated(folder)?;
+            Place::folder(&path, stated("tag").ok())
         }
-        let kind = options.remove("type").unwrap_or_default();
-        if kind != "registry" {
+        _ => {
             return Err(PlaceError::Type {
-                text: text_of(),
+                text: owned(),
                 kind,
+                folder,
             });
         }
-        let name = options.remove("ref");
-        name.ok_or_else(|| PlaceError::NoReference { text: text_of() })?
-    } else {
-        text.trim().to_owned()
     };
-    let reference = name
-        .parse::<Reference>()
-        .map_err(|source| PlaceError::Reference {
-            text: text_of(),
-            source,
-        })?;
-    Ok((reference.with_default_tag(), options))
+    Ok((place, options))
 }
 
 /// What a build has used or made; learns.
@@ -172,21 +194,40 @@ mod tests {
 
     #[test]
     fn places_are_read_as_buildkit_writes_them_and_others_are_refused_by_name() {
-        let said = |text: &str| target(text).map(|t| (t.reference.to_string(), t.least));
+        let said = |text: &str| target(text).map(|t| (t.place.to_string(), t.least));
         let full = "reg.example:5000/a/b:c".to_owned();
         assert_eq!(said("reg.example:5000/a/b:c"), Ok((full.clone(), false)));
         for (mode, least) in [("", false), (",mode=max", false), (",mode=min", true)] {
             let text = format!("type=registry,ref=reg.example:5000/a/b:c{mode}");
             assert_eq!(said(&text), Ok((full.clone(), least)));
+            let text = format!("type=local,dest=/x/y{mode}");
+            assert_eq!(said(&text), Ok(("/x/y".to_owned(), least)));
         }
         let forgiving = target("type=registry,ref=a/b,ignore-error=true").unwrap();
         assert!(forgiving.forgiving);
-        assert_eq!(forgiving.reference.to_string(), "docker.io/a/b:latest");
+        assert_eq!(forgiving.place.to_string(), "a/b:latest");
+        let folder = Place::Folder {
+            path: "x".into(),
+            tag: "main".into(),
+        };
+        assert_eq!(source("type=local, src=x, tag=main"), Ok(folder.clone()));
+        assert_eq!(target("type=local,dest=x,tag=main").unwrap().place, folder);
         for (text, why) in [
             ("type=gha", "the type gha is not supported"),
-            ("type=local,dest=x", "the type local is not supported"),
+            ("type=inline", "the type inline is not supported"),
+            ("type=s3,region=x", "the type s3 is not supported"),
+            ("type=azblob,name=x", "the type azblob is not supported"),
+            ("type=local", "dest=… is missing"),
+            ("type=local,src=x", "dest=… is missing"),
+            ("type=local,dest=", "dest=… is missing"),
+            (
+                "type=local,dest=x,compression=gzip",
+                "compression=gzip is not",
+            ),
+            ("type=local,dest=x,ref=a/b", "ref=a/b is not supported"),
             ("ref=a/b", "the type  is not supported"),
             ("type=registry", "ref=… is missing"),
+            ("type=registry,ref=a/b,tag=x", "tag=x is not supported"),
             (
                 "type=registry,ref=a/b,compression=gzip",
                 "compression=gzip is not supported",
@@ -201,5 +242,24 @@ mod tests {
             );
         }
         assert!(source("type=registry,ref=a/b,mode=max").is_err());
+        assert!(source("type=local,dest=x").is_err());
+    }
+
+    #[test]
+    fn a_folders_path_is_counted_from_where_it_was_written() {
+        let base = std::path::Path::new("/p");
+        for (entry, meant) in [
+            (
+                "type=local,dest=../c,mode=max",
+                "type=local,dest=/p/../c,mode=max",
+            ),
+            ("src=c,type=local", "src=/p/c,type=local"),
+            ("type=local,src=/c", "type=local,src=/c"),
+            ("type=local", "type=local"),
+            ("type=registry,ref=c,src=d", "type=registry,ref=c,src=d"),
+            ("a/b:c", "a/b:c"),
+        ] {
+            assert_eq!(rooted(entry, base), meant);
+        }
     }
 }

@@ -231,20 +231,15 @@ impl Tester {
 
     /// The verdict of an earlier test of exactly this.
     pub fn known(&self, request: &TestRequest) -> Option<Verdict> {
-        let path = self.remembered(&request.digest().ok()?);
+        let path = record(&self.cache, &request.digest().ok()?);
         let verdict = read(&path)?;
         cache::used(&path);
         Some(verdict)
     }
 
-    fn remembered(&self, request: &Digest) -> PathBuf {
-        let name = format!("{}.json", request.hex());
-        self.cache.join("tests").join(name)
-    }
-
     fn remember(&self, request: &TestRequest, verdict: &Verdict) -> std::io::Result<()> {
         let digest = request.digest()?;
-        let path = self.remembered(&digest);
+        let path = record(&self.cache, &digest);
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;
         let record = Record {
@@ -447,6 +442,15 @@ fn warnings(uncovered: &[String], outcome: &Outcome) -> Vec<String> {
         "it wrote where a release is read-only: {text}; if it needs that, say x-kiln.scratch or x-kiln.root: scratch"
     ));
     warnings
+}
+
+/// The verdict of the test with this request, while the cache has it.
+pub fn remembered(cache: &Path, request: &Digest) -> Option<Verdict> {
+    read(&record(cache, request))
+}
+
+fn record(cache: &Path, request: &Digest) -> PathBuf {
+    cache.join("tests").join(format!("{}.json", request.hex()))
 }
 
 fn read(path: &Path) -> Option<Verdict> {

@@ -45,6 +45,7 @@ impl Lowering<'_> {
                 .and_then(|node| values::hosts(node).ok())
                 .unwrap_or_default(),
             shm_size: unsigned_bytes(node, "shm_size"),
+            ulimits: self.ulimits(node),
             time_limit: None,
             secrets: build_secrets(node),
             ssh: ssh(node),

@@ -6,7 +6,7 @@ use kiln_model::spec::{Blkio, Limits};
 
 use super::{Lowering, bytes, flag, integer, items, text, unsigned_bytes};
 use crate::node::Node;
-use crate::values;
+use crate::{units, values};
 
 impl Lowering<'_> {
     pub(super) fn limits(&mut self, node: &Node) -> Limits {
@@ -41,7 +41,8 @@ impl Lowering<'_> {
         }
     }
 
-    fn ulimits(&mut self, node: &Node) -> BTreeMap<String, (i64, i64)> {
+    /// Of a service or of its build.
+    pub(super) fn ulimits(&mut self, node: &Node) -> BTreeMap<String, (i64, i64)> {
         let mut out = BTreeMap::new();
         let map = node.get("ulimits").and_then(Node::as_map);
         for (name, said) in map.into_iter().flatten() {
@@ -52,12 +53,8 @@ impl Lowering<'_> {
                     integer(said, "hard").unwrap_or(0),
                 )),
             };
-            let pair = pair.and_then(|(soft, hard)| {
-                if hard != -1 && (soft > hard || soft == -1) {
-                    return Err(format!("ulimits.{name}: soft is more than hard"));
-                }
-                Ok((soft, hard))
-            });
+            let pair = pair.and_then(units::ulimit);
+            let pair = pair.map_err(|why| format!("ulimits.{name}: {why}"));
             out.extend(self.take(pair, said.span).map(|pair| (name.clone(), pair)));
         }
         out

@@ -23,7 +23,7 @@ x-kiln:
     tiny: {suite: trixie, packages: busybox-static, distroless: true}
 services:
   web:
-    build: {context: app, dockerfile: Containerfile, args: {A: 1, HOST: , NONE: }, target: prod, secrets: [{source: key, target: id}]}
+    build: {context: app, dockerfile: Containerfile, args: {A: 1, HOST: , NONE: }, target: prod, secrets: [{source: key, target: id}], ulimits: {nofile: {soft: 7, hard: 9}, core: 0}}
     image: shop/web
     command: serve --port 80
     entrypoint: ["/init"]
@@ -128,6 +128,8 @@ fn a_whole_service_is_carried_over() {
         BTreeMap::from([("A".into(), "1".into()), ("HOST".into(), "h".into())])
     );
     assert_eq!(build.secrets["id"], "key");
+    let ulimits = [("core", (0, 0)), ("nofile", (7, 9))];
+    assert_eq!(build.ulimits, ulimits.map(|(n, l)| (n.into(), l)).into());
     assert_eq!(
         web.process.command.as_deref().unwrap(),
         ["serve", "--port", "80"]
@@ -515,9 +517,7 @@ fn limits_of_nothing_are_printed_as_docker_compose_prints_them() {
     let text = "services: {a: {image: x, build: {context: ., ulimits: {nproc: 0}}, \
          ulimits: {nofile: 0, core: {soft: 0, hard: 5}, as: 7}}}";
     let files = Files::new(&[("compose.yaml", text)]);
-    let mut options = files.options();
-    options.allow_ignored = vec!["build.ulimits".into()];
-    let loaded = files.load_with(&options).expect("valid");
+    let loaded = files.load().expect("valid");
     let yaml = loaded.config(ConfigFormat::Yaml);
     for text in [
         "    ulimits:\n      as: 7\n      core:\n        soft: 0\n        hard: 5\n      \

@@ -35,20 +35,29 @@ impl SavedImage {
 }
 
 pub(super) fn import(importer: &Importer<'_>) -> Result<Digest, ArchiveError> {
-    let bytes = importer.read_small("manifest.json", MAX_MANIFEST_BYTES)?;
+    let bytes = importer
+        .opened
+        .read_small("manifest.json", MAX_MANIFEST_BYTES)?;
     let images: Vec<SavedImage> =
-        serde_json::from_slice(&bytes).map_err(|e| importer.unusable("manifest.json", e))?;
+        serde_json::from_slice(&bytes).map_err(|e| importer.opened.unusable("manifest.json", e))?;
     let image = choose(importer, &images)?;
     if image.layers().len() > MAX_LAYERS {
         let problem = format!("it lists more than {MAX_LAYERS} layers");
-        return Err(importer.unusable("manifest.json", problem));
+        return Err(importer.opened.unusable("manifest.json", problem));
     }
-    let config = importer.read_small(&image.config, MAX_CONFIG_BYTES)?;
+    let config = importer
+        .opened
+        .read_small(&image.config, MAX_CONFIG_BYTES)?;
     let manifest = make_manifest(importer, image, &config)?;
     check_image(&manifest, &config, importer.what.platform)
         .map_err(|source| importer.image_error(source))?;
-    importer.write(&image.config, None, &mut config.as_slice())?;
-    let (digest, _) = importer.write("manifest.json", None, &mut manifest.to_bytes().as_slice())?;
+    let taken = |member: &str, content: &[u8]| {
+        let content: &mut dyn Read = &mut &content[..];
+        let opened = &importer.opened;
+        opened.write((member, content), None, importer.blobs)
+    };
+    taken(&image.config, &config)?;
+    let (digest, _) = taken("manifest.json", &manifest.to_bytes())?;
     Ok(digest)
 }
 
@@ -58,13 +67,15 @@ fn choose<'i>(
 ) -> Result<&'i SavedImage, ArchiveError> {
     let tags = || -> Vec<String> { images.iter().flat_map(SavedImage::tags).cloned().collect() };
     match (importer.what.name, images) {
-        (_, []) => Err(importer.unusable("manifest.json", "it lists no image")),
+        (_, []) => Err(importer
+            .opened
+            .unusable("manifest.json", "it lists no image")),
         (Some(name), _) => images
             .iter()
             .find(|image| image.tags().iter().any(|tag| same_name(tag, name)))
-            .ok_or_else(|| importer.no_such_name(name, &tags())),
+            .ok_or_else(|| importer.opened.no_such_name(name, &tags())),
         (None, [only]) => Ok(only),
-        (None, _) => Err(importer.ambiguous(&tags())),
+        (None, _) => Err(importer.opened.ambiguous(&tags())),
     }
 }
 
@@ -93,14 +104,14 @@ fn take_layer(
     member: &str,
     diff_id: Option<&Digest>,
 ) -> Result<Descriptor, ArchiveError> {
-    let (mut content, size) = importer.open(member)?;
+    let (mut content, size) = importer.opened.open(member)?;
     let mut first = Vec::new();
     content
         .by_ref()
         .take(6)
         .read_to_end(&mut first)
         .map_err(|source| ArchiveError::Member {
-            path: importer.path(),
+            path: importer.what.path.into(),
             member: member.into(),
             source,
         })?;
@@ -110,7 +121,9 @@ fn take_layer(
         Compression::Gzip => media_type::OCI_LAYER_GZIP,
         Compression::Zstd => media_type::OCI_LAYER_ZSTD,
         Compression::Xz => {
-            return Err(importer.unusable(member, "layers compressed with xz are not supported"));
+            return Err(importer
+                .opened
+                .unusable(member, "layers compressed with xz are not supported"));
         }
     };
     let expected = diff_id
@@ -120,6 +133,8 @@ fn take_layer(
             size,
         });
     let mut whole = Cursor::new(first).chain(content);
-    let (digest, size) = importer.write(member, expected, &mut whole)?;
+    let (digest, size) = importer
+        .opened
+        .write((member, &mut whole), expected, importer.blobs)?;
     Ok(Descriptor::new(media_type, digest, size))
 }

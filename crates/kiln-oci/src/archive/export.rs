@@ -18,7 +18,7 @@ use crate::manifest::{
     self, Descriptor, Document, Index, MAX_MANIFEST_BYTES, ManifestError, media_type,
 };
 
-const LAYOUT: &[u8] = b"{\"imageLayoutVersion\":\"1.0.0\"}";
+pub(super) const LAYOUT: &[u8] = b"{\"imageLayoutVersion\":\"1.0.0\"}";
 /// Indexes and manifests inside one another.
 const MAX_DEPTH: usize = 4;
 
@@ -36,6 +36,13 @@ pub enum ExportError {
         path.display()
     )]
     NotEmpty { path: PathBuf },
+    #[error(
+        "{}: there is something else in it, and no OCI layout; name another folder",
+        path.display()
+    )]
+    NoLayout { path: PathBuf },
+    #[error(transparent)]
+    Layout(#[from] super::ArchiveError),
     #[error(transparent)]
     Document(#[from] ReadSmallError),
     #[error("the manifest {digest} can't be used: {source}")]
@@ -95,7 +102,7 @@ pub fn export(
 }
 
 /// Describes a manifest or index, and adds all blobs that belong to it.
-fn document(
+pub(super) fn document(
     digest: &Digest,
     blobs: &dyn BlobRead,
     depth: usize,

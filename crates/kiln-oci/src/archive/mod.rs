@@ -3,7 +3,10 @@
 //!
 //! Everything is verified against its digest while it is taken in. A docker-archive
 //! has no manifest; one is made from its parts, the same one each time.
+//!
+//! A layout in a folder also takes and gives [artifacts](Layout), one after another.
 
+mod artifact;
 mod docker;
 mod export;
 mod layout;
@@ -21,6 +24,7 @@ use crate::platform::Platform;
 use crate::reference::Reference;
 use source::Source;
 
+pub use artifact::Layout;
 pub use export::{ExportError, export};
 
 /// Most members of an archive.
@@ -122,16 +126,20 @@ pub enum ArchiveError {
 
 /// Takes an image in: all its blobs. Gives the digest of its manifest.
 pub fn import(what: &Import<'_>, blobs: &dyn BlobWrite) -> Result<Digest, ArchiveError> {
-    let source = Source::open(what.path, what.scratch)?;
+    let opened = Opened {
+        path: what.path,
+        source: Source::open(what.path, what.scratch)?,
+    };
     let importer = Importer {
         what,
-        source,
+        opened,
         blobs,
     };
     // `docker save` of today writes both; the layout has the true manifest.
-    if importer.source.has("oci-layout")? && importer.source.has("index.json")? {
+    let source = &importer.opened.source;
+    if source.has("oci-layout")? && source.has("index.json")? {
         layout::import(&importer)
-    } else if importer.source.has("manifest.json")? {
+    } else if source.has("manifest.json")? {
         docker::import(&importer)
     } else {
         Err(ArchiveError::NotAnImage {
@@ -140,18 +148,13 @@ pub fn import(what: &Import<'_>, blobs: &dyn BlobWrite) -> Result<Digest, Archiv
     }
 }
 
-/// What both kinds of import need.
-struct Importer<'a> {
-    what: &'a Import<'a>,
+/// A folder or file whose members are read.
+struct Opened<'a> {
+    path: &'a Path,
     source: Source,
-    blobs: &'a dyn BlobWrite,
 }
 
-impl Importer<'_> {
-    fn path(&self) -> PathBuf {
-        self.what.path.into()
-    }
-
+impl Opened<'_> {
     /// A whole member of at most `limit` bytes.
     fn read_small(&self, member: &str, limit: u64) -> Result<Vec<u8>, ArchiveError> {
         let (content, _) = self.open(member)?;
@@ -160,7 +163,7 @@ impl Importer<'_> {
             .take(limit.saturating_add(1))
             .read_to_end(&mut bytes)
             .map_err(|source| ArchiveError::Member {
-                path: self.path(),
+                path: self.path.into(),
                 member: member.into(),
                 source,
             })?;
@@ -175,29 +178,29 @@ impl Importer<'_> {
         self.source
             .member(member)?
             .ok_or_else(|| ArchiveError::Missing {
-                path: self.path(),
+                path: self.path.into(),
                 member: member.into(),
             })
     }
 
+    /// Gives a member's content to `blobs`.
     fn write(
         &self,
-        member: &str,
+        (member, content): (&str, &mut dyn Read),
         expected: Option<Expected>,
-        content: &mut dyn Read,
+        blobs: &dyn BlobWrite,
     ) -> Result<(Digest, u64), ArchiveError> {
-        self.blobs
-            .write(expected, content)
-            .map_err(|source| ArchiveError::Blob {
-                path: self.path(),
-                member: member.into(),
-                source,
-            })
+        let written = blobs.write(expected, content);
+        written.map_err(|source| ArchiveError::Blob {
+            path: self.path.into(),
+            member: member.into(),
+            source,
+        })
     }
 
     fn unusable(&self, member: &str, problem: impl ToString) -> ArchiveError {
         ArchiveError::Unusable {
-            path: self.path(),
+            path: self.path.into(),
             member: member.into(),
             problem: problem.to_string(),
         }
@@ -205,22 +208,15 @@ impl Importer<'_> {
 
     fn manifest_error(&self, member: &str, source: ManifestError) -> ArchiveError {
         ArchiveError::Manifest {
-            path: self.path(),
+            path: self.path.into(),
             member: member.into(),
-            source,
-        }
-    }
-
-    fn image_error(&self, source: ImageError) -> ArchiveError {
-        ArchiveError::Image {
-            path: self.path(),
             source,
         }
     }
 
     fn no_such_name(&self, name: &str, names: &[String]) -> ArchiveError {
         ArchiveError::NoSuchName {
-            path: self.path(),
+            path: self.path.into(),
             name: name.into(),
             names: listed(names),
         }
@@ -228,8 +224,24 @@ impl Importer<'_> {
 
     fn ambiguous(&self, names: &[String]) -> ArchiveError {
         ArchiveError::Ambiguous {
-            path: self.path(),
+            path: self.path.into(),
             names: listed(names),
+        }
+    }
+}
+
+/// What both kinds of import need.
+struct Importer<'a> {
+    what: &'a Import<'a>,
+    opened: Opened<'a>,
+    blobs: &'a dyn BlobWrite,
+}
+
+impl Importer<'_> {
+    fn image_error(&self, source: ImageError) -> ArchiveError {
+        ArchiveError::Image {
+            path: self.what.path.into(),
+            source,
         }
     }
 }

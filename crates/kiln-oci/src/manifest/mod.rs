@@ -105,6 +105,23 @@ pub enum Document {
     Index(Index),
 }
 
+impl Document {
+    /// The manifest of an artifact whose configuration is of this media type.
+    pub fn artifact(self, media_type: &str) -> Result<Manifest, ManifestError> {
+        let found = match self {
+            Self::Manifest(manifest) if manifest.config.media_type == media_type => {
+                return Ok(*manifest);
+            }
+            Self::Manifest(manifest) => manifest.config.media_type,
+            Self::Index(index) => index.media_type.unwrap_or_default(),
+        };
+        Err(ManifestError::OtherArtifact {
+            wanted: media_type.into(),
+            found,
+        })
+    }
+}
+
 /// Why bytes are not a manifest or index that kiln can use.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {

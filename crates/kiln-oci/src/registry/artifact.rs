@@ -9,7 +9,7 @@ use kiln_model::Digest;
 use super::session::Session;
 use super::{Action, Client, Problem, RegistryError};
 use crate::blob::BlobWrite;
-use crate::manifest::{Descriptor, Document, Manifest, ManifestError};
+use crate::manifest::{Descriptor, Manifest};
 use crate::reference::Reference;
 
 impl Client {
@@ -24,22 +24,11 @@ impl Client {
         let session = Session::open(self, reference, Action::Pull).await?;
         let expected = reference.digest().copied();
         let (_, digest, document) = session.manifest(&reference.selector(), expected).await?;
-        let manifest = match document {
-            Document::Manifest(manifest) if manifest.config.media_type == media_type => manifest,
-            other => {
-                let found = match other {
-                    Document::Manifest(manifest) => manifest.config.media_type,
-                    Document::Index(index) => index.media_type.unwrap_or_default(),
-                };
-                let source = ManifestError::OtherArtifact {
-                    wanted: media_type.into(),
-                    found,
-                };
-                return Err(session.fail(Problem::Manifest { digest, source }));
-            }
-        };
+        let manifest = document
+            .artifact(media_type)
+            .map_err(|source| session.fail(Problem::Manifest { digest, source }))?;
         let config = session.small_blob(&manifest.config.digest, limit).await?;
-        Ok((*manifest, config))
+        Ok((manifest, config))
     }
 
     /// Streams one blob of a repository into `blobs`, if it is what the descriptor says.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use kiln_model::instance::{InstanceNetwork, InstanceSecurity, SharedNamespace};
+use kiln_model::instance::{InstanceNetwork, InstanceSecurity, Purpose, SharedNamespace};
 use kiln_model::spec::Seccomp;
 use kiln_model::{InstanceId, InstanceSpec};
 use serde_json::{Value, json};
@@ -36,6 +36,16 @@ pub enum PrepareError {
     Root(#[from] RootError),
     #[error("`{0}` is no ulimit (see setrlimit(2))")]
     Ulimit(String),
+    #[error(
+        "the ulimit {name} can't be {wanted} here: this machine gives at most {most}, and kiln may \
+         not raise it (CAP_SYS_RESOURCE is missing); ask for no more than that, or start kiln \
+         with a higher hard limit"
+    )]
+    Unraisable {
+        name: String,
+        wanted: Limit,
+        most: Limit,
+    },
     #[error("the working directory {path} is not usable: {source}")]
     WorkingDirectory { path: String, source: io::Error },
     #[error("apparmor profile `{0}`: AppArmor is not active on this machine")]
@@ -48,6 +58,19 @@ pub enum PrepareError {
     UnknownSysctl(String),
     #[error("cannot read this process's capabilities: {0}")]
     Capabilities(io::Error),
+}
+
+/// A limit of setrlimit(2), for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(u64);
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            u64::MAX => f.write_str("unlimited"),
+            number => write!(f, "{number}"),
+        }
+    }
 }
 
 /// The program with its rights. `warnings` gets what this machine can't give.
@@ -206,7 +229,8 @@ pub fn namespaces(spec: &InstanceSpec, paths: &InstancePaths) -> Result<Namespac
     })
 }
 
-/// Limits of setrlimit(2), clamped to what this process may set.
+/// Limits of setrlimit(2). What this process may not set is clamped and warned of, for an
+/// instance that would serve otherwise; a build is refused, as what it makes is kept.
 pub fn rlimits(
     spec: &InstanceSpec,
     warnings: &mut Vec<String>,
@@ -223,6 +247,13 @@ pub fn rlimits(
             .maximum
             .unwrap_or(u64::MAX);
         if hard > now && !may_raise {
+            if spec.purpose == Purpose::Build {
+                return Err(PrepareError::Unraisable {
+                    name: name.clone(),
+                    wanted: Limit(hard),
+                    most: Limit(now),
+                });
+            }
             warnings.push(format!(
                 "the ulimit {name} is held at {now}: kiln may not raise it here (CAP_SYS_RESOURCE is missing)"
             ));

@@ -121,6 +121,45 @@ fn a_check_that_fails_stops_the_release() {
         },
     );
     project.up().ok();
+    let tested = |all: &serde_json::Value| {
+        let web = &all["tests"]["web"];
+        let cases = web["cases"].as_array().unwrap().iter();
+        let names: Vec<&str> = cases.filter_map(|case| case["name"].as_str()).collect();
+        let passed = web["checks"]["passed"].as_u64().unwrap();
+        assert_eq!(
+            (web["verdict"].as_str(), names.len() as u64),
+            (Some("passed"), passed)
+        );
+        let checks = [
+            "x-kiln.test[0] (http :8000/)",
+            "x-kiln.test[1] (exec cat /www/index.html)",
+        ];
+        assert!(
+            checks.iter().all(|check| names.contains(check)),
+            "{names:?}"
+        );
+        (web["when"].as_u64().unwrap(), passed)
+    };
+    let (when, passed) = tested(&project.status());
+    let releases = project.run("releases", &["--json"]).ok().json();
+    assert_eq!(tested(&releases[0]), (when, passed));
+    assert!(
+        when <= releases[0]["created"].as_u64().unwrap(),
+        "{releases}"
+    );
+    let text = project.run("status", &[]).ok().stdout;
+    assert!(text.contains(&format!("{passed} passed (start")), "{text}");
+    let text = project.run("releases", &[]).ok().stdout;
+    assert!(text.contains("all 1"), "{text}");
+    // Without the cache, what the audit log has.
+    std::fs::remove_dir_all(kiln.root.join("cache/tests")).unwrap();
+    let web = project.status()["tests"]["web"].clone();
+    assert_eq!(
+        (&web["cases"], web["when"].as_u64()),
+        (&serde_json::Value::Null, Some(when))
+    );
+    assert_eq!(web["checks"]["passed"].as_u64(), Some(passed));
+
     project.write("www/index.html", "two");
     stays(&project, &[5], &["x-kiln.test[0]", "web"]);
     let entries = project.kiln(&["audit", "--json"]).ok().stdout;

@@ -78,6 +78,11 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     assert_eq!(served, ["web"], "the test is no part of the release");
     nothing_of_tests_is_left(&project);
     assert_eq!(verdicts(&project).len(), 1);
+    let status = project.status();
+    assert_eq!(status["stack"]["service"], "check");
+    assert_eq!(status["stack"]["verdict"], "passed");
+    let releases = project.run("releases", &[]).ok().stdout;
+    assert!(releases.contains("all 1, and as a whole"), "{releases}");
 
     // The same again is not tested again, by whichever command.
     let report = project.folder.join("report.xml");
