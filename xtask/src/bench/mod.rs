@@ -6,8 +6,8 @@
 
 mod bed;
 mod behind;
+mod build;
 mod compose;
-mod copy;
 mod debian;
 mod memory;
 mod peers;
@@ -39,7 +39,7 @@ struct Options {
 }
 
 const NAMES: [&str; 11] = [
-    "compose", "copy", "debian", "plan", "up", "start", "replace", "rollback", "memory", "scale",
+    "build", "compose", "debian", "plan", "up", "start", "replace", "rollback", "memory", "scale",
     "peers",
 ];
 /// Debian roots composed of each kind.
@@ -110,9 +110,9 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
         eprintln!("plan: {} runs", options.runs);
         rows.extend(plan::steps(options.runs)?);
     }
-    if options.wants("copy") {
-        eprintln!("copy: {} runs", options.runs);
-        rows.extend(copy::rows(options.runs)?);
+    if options.wants("build") {
+        eprintln!("build: {} runs", options.runs);
+        rows.extend(build::rows(options.runs)?);
     }
     if options.wants("debian") {
         // Half a minute of mmdebstrap each.
@@ -121,7 +121,7 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
         rows.extend(debian::rows(runs)?);
     }
     match options.only.as_deref() {
-        Some("compose" | "copy" | "debian" | "plan") => Ok(()),
+        Some("build" | "compose" | "debian" | "plan") => Ok(()),
         _ => measure_running(options, rows),
     }
 }
