@@ -58,6 +58,16 @@ const PACKAGES: [&str; 30] = [
     "logrotate",
     "tzdata",
 ];
+/// What other package managers are asked for: the image's name, the packages it needs, and
+/// the command.
+const OTHERS: [[&str; 3]; 2] = [
+    [
+        "pip",
+        "python3-pip",
+        "pip install --break-system-packages flask==3.0.3 requests==2.32.3",
+    ],
+    ["npm", "npm", "npm install --global express@4.19.2"],
+];
 /// The share that must be the same, in percent.
 const BAR: usize = 95;
 /// An image's second build begins so long after its first at least: another minute.
@@ -74,6 +84,8 @@ const OTHER: &str = "umask 077; hostname elsewhere; exec taskset -c 0 \"$@\"";
 struct Package {
     name: String,
     install: String,
+    /// Run after that; empty: nothing.
+    then: &'static str,
     first: Option<Digest>,
     begun: Instant,
     outcome: Outcome,
@@ -107,11 +119,12 @@ fn reproduce(words: &[String]) -> Result<usize, Failure> {
         one: folder.path().join("one"),
         two: folder.path().join("an other/place/that is/deeper"),
     };
+    let others = OTHERS.map(|[name, ..]| name);
     let asked: Vec<&str> = match words.is_empty() {
-        true => PACKAGES.to_vec(),
+        true => PACKAGES.into_iter().chain(others).collect(),
         false => words.iter().map(String::as_str).collect(),
     };
-    let mut packages: Vec<Package> = asked.into_iter().map(Package::new).collect();
+    let mut packages: Vec<Package> = asked.into_iter().map(Package::named).collect();
     for package in &mut packages {
         package.begun = Instant::now();
         match bed.first(package) {
@@ -148,11 +161,18 @@ fn reproduce(words: &[String]) -> Result<usize, Failure> {
 }
 
 impl Package {
-    fn new(install: &str) -> Self {
-        let name = install.split(' ').next().unwrap_or_default();
+    fn named(word: &str) -> Self {
+        match OTHERS.into_iter().find(|[name, ..]| *name == word) {
+            Some([name, install, then]) => Self::new(name, install, then),
+            None => Self::new(word.split(' ').next().unwrap_or_default(), word, ""),
+        }
+    }
+
+    fn new(name: &str, install: &str, then: &'static str) -> Self {
         Self {
             name: name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"),
             install: install.to_owned(),
+            then,
             first: None,
             begun: Instant::now(),
             outcome: Outcome::Failed(String::new()),
@@ -161,11 +181,15 @@ impl Package {
 
     /// The isolated test is a job that ends at once.
     fn compose(&self) -> String {
+        let then = match self.then {
+            "" => String::new(),
+            then => format!("        RUN {then}\n"),
+        };
         format!(
             "name: reproduce\n\
              x-kiln: {{bases: {{debian: {{suite: {}, packages: [apt]}}}}}}\n\
              services:\n  {}:\n    build:\n      context: .\n      dockerfile_inline: |\n        \
-             FROM debian\n        RUN apt-get update && apt-get install -y {}\n    \
+             FROM debian\n        RUN apt-get update && apt-get install -y {}\n{then}    \
              command: [\"true\"]\n    deploy: {{mode: replicated-job}}\n",
             suite(),
             self.name,

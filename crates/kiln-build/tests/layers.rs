@@ -83,6 +83,30 @@ fn much_becomes_several_layers_of_which_a_change_makes_one_anew() {
     );
 }
 
+/// Of files that have not changed the digests are remembered, but a collection may have taken
+/// their content away since.
+#[test]
+fn content_that_has_left_the_store_is_read_again() {
+    let folder = context(&[("files/a", "one"), ("files/b", "two")]);
+    // Of younger files nothing is remembered.
+    std::thread::sleep(std::time::Duration::from_millis(1_100));
+    let text = "FROM scratch\nCOPY files /files";
+    let world = world();
+    world.build(folder.path(), text).unwrap();
+    let store = &world.builder.store;
+    store.gc(&[], false).unwrap();
+    assert!(!store.object_path(&Digest::of("one")).exists());
+
+    fs::write(folder.path().join("files/b"), "other").unwrap();
+    let second = world.build(folder.path(), text).unwrap();
+    assert_eq!(world.text(&second, "files/a"), "one");
+    assert_eq!(world.text(&second, "files/b"), "other");
+    assert_eq!(
+        tree_of_blobs(&world, &second),
+        tree_of_build(&world, &second)
+    );
+}
+
 #[test]
 fn a_layer_holds_the_folders_above_what_it_holds() {
     let folder = context(&[("a", "1")]);
