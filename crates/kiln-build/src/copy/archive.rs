@@ -31,6 +31,9 @@ const MAX_HEADERS: u64 = 1 << 20;
 /// Names, links and attributes of all entries together, in bytes.
 const MAX_METADATA: usize = 128 << 20;
 
+const SPARSE: &str = "it has a file with holes as POSIX's format has them; tar without --sparse, \
+     or with --format=gnu, writes it whole";
+
 /// Why an archive can't be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
@@ -52,8 +55,8 @@ pub enum ArchiveError {
     TooMuchMetadata,
 }
 
-/// Keeps a file's content.
-pub type Sink<'a> = dyn FnMut(&mut dyn Read) -> io::Result<(Digest, u64)> + 'a;
+/// Keeps a file's content, of so many bytes.
+pub type Sink<'a> = dyn FnMut(&mut dyn Read, u64) -> io::Result<(Digest, u64)> + 'a;
 
 /// Reads an archive's entries; `None`: it is no archive.
 pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>, ArchiveError> {
@@ -169,7 +172,8 @@ impl Reading {
         } else if kind.is_hard_link() {
             Shape::Same(inside(&link)?)
         } else if kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse() {
-            let (digest, size) = sink(entry).map_err(ArchiveError::Read)?;
+            let size = entry.size();
+            let (digest, size) = sink(entry, size).map_err(ArchiveError::Read)?;
             Shape::File { digest, size }
         } else if kind.is_fifo() {
             Shape::Fifo
@@ -223,6 +227,10 @@ fn meta(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Meta> {
         for extension in extensions {
             let extension = extension?;
             let key = extension.key_bytes();
+            if key.starts_with(b"GNU.sparse.") {
+                // What stands there is a list of pieces, and the name is another.
+                return Err(io::Error::other(SPARSE));
+            }
             if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                 xattrs.insert(name.to_vec(), extension.value_bytes().to_vec());
             } else if key == b"mtime" {
@@ -232,17 +240,26 @@ fn meta(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Meta> {
         }
     }
     let header = entry.header();
-    let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    let raw = header.as_old();
+    let number = |n, raw| said(n, raw).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     Ok(Meta {
-        mode: header.mode()? & 0o7777,
-        uid: number(header.uid())?,
-        gid: number(header.gid())?,
+        mode: said(header.mode(), &raw.mode)? & 0o7777,
+        uid: number(header.uid(), &raw.uid)?,
+        gid: number(header.gid(), &raw.gid)?,
         mtime: match mtime {
             Some(mtime) => mtime,
-            None => i64::try_from(header.mtime()?).unwrap_or(i64::MAX),
+            None => i64::try_from(said(header.mtime(), &raw.mtime)?).unwrap_or(i64::MAX),
         },
         xattrs,
     })
+}
+
+/// A number, of which an empty field is 0: npm's packages have neither owner nor group.
+fn said<N: Default>(number: io::Result<N>, raw: &[u8]) -> io::Result<N> {
+    match raw.iter().all(|b| matches!(b, 0 | b' ')) {
+        true => Ok(N::default()),
+        false => number,
+    }
 }
 
 /// Puts an archive's entries below `destination`, in place of what is there.

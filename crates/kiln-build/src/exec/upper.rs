@@ -9,10 +9,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use kiln_model::identity;
+use kiln_model::{Digest, identity};
 use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
-use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree, TreeEditError};
+use kiln_store::{PutError, Store};
 
 use super::npm;
 use super::variables::{self, Variables};
@@ -209,13 +209,16 @@ fn kind_of(
             let content = keystore::settled(content, |time| times.settle(time));
             return keep(&mut content.as_slice(), store, path);
         }
-        keep(&mut file, store, path)?
+        kept(store.put_object_of(&mut file, stat.len()), path)?
     })
 }
 
 fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Kind, UpperError> {
-    let kept = store.put_object(content);
-    let (digest, size) = kept.map_err(|cause| UpperError::Keep {
+    kept(store.put_object(content), path)
+}
+
+fn kept(put: Result<(Digest, u64), PutError>, path: &Path) -> Result<Kind, UpperError> {
+    let (digest, size) = put.map_err(|cause| UpperError::Keep {
         path: path.to_owned(),
         cause: Box::new(cause),
     })?;
