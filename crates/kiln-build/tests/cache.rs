@@ -7,10 +7,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use kiln_build::cache::{CacheError, Pruned, Pruning, in_use, prune};
+use kiln_build::cache::{CacheError, Pruned, Pruning, in_use, is_overfull, prune};
 use kiln_build::network::host_resolver;
 use kiln_model::Digest;
 use kiln_store::GcError;
@@ -184,11 +184,11 @@ fn what_killed_tests_and_bases_have_left_is_taken_away() {
     assert!(others.exists());
 }
 
-/// Bytes on disk of a folder; what is removed meanwhile takes none.
+/// Bytes on disk of the files in a folder; what is removed meanwhile takes none.
 fn on_disk(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let sizes = entries.map(|entry| match entry.metadata() {
-        Ok(meta) if meta.is_dir() => meta.blocks() * 512 + on_disk(&entry.path()),
+        Ok(meta) if meta.is_dir() => on_disk(&entry.path()),
         Ok(meta) => meta.blocks() * 512,
         Err(_) => 0,
     });
@@ -221,60 +221,88 @@ fn beside(one: &World) -> World {
     }
 }
 
-const BUILDERS: usize = 3;
+const BUILDERS: usize = 4;
 const ROUNDS: usize = 12;
 const CAP: u64 = 6 * SIZE;
 /// What a build holds at most: its file as content, as layer, and unfinished.
 const HELD: u64 = 4 * SIZE;
 
-#[test]
-fn builds_that_never_pause_keep_the_cap_and_their_images_while_others_cut() {
-    let one = world();
-    let building = AtomicBool::new(true);
-    let (most, emptied) = std::thread::scope(|scope| {
-        let work = |number: usize| {
-            let own = beside(&one);
-            for round in 0..ROUNDS {
-                let seed = format!("{number} {round}");
-                let folder = context(&[("a", &noise(&seed)), ("b", &noise("all have it"))]);
-                let lease = own.builder.store.lease().unwrap();
-                let file = "FROM scratch\nCOPY b /\nCOPY a /\n";
-                let built = own.build(folder.path(), file).unwrap();
-                assert!(is_whole(&own, &built), "{seed}");
-                assert_eq!(own.text(&built, "a"), noise(&seed));
-                drop(lease);
-                cut_if_free(&own, CAP);
-            }
-        };
+/// Builds what no other builds, as a command does: with room made before and after.
+fn build_all(one: &World, number: usize) {
+    let own = beside(one);
+    for round in 0..ROUNDS {
+        let seed = format!("{number} {round}");
+        let folder = context(&[("a", &noise(&seed)), ("b", &noise("all have it"))]);
+        while is_overfull(&cache(&own)) && !cut_if_free(&own, CAP) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let lease = own.builder.store.lease().unwrap();
+        let file = "FROM scratch\nCOPY b /\nCOPY a /\n";
+        let built = own.build(folder.path(), file).unwrap();
+        assert!(is_whole(&own, &built), "{seed}");
+        assert_eq!(own.text(&built, "a"), noise(&seed));
+        drop(lease);
+        cut_if_free(&own, CAP);
+    }
+}
+
+/// The most bytes that all of them took on disk, while `beside` was done again and again.
+fn most_while_building(one: &World, beside: impl Fn()) -> u64 {
+    std::thread::scope(|scope| {
         let builders: Vec<_> = (0..BUILDERS)
-            .map(|number| scope.spawn(move || work(number)))
+            .map(|number| scope.spawn(move || build_all(one, number)))
             .collect();
-        let emptier = scope.spawn(|| {
-            let own = beside(&one);
-            let mut emptied = 0;
-            while building.load(Ordering::Relaxed) {
-                emptied += usize::from(cut_if_free(&own, 0));
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            emptied
-        });
         let mut most = 0;
         while builders.iter().any(|builder| !builder.is_finished()) {
+            beside();
             most = most.max(on_disk(one.root.path()));
             std::thread::sleep(Duration::from_millis(5));
         }
-        building.store(false, Ordering::Relaxed);
         for builder in builders {
             builder.join().unwrap();
         }
-        (most, emptier.join().unwrap())
+        most
+    })
+}
+
+#[test]
+fn builds_that_overlap_without_end_keep_the_cache_below_twice_its_cap_and_what_they_hold() {
+    let one = world();
+    let most = most_while_building(&one, || {});
+    assert!(most <= 2 * CAP + BUILDERS as u64 * HELD, "{most} bytes");
+    assert!(cut_if_free(&one, CAP));
+    let kept = on_disk(one.root.path());
+    assert!(kept <= CAP, "{kept} bytes");
+    let report = one.builder.store.fsck(false).unwrap();
+    assert!(report.checked > 0 && report.bad.is_empty(), "{report:?}");
+}
+
+#[test]
+fn builds_are_whole_while_others_empty_the_cache() {
+    let one = world();
+    let other = beside(&one);
+    let emptied = AtomicUsize::new(0);
+    most_while_building(&one, || {
+        emptied.fetch_add(usize::from(cut_if_free(&other, 0)), Ordering::Relaxed);
     });
-    eprintln!("{most} {emptied}");
-    assert!(emptied > 0);
-    assert!(most <= CAP + BUILDERS as u64 * HELD, "{most} bytes");
+    assert!(emptied.load(Ordering::Relaxed) > 0);
     let report = one.builder.store.fsck(false).unwrap();
     assert!(
         report.bad.is_empty() && report.lost.is_empty(),
         "{report:?}"
     );
+}
+
+#[test]
+fn a_cache_at_twice_its_cap_that_others_use_is_marked_until_it_is_cut() {
+    let one = world();
+    let folder = context(&[("a", &noise("a")), ("b", &noise("b"))]);
+    one.build(folder.path(), "FROM scratch\nCOPY a b /\n")
+        .unwrap();
+    let held = cut(&one, u64::MAX).unwrap().before;
+    let using = in_use(&cache(&one)).unwrap();
+    assert!(!cut_if_free(&one, held / 2 + 1) && !is_overfull(&cache(&one)));
+    assert!(!cut_if_free(&one, held / 2 - 1) && is_overfull(&cache(&one)));
+    drop(using);
+    assert!(cut_if_free(&one, held) && !is_overfull(&cache(&one)));
 }
