@@ -342,6 +342,17 @@ mod tests {
         }
         std::os::unix::fs::symlink("../../etc", folder.path().join("b/out")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("sock")).unwrap();
+        // Without any ignore file, too.
+        let patterns = read_ignore(folder.path(), None).unwrap();
+        let context = Context::scan(folder.path(), &patterns).unwrap();
+        let mut found = Vec::new();
+        paths(context.root(), "", &mut found);
+        assert!(found.contains(&"/c.log".to_owned()));
+        assert!(
+            !found.iter().any(|path| path.contains("kiln.lock")),
+            "{found:?}"
+        );
+
         fs::write(
             folder.path().join(".dockerignore"),
             "a\n!a/deep\n*.log\n.dockerignore",

@@ -128,6 +128,7 @@ impl<R: Read> Read for Metered<'_, R> {
 struct Reading {
     items: Vec<Item>,
     begun: bool,
+    entries: usize,
     metadata: usize,
     total: u64,
 }
@@ -140,7 +141,8 @@ impl Reading {
     ) -> Result<(), ArchiveError> {
         let name = entry.path_bytes().into_owned();
         let path = inside(&name)?;
-        if self.items.len() >= MAX_ENTRIES {
+        self.entries += 1;
+        if self.entries > MAX_ENTRIES {
             return Err(ArchiveError::TooMany);
         }
         self.total = self.total.saturating_add(entry.size());
@@ -312,5 +314,55 @@ fn within(
             entry: shown(path),
             to: shown(&real),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// What comes of an archive's only entry after what was read before.
+    fn next(mut before: Reading, name: &str, xattr: &[u8]) -> Result<usize, ArchiveError> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let pair = [("SCHILY.xattr.user.x", xattr), ("path", name.as_bytes())];
+        builder.append_pax_extensions(pair).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(1);
+        header.set_mode(0o644);
+        header.set_cksum();
+        builder.append(&header, &b"x"[..]).unwrap();
+        let bytes = builder.into_inner().unwrap();
+        let mut sink = |_: &mut dyn Read, size| Ok((Digest::of("x"), size));
+        let mut archive = tar::Archive::new(bytes.as_slice());
+        let mut entry = archive.entries().unwrap().next().unwrap().unwrap();
+        before.entry(&mut entry, &mut sink)?;
+        Ok(before.items.len())
+    }
+
+    #[test]
+    fn all_entries_together_are_bounded_in_number_length_and_what_is_said_of_them() {
+        let read = |entries, metadata, total| Reading {
+            entries,
+            metadata,
+            total,
+            ..Reading::default()
+        };
+        let least = read(MAX_ENTRIES - 1, MAX_METADATA - 100, MAX_UNPACKED - 1);
+        assert!(matches!(next(least, "a", b"v"), Ok(1)));
+        let many = read(MAX_ENTRIES, 0, 0);
+        assert!(matches!(next(many, "a", b"v"), Err(ArchiveError::TooMany)));
+        let much = read(0, MAX_METADATA - 100, 0);
+        let refused = next(much, "a", &[b'v'; 100]);
+        assert!(matches!(refused, Err(ArchiveError::TooMuchMetadata)));
+        let large = read(0, 0, MAX_UNPACKED);
+        assert!(matches!(
+            next(large, "a", b"v"),
+            Err(ArchiveError::TooLarge)
+        ));
+        let long = "n/".repeat(MAX_PATH / 2) + "n";
+        let refused = next(Reading::default(), &long, b"v");
+        assert!(matches!(refused, Err(ArchiveError::LongName(_))));
+        assert!(matches!(next(Reading::default(), &long[2..], b"v"), Ok(1)));
     }
 }

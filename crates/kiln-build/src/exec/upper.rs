@@ -311,7 +311,43 @@ fn is_trace(path: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn times_in_stores_of_certificates_become_the_epoch_whatever_their_length() {
+        const CERTIFICATE: u32 = 2;
+        let (upper, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = Store::open(root.path()).unwrap();
+        let long = vec![7; variables::LONGEST as usize];
+        let made = |certificate: &[u8], first| {
+            crate::keystore::tests::store_of(CERTIFICATE, [first, 5_000_000], certificate)
+        };
+        for (name, certificate) in [("short", &b"der"[..]), ("long", &long)] {
+            fs::write(upper.path().join(name), made(certificate, 1_005_000)).unwrap();
+        }
+        let times = Times {
+            begun: 1000,
+            ended: 1010,
+            epoch: 500,
+        };
+        let traces = Traces {
+            made: &[],
+            variables: &Variables::default(),
+        };
+        let mut tree = Tree::new();
+        take(&mut tree, upper.path(), &store, times, traces).unwrap();
+        for (name, certificate) in [("short", &b"der"[..]), ("long", &long)] {
+            let Kind::File { digest, .. } = tree.get(name).unwrap().kind else {
+                panic!("{name}");
+            };
+            let found = fs::read(store.object_path(&digest)).unwrap();
+            // Later than an epoch that was asked for is as late as that.
+            let expected =
+                crate::keystore::tests::store_of(CERTIFICATE, [500_000, 500_000], certificate);
+            assert!(found == expected, "{name}");
+        }
+    }
 
     #[test]
     fn times_of_the_step_become_the_epoch_and_others_stay() {
