@@ -243,6 +243,12 @@ impl Scan<'_> {
 /// the next time. An ignore file may take it back.
 const OWN: &str = "**/kiln.lock\n**/kiln.lock.d\n";
 
+/// The same, where no ignore file is asked: is it what kiln itself writes?
+pub(crate) fn is_own(path: &str) -> bool {
+    let own = |name| matches!(name, "kiln.lock" | "kiln.lock.d");
+    path.split('/').any(own)
+}
+
 /// Opens what a build reads as a whole. Whoever wrote the context may have put a fifo there,
 /// which would be waited for without end.
 pub(crate) fn open_plain(path: &Path) -> io::Result<fs::File> {
