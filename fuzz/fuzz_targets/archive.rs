@@ -12,7 +12,7 @@ const MOST: u64 = 16 << 20;
 
 fuzz_target!(|data: &[u8]| {
     let mut left = MOST;
-    let mut sink = |content: &mut dyn Read| {
+    let mut sink = |content: &mut dyn Read, _| {
         let count = io::copy(&mut content.take(left + 1), &mut io::sink())?;
         left = left
             .checked_sub(count)

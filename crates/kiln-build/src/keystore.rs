@@ -95,11 +95,15 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    /// A store of two entries of this kind, put in at these milliseconds.
     fn store(kind: u32, times: [i64; 2]) -> Vec<u8> {
+        store_of(kind, times, b"der")
+    }
+
+    /// A store of two entries of this kind, put in at these milliseconds.
+    pub(crate) fn store_of(kind: u32, times: [i64; 2], certificate: &[u8]) -> Vec<u8> {
         let mut body = MAGIC.to_vec();
         body.extend(VERSION.to_be_bytes());
         body.extend(2_u32.to_be_bytes());
@@ -112,8 +116,8 @@ mod tests {
                 }
                 body.extend(text);
             }
-            body.extend(3_u32.to_be_bytes());
-            body.extend(b"der");
+            body.extend((certificate.len() as u32).to_be_bytes());
+            body.extend(certificate);
         }
         let sum = checksum(&body);
         body.extend(sum);

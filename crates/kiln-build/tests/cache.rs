@@ -4,13 +4,18 @@
 mod world;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use kiln_build::cache::{Pruned, Pruning, in_use, prune};
+use kiln_build::cache::{CacheError, Pruned, Pruning, in_use, is_overfull, prune};
+use kiln_build::network::host_resolver;
 use kiln_model::Digest;
+use kiln_store::GcError;
 use kiln_store::tree::Kind;
-use world::{World, context, world};
+use world::{Seen, World, builder, context, world};
 
 const SIZE: u64 = 1 << 20;
 const DAY: Duration = Duration::from_secs(86_400);
@@ -25,7 +30,7 @@ fn noise(seed: &str) -> String {
 }
 
 fn cache(world: &World) -> PathBuf {
-    world.root.path().join("cache")
+    world.builder.cache.clone()
 }
 
 fn cut(world: &World, cap: u64) -> Option<Pruned> {
@@ -177,4 +182,127 @@ fn what_killed_tests_and_bases_have_left_is_taken_away() {
     kiln_build::exec::sweep(&cache(&one), &one.builder.runtime).unwrap();
     assert_eq!(left.map(|folder| folder.exists()), [false, false]);
     assert!(others.exists());
+}
+
+/// Bytes on disk of the files in a folder; what is removed meanwhile takes none.
+fn on_disk(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let sizes = entries.map(|entry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => on_disk(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    });
+    sizes.sum()
+}
+
+/// Cuts as a command does: somebody else may be at it.
+fn cut_if_free(world: &World, cap: u64) -> bool {
+    let pruning = Pruning {
+        store: &world.builder.store,
+        cache: &cache(world),
+        running: &[],
+        cap,
+        dry_run: false,
+    };
+    match prune(&pruning) {
+        Err(CacheError::Gc(GcError::Busy)) => false,
+        other => other.unwrap().is_some(),
+    }
+}
+
+/// A handle of its own on the same folders, as another process has it.
+fn beside(one: &World) -> World {
+    let seen = Arc::new(Seen::default());
+    World {
+        root: tempfile::tempdir().unwrap(),
+        builder: builder(one.root.path(), seen.clone(), host_resolver()),
+        seen,
+        images: Default::default(),
+    }
+}
+
+const BUILDERS: usize = 4;
+const ROUNDS: usize = 12;
+const CAP: u64 = 6 * SIZE;
+/// What a build holds at most: its file as content, as layer, and unfinished.
+const HELD: u64 = 4 * SIZE;
+
+/// Builds what no other builds, as a command does: with room made before and after.
+fn build_all(one: &World, number: usize) {
+    let own = beside(one);
+    for round in 0..ROUNDS {
+        let seed = format!("{number} {round}");
+        let folder = context(&[("a", &noise(&seed)), ("b", &noise("all have it"))]);
+        while is_overfull(&cache(&own)) && !cut_if_free(&own, CAP) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let lease = own.builder.store.lease().unwrap();
+        let file = "FROM scratch\nCOPY b /\nCOPY a /\n";
+        let built = own.build(folder.path(), file).unwrap();
+        assert!(is_whole(&own, &built), "{seed}");
+        assert_eq!(own.text(&built, "a"), noise(&seed));
+        drop(lease);
+        cut_if_free(&own, CAP);
+    }
+}
+
+/// The most bytes that all of them took on disk, while `beside` was done again and again.
+fn most_while_building(one: &World, beside: impl Fn()) -> u64 {
+    std::thread::scope(|scope| {
+        let builders: Vec<_> = (0..BUILDERS)
+            .map(|number| scope.spawn(move || build_all(one, number)))
+            .collect();
+        let mut most = 0;
+        while builders.iter().any(|builder| !builder.is_finished()) {
+            beside();
+            most = most.max(on_disk(one.root.path()));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for builder in builders {
+            builder.join().unwrap();
+        }
+        most
+    })
+}
+
+#[test]
+fn builds_that_overlap_without_end_keep_the_cache_below_twice_its_cap_and_what_they_hold() {
+    let one = world();
+    let most = most_while_building(&one, || {});
+    assert!(most <= 2 * CAP + BUILDERS as u64 * HELD, "{most} bytes");
+    assert!(cut_if_free(&one, CAP));
+    let kept = on_disk(one.root.path());
+    assert!(kept <= CAP, "{kept} bytes");
+    let report = one.builder.store.fsck(false).unwrap();
+    assert!(report.checked > 0 && report.bad.is_empty(), "{report:?}");
+}
+
+#[test]
+fn builds_are_whole_while_others_empty_the_cache() {
+    let one = world();
+    let other = beside(&one);
+    let emptied = AtomicUsize::new(0);
+    most_while_building(&one, || {
+        emptied.fetch_add(usize::from(cut_if_free(&other, 0)), Ordering::Relaxed);
+    });
+    assert!(emptied.load(Ordering::Relaxed) > 0);
+    let report = one.builder.store.fsck(false).unwrap();
+    assert!(
+        report.bad.is_empty() && report.lost.is_empty(),
+        "{report:?}"
+    );
+}
+
+#[test]
+fn a_cache_at_twice_its_cap_that_others_use_is_marked_until_it_is_cut() {
+    let one = world();
+    let folder = context(&[("a", &noise("a")), ("b", &noise("b"))]);
+    one.build(folder.path(), "FROM scratch\nCOPY a b /\n")
+        .unwrap();
+    let held = cut(&one, u64::MAX).unwrap().before;
+    let using = in_use(&cache(&one)).unwrap();
+    assert!(!cut_if_free(&one, held / 2 + 1) && !is_overfull(&cache(&one)));
+    assert!(!cut_if_free(&one, held / 2 - 1) && is_overfull(&cache(&one)));
+    drop(using);
+    assert!(cut_if_free(&one, held) && !is_overfull(&cache(&one)));
 }

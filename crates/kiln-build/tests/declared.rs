@@ -197,6 +197,29 @@ fn no_change_is_no_work_and_elsewhere_it_is_the_same() {
 }
 
 #[test]
+fn what_kiln_writes_beside_the_project_is_no_part_of_a_copied_folder() {
+    let folder = context(&FILES);
+    let image = DeclaredImage {
+        entries: vec![copied(folder.path(), "", "/app")],
+        ..DeclaredImage::default()
+    };
+    let world = world();
+    let before = build(&world, folder.path(), &image).unwrap();
+    fs::create_dir(folder.path().join("kiln.lock.d")).unwrap();
+    for path in ["kiln.lock", "kiln.lock.d/aa", "pages/kiln.lock"] {
+        fs::write(folder.path().join(path), "x").unwrap();
+    }
+    assert_eq!(build(&world, folder.path(), &image).unwrap(), before);
+    // Who names it wants it.
+    let image = DeclaredImage {
+        entries: vec![copied(folder.path(), "kiln.lock", "/app/")],
+        ..DeclaredImage::default()
+    };
+    let named = build(&world, folder.path(), &image).unwrap();
+    assert_eq!(world.text(&named, "app/kiln.lock"), "x");
+}
+
+#[test]
 fn without_a_mode_files_are_as_on_the_host_and_nothing_may_be_below() {
     let folder = context(&FILES);
     let conf = folder.path().join("conf");

@@ -50,6 +50,17 @@ fn what_changed_of_a_copy_is_named() {
     assert_eq!(told[1..], [BEFORE; 2]);
     let moved = text.replace("COPY e /e\nCOPY e /e", "COPY e /f");
     assert_eq!(built(&moved), [NEW]);
+    // One instruction's words, to which a variable gives another meaning.
+    let owned = |id: &str| {
+        let text = "FROM scratch\nARG ID\nCOPY --chown=$ID e /e";
+        let given = |request: &mut BuildRequest| {
+            request.build.args.insert("ID".into(), id.into());
+        };
+        world.build_with(folder.path(), text, given).unwrap();
+        world.seen.reasons()
+    };
+    assert_eq!(owned("1"), [NEW]);
+    assert_eq!(owned("2"), ["changed: the owner"]);
     // Twins are told apart, also when the first is now another's.
     fs::write(folder.path().join("e"), "2").unwrap();
     assert_eq!(
@@ -87,6 +98,15 @@ fn what_changed_of_a_command_is_named() {
         told.last().unwrap(),
         "changed: the network, what stands before it"
     );
+    // The same words, under another shell and as somebody else.
+    let other = |before: &str| {
+        let text = text.replace("ARG V", &format!("ARG V\n{before}"));
+        world.build_with(folder.path(), &text, outside).unwrap();
+        world.seen.reasons()
+    };
+    let shell = "SHELL [\"/bin/busybox\", \"sh\", \"-ec\"]";
+    assert_eq!(other(shell), ["changed: the command"]);
+    assert_eq!(other("USER web"), ["changed: the command, the user"]);
     let never = |request: &mut BuildRequest| request.build.no_cache = true;
     assert_eq!(built(&never), ["no_cache asks for it"; 4]);
 }

@@ -4,6 +4,7 @@
 mod world;
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kiln_build::build::BuildRequest;
@@ -220,4 +221,72 @@ fn processes_and_memory_of_a_run_are_bounded() {
     let total: u64 = total.unwrap().parse::<u64>().unwrap() * 1024;
     let limit = number("memory").unwrap();
     assert!(limit < total && limit > total / 2, "{limit} of {total}");
+}
+
+/// Processes in the control groups of what this root runs, and what a RUN has left of itself.
+fn left(root: &Path) -> Vec<String> {
+    let group = format!("/kiln-{}/", kiln_runtime::net::root_tag(root));
+    let mut left = Vec::new();
+    for process in fs::read_dir("/proc").unwrap().flatten() {
+        let groups = fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
+        if groups.lines().any(|line| line.contains(&group)) {
+            left.push(process.path().display().to_string());
+        }
+    }
+    for folder in ["cache/run", "instances"] {
+        let entries = fs::read_dir(root.join(folder)).unwrap().flatten();
+        left.extend(entries.map(|entry| entry.path().display().to_string()));
+    }
+    left
+}
+
+/// Is the limit on processes there? kiln doctor says so.
+fn processes_are_limited() -> bool {
+    let groups = fs::read_to_string("/proc/cgroups").unwrap_or_default();
+    let there = groups.lines().any(|line| line.starts_with("pids\t"));
+    if !there {
+        eprintln!("SKIPPED: the pids controller is not there");
+    }
+    there
+}
+
+#[test]
+fn a_run_that_makes_processes_without_end_comes_to_its_limit_and_says_so() {
+    if !sandboxes() || !processes_are_limited() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let text = format!(
+        "{base}RUN mkfifo /f; trap 'echo made $n' EXIT; \
+         while :; do read x < /f & n=$((n+1)); done\n"
+    );
+    let error = one.build(folder.path(), &text).unwrap_err();
+    let made = error.split("\n  made ").nth(1).unwrap_or_default();
+    let made = made.split_whitespace().next().unwrap_or_default();
+    // With the one that makes them, as many as there may be.
+    assert_eq!(made, "16383", "{error}");
+    for expected in ["it had as many as it may have", "line 8: RUN mkfifo"] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    assert_eq!(left(one.root.path()), [""; 0]);
+}
+
+#[test]
+fn a_fork_bomb_is_ended_with_all_that_it_has_made() {
+    if !sandboxes() || !processes_are_limited() {
+        return;
+    }
+    let one = world();
+    let (folder, base) = busybox();
+    let text = format!("{base}RUN bomb() {{ bomb & bomb & wait; }}; bomb; wait; sleep 600\n");
+    let limited = |request: &mut BuildRequest| request.build.time_limit = Some(Millis(3000));
+    let error = one.build_with(folder.path(), &text, limited).unwrap_err();
+    for expected in ["not ended within 3s", "line 8: RUN bomb()"] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    assert_eq!(left(one.root.path()), [""; 0]);
+    // The machine goes on, and so does this root.
+    one.build(folder.path(), &format!("{base}RUN true\n"))
+        .unwrap();
 }

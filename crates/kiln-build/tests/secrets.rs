@@ -135,6 +135,37 @@ fn a_builds_own_secret_is_found_wherever_a_command_leaves_it() {
     assert_eq!(one.seen.counts(), (3, 1));
 }
 
+#[test]
+fn parts_of_a_large_layer_that_are_known_are_still_looked_through_for_a_builds_own_secret() {
+    let one = world();
+    let hidden = format!("{}Zx7-very-hush-3311", "x".repeat(7 << 20));
+    let large = "y".repeat(8 << 20);
+    let folder = context(&[
+        ("d/a", &hidden),
+        ("d/b", &large),
+        ("d/c", &large),
+        ("d/d", &large),
+        ("d/e", &large),
+        ("f", "x"),
+    ]);
+    let first = one
+        .build(folder.path(), "FROM scratch\nCOPY d /d\n")
+        .unwrap();
+    let image = one.builder.store.image(&first).unwrap().unwrap();
+    assert!(image.layers.len() > 1, "{} parts", image.layers.len());
+    let text = "FROM scratch\nWORKDIR /w\nCOPY d /d\n";
+    let error = one.build_with(folder.path(), text, |request| {
+        request
+            .secrets
+            .insert("npm".into(), b"Zx7-very-hush-3311".to_vec());
+    });
+    let error = error.unwrap_err();
+    assert!(
+        error.contains("COPY: /d/a: the build's secret `npm`"),
+        "{error}"
+    );
+}
+
 /// Every file below a folder, and every path, that has this text: in it, or in what it has
 /// compressed.
 fn holding(folder: &Path, text: &str, found: &mut Vec<String>) {

@@ -88,7 +88,7 @@ async fn a_second_root_builds_everything_from_the_cache() {
     // Its own cache has it all now.
     let asked = registry.count("GET");
     build(&two, folder.path(), FILE, &[]).await;
-    assert_eq!(seen(&two).2, [""; 0]);
+    assert_eq!(seen(&two), (4, 0, vec![], vec![]));
     assert_eq!(registry.count("GET"), asked);
 
     // What has changed is made, and only what is needed is moved.
@@ -233,6 +233,27 @@ async fn a_cache_that_is_missing_or_damaged_is_told_and_the_build_goes_on() {
         "{told:?}"
     );
 
+    // The manifest says another size of a layer than the result: it is not even asked for.
+    let size = config.0["layers"][0]["size"].as_u64().unwrap();
+    let text = config.0.to_string();
+    let other = text.replace(
+        &format!("\"size\":{size}"),
+        &format!("\"size\":{}", size + 1),
+    );
+    assert_ne!(other, text);
+    registry.put_manifest("team/app", "sizes", other.as_bytes());
+    let sizes = format!("{}/team/app:sizes", registry.host());
+    let four = world();
+    let asked = registry.count("GET /v2/team/app/blobs");
+    let (built, _) = build(&four, folder.path(), FILE, &[&sizes]).await;
+    let (cached, done, _, told) = seen(&four);
+    assert!(built == first && done > 0, "{cached} {done}");
+    let told_of_size = told.len() == 1 && told[0].contains("does not have the layer");
+    assert!(told_of_size, "{told:?}");
+    // Neither is anything else, once something was wrong with it.
+    let asked = registry.count("GET /v2/team/app/blobs") - asked;
+    assert!(asked <= 1 + cached, "{asked} of {cached}");
+
     let layer = config.0["layers"][0]["digest"].as_str().unwrap();
     registry.fail(
         &format!("GET /v2/team/app/blobs/{layer}"),
@@ -244,6 +265,27 @@ async fn a_cache_that_is_missing_or_damaged_is_told_and_the_build_goes_on() {
     let (_, done, _, told) = seen(&three);
     assert!(built == first && done > 0, "{done}");
     assert!(told.len() == 1 && told[0].contains("digest"), "{told:?}");
+
+    // A cache that has failed is asked for nothing more: of two stages, each has asked once.
+    let layers = config.0["layers"].as_array().unwrap();
+    let layers: Vec<String> = layers
+        .iter()
+        .map(|layer| {
+            format!(
+                "GET /v2/team/app/blobs/{}",
+                layer["digest"].as_str().unwrap()
+            )
+        })
+        .collect();
+    for layer in &layers {
+        registry.fail(layer, 99, Failure::Corrupt);
+    }
+    let before: Vec<usize> = layers.iter().map(|layer| registry.count(layer)).collect();
+    build(&world(), folder.path(), FILE, &[&cache]).await;
+    let asked = layers.iter().zip(before);
+    let asked = asked.filter(|(layer, before)| registry.count(layer) > *before);
+    let asked = asked.count();
+    assert!((1..=2).contains(&asked), "{asked} of {}", layers.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

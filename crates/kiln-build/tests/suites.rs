@@ -111,6 +111,18 @@ fn commands_of_a_structure_file_each_begin_with_the_image_as_it_is() {
         },
         command("nothing there", &["/nope"]),
         CommandTest {
+            expected_output: patterns(&["^bye$"]),
+            ..command("another output", &["echo", "hello"])
+        },
+        CommandTest {
+            expected_error: patterns(&["^bye$"]),
+            ..command("another error output", &["sh", "-c", "echo hello >&2"])
+        },
+        CommandTest {
+            teardown: vec![vec!["/bin/nowhere".into()]],
+            ..command("a teardown that is no program", &["true"])
+        },
+        CommandTest {
             exit: 2,
             ..command("another code", &["sh", "-c", "echo why; exit 3"])
         },
@@ -132,9 +144,17 @@ fn commands_of_a_structure_file_each_begin_with_the_image_as_it_is() {
         .iter()
         .filter(|(_, cause)| !cause.is_empty())
         .collect();
-    let [excluded, missing, code] = failing.as_slice() else {
+    let [excluded, missing, output, error, teardown, code] = failing.as_slice() else {
         panic!("{causes:?}")
     };
+    let told = "the output doesn't match `^bye$`: hello";
+    assert!(output.1.contains(told), "{output:?}");
+    let told = "the error output doesn't match `^bye$`: hello";
+    assert!(error.1.contains(told), "{error:?}");
+    assert!(
+        teardown.1.starts_with("teardown: `/bin/nowhere`: "),
+        "{teardown:?}"
+    );
     assert_eq!(excluded.0, "Command Test: excluded");
     assert!(
         excluded
@@ -152,10 +172,50 @@ fn commands_of_a_structure_file_each_begin_with_the_image_as_it_is() {
         .unwrap_err()
         .to_string();
     assert!(
-        told.starts_with("app: 3 of 7 checks failed:\n  t.yaml: "),
+        told.starts_with("app: 6 of 10 checks failed:\n  t.yaml: "),
         "{told}"
     );
     assert!(one.builder.runtime.list().is_empty(), "nothing is left");
+}
+
+#[test]
+fn how_commands_are_run_is_as_the_file_says() {
+    if !sandboxes() {
+        return;
+    }
+    let (folder, base) = busybox();
+    let one = world();
+    let image = one
+        .build(folder.path(), &format!("{base}USER 5\n"))
+        .unwrap();
+    let told = [
+        "sh",
+        "-c",
+        "id -u; tty; grep CapBnd /proc/self/status; true",
+    ];
+    let run = |suite: Structure, expected: &str| {
+        let commands = vec![CommandTest {
+            expected_output: patterns(&[expected]),
+            ..command("told", &told)
+        }];
+        let suite = Structure { commands, ..suite };
+        let suite = Suite::Structure(Box::new(suite));
+        let request = naming(request(image, "sleep 60"), SuiteKind::Structure, suite);
+        let cases = cases(&one, &request);
+        assert_eq!(causes(&cases), [("Command Test: told", "")]);
+    };
+    let plain = "^5\nnot a tty\nCapBnd:\t00000000a80425fb\n$";
+    run(Structure::default(), plain);
+    let other = Structure {
+        user: Some("33".into()),
+        tty: true,
+        capabilities: vec!["SYS_PTRACE".into()],
+        ..Structure::default()
+    };
+    run(
+        other,
+        r"^33\r?\n/dev/.*\r?\nCapBnd:\t00000000a80c25fb\r?\n$",
+    );
 }
 
 fn existence(name: &str, path: &str) -> ExistenceTest {
@@ -247,7 +307,7 @@ fn files_and_configuration_are_looked_at_without_a_run() {
             unbound: vec!["A".into(), "B".into()],
             labels: BTreeMap::from([("l".into(), Wanted::Equal("other".into()))]),
             exposed: words("80 53/udp 53 80/tcp 81"),
-            unexposed: words("22 80/udp"),
+            unexposed: words("22 80/udp 80"),
             volumes: words("/data /other"),
             unmounted: words("/tmp"),
             entrypoint: Some(vec![]),
@@ -291,7 +351,7 @@ fn files_and_configuration_are_looked_at_without_a_run() {
             (
                 "Metadata Test",
                 "the label l is `m`, not `other`; the variable A is set; the port 81 is not \
-                 exposed; /other is not a volume; the cmd is [\"x\"], not [\"y\"]; the user is \
+                 exposed; the port 80 is exposed; /other is not a volume; the cmd is [\"x\"], not [\"y\"]; the user is \
                  `5`, not `root`"
             ),
         ]
@@ -415,6 +475,11 @@ fn good() -> Vec<Resource> {
                 comm: name("httpd"),
             },
             &[("running", is(true))],
+        ),
+        resource(
+            "no process",
+            Probe::Process { comm: name("sshd") },
+            &[("running", is(false))],
         ),
         resource(
             "user",

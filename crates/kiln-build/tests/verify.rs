@@ -48,7 +48,8 @@ fn what_differs_is_told_with_its_instruction_and_how() {
     let text = format!(
         "{base}RUN echo same > /same; echo time $(date +%s%N) > /time; touch /made.$(date +%s%N)\n\
          RUN cat /proc/self/status | grep Cpus_allowed_list > /cpus\n\
-         RUN echo more >> /time"
+         RUN echo more >> /time\n\
+         FROM base AS last\nCOPY f /f"
     );
     let one = world();
     let told = verify(&one, folder.path(), &text);

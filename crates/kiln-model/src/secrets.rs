@@ -14,7 +14,14 @@ const WORDS: [&str; 6] = [
     "CREDENTIALS",
 ];
 /// The same, of two words.
-const PAIRS: [&str; 4] = ["API_KEY", "PRIVATE_KEY", "ACCESS_KEY", "SECRET_KEY"];
+const PAIRS: [&str; 6] = [
+    "API_KEY",
+    "PRIVATE_KEY",
+    "ACCESS_KEY",
+    "SECRET_KEY",
+    "ENCRYPTION_KEY",
+    "MASTER_KEY",
+];
 /// Last words of names that tell about a secret without holding it.
 const HARMLESS: [&str; 26] = [
     "FILE",
@@ -67,7 +74,9 @@ fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_uppercase().replace(['-', '.'], "_");
     let words: Vec<&str> = name.split('_').filter(|word| !word.is_empty()).collect();
     let harmless = words.last().is_some_and(|last| HARMLESS.contains(last));
-    let said = |word: &&str| WORDS.iter().any(|known| word.ends_with(known));
+    // `PWD` alone is a folder.
+    let short = |word: &str| word == "PASS" || (word == "PWD" && words.len() > 1);
+    let said = |word: &&str| short(word) || WORDS.iter().any(|known| word.ends_with(known));
     let pair = PAIRS.iter().any(|pair| name.contains(pair));
     !harmless && (pair || name.ends_with("APIKEY") || words.iter().any(said))
 }
@@ -119,11 +128,12 @@ const fn exact(kind: &'static str, prefix: &'static str, more: &'static str, n: 
 }
 
 const GITHUB: &str = "GitHub token";
+const GITLAB: &str = "GitLab token";
 const SLACK: &str = "Slack token";
 const STRIPE: &str = "Stripe key";
 const AWS: &str = "AWS access key";
 
-const SHAPES: [Shape; 23] = [
+const SHAPES: [Shape; 29] = [
     exact(AWS, "AKIA", "", 16),
     exact(AWS, "ASIA", "", 16),
     shape(GITHUB, "ghp_", "", 36),
@@ -132,7 +142,11 @@ const SHAPES: [Shape; 23] = [
     shape(GITHUB, "ghs_", "", 36),
     shape(GITHUB, "ghr_", "", 36),
     shape(GITHUB, "github_pat_", "_", 40),
-    shape("GitLab token", "glpat-", "_-.", 20),
+    shape(GITLAB, "glpat-", "_-.", 20),
+    shape(GITLAB, "gldt-", "_-.", 20),
+    shape(GITLAB, "glptt-", "_-.", 20),
+    shape(GITLAB, "glrt-", "_-.", 20),
+    shape(SLACK, "xapp-", "-", 10),
     shape(SLACK, "xoxa-", "-", 10),
     shape(SLACK, "xoxb-", "-", 10),
     shape(SLACK, "xoxe-", "-", 10),
@@ -141,7 +155,9 @@ const SHAPES: [Shape; 23] = [
     shape(SLACK, "xoxr-", "-", 10),
     shape(SLACK, "xoxs-", "-", 10),
     exact("Google API key", "AIza", "_-", 35),
+    exact("Google client secret", "GOCSPX-", "_-", 28),
     shape(STRIPE, "sk_live_", "", 16),
+    shape(STRIPE, "whsec_", "", 32),
     shape(STRIPE, "rk_live_", "", 16),
     exact("npm token", "npm_", "", 36),
     shape("PyPI token", "pypi-AgE", "_-", 50),
@@ -313,6 +329,9 @@ mod tests {
             "OPENAI_APIKEY",
             "PASSWORD_1",
             "GOOGLE_CREDENTIALS",
+            "DB_PASS",
+            "MYSQL_PWD",
+            "RAILS_MASTER_KEY",
         ] {
             assert!(is_secret_variable(name, "hunter2"), "{name}");
             for value in [
@@ -338,6 +357,9 @@ mod tests {
             "PATH",
             "KEYCLOAK_HOME",
             "MONKEY",
+            "PWD",
+            "OLDPWD",
+            "BYPASS",
         ] {
             assert!(!is_secret_variable(name, "hunter2"), "{name}");
         }

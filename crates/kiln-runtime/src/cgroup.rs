@@ -291,6 +291,16 @@ impl Cgroup {
             })
     }
 
+    /// How often it was refused a process, as it had as many as it may have.
+    pub fn processes_refused(&self) -> u64 {
+        let events = self
+            .dir("pids")
+            .and_then(|dir| fs::read_to_string(dir.join("pids.events")).ok());
+        let count = events.as_deref().unwrap_or_default().lines();
+        let mut count = count.filter_map(|line| line.strip_prefix("max ")?.trim().parse().ok());
+        count.next().unwrap_or(0)
+    }
+
     /// Writes the limits; gives a warning for each that can't be enforced here.
     pub fn limit(&self, limits: &InstanceLimits) -> Vec<String> {
         let v2 = matches!(self.layout, Layout::V2(_));

@@ -37,7 +37,8 @@ impl Store {
 
 impl Batch<'_> {
     /// Takes file content in: its digest and size in bytes. `likely`: the size that it is
-    /// thought to have, which saves reading it in small pieces.
+    /// thought to have, which saves reading it in small pieces, and is refused where the disk
+    /// has no room for it: of a file with holes, reading would only show that in the end.
     pub fn put(&mut self, content: &mut dyn Read, likely: u64) -> Result<(Digest, u64), PutError> {
         // One byte more, to see that it ends there.
         let room = usize::try_from(likely).unwrap_or(SMALL).saturating_add(1);
@@ -49,6 +50,7 @@ impl Batch<'_> {
                 return Ok(self.small(length)?);
             }
             if length == SMALL {
+                self.store.have_room(likely)?;
                 return self.large(content);
             }
             self.buffer.resize((length * 2).min(SMALL), 0);
@@ -114,12 +116,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_the_disk_has_no_room_for_is_refused_unread() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(2 * SMALL as u64).unwrap();
+        let mut content = file.try_clone().unwrap();
+        let refused = store.put_object_of(&mut content, 1 << 60).unwrap_err();
+        let told = format!(
+            "it would take {} bytes, and there is room for ",
+            1_u64 << 60
+        );
+        assert!(refused.to_string().contains(&told), "{refused}");
+        let read = std::io::Seek::stream_position(&mut content).unwrap();
+        assert!(read <= SMALL as u64, "{read} bytes");
+    }
+
+    #[test]
     fn content_of_any_size_is_whole_whatever_size_was_thought_likely() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(root.path()).unwrap();
         for size in [0, 1, 2, 100, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL] {
             let content: Vec<u8> = (0..size).map(|n| (n / 7) as u8).collect();
-            for likely in [0, 1, size, size / 2, size + 9, usize::MAX] {
+            for likely in [0, 1, size, size / 2, size + 9, 9 * SMALL] {
                 let mut batch = store.batch();
                 let put = batch.put(&mut content.as_slice(), likely as u64).unwrap();
                 assert_eq!(put, (Digest::of(&content), size as u64));

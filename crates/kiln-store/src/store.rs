@@ -127,10 +127,34 @@ impl Store {
     /// Takes file content in: its digest and size in bytes. Not yet durable: see
     /// [`Store::sync`]. Many at a time: [`Store::batch`].
     pub fn put_object(&self, content: &mut dyn Read) -> Result<(Digest, u64), PutError> {
+        self.put_object_of(content, LIKELY)
+    }
+
+    /// The same of content that is thought to have so many bytes: see [`Batch::put`].
+    pub fn put_object_of(
+        &self,
+        content: &mut dyn Read,
+        likely: u64,
+    ) -> Result<(Digest, u64), PutError> {
         let mut batch = self.batch();
-        let put = batch.put(content, LIKELY)?;
+        let put = batch.put(content, likely)?;
         batch.finish()?;
         Ok(put)
+    }
+
+    /// Whether the disk has room for so many bytes.
+    pub(crate) fn have_room(&self, size: u64) -> Result<(), PathError> {
+        let root = &self.layout.root;
+        let space = rustix::fs::statvfs(root).map_err(|e| at("look at", root)(e.into()))?;
+        let room = space.f_bavail.saturating_mul(space.f_frsize);
+        if size <= room {
+            return Ok(());
+        }
+        let what = format!("it would take {size} bytes, and there is room for {room}");
+        Err(at("write to", root)(io::Error::new(
+            io::ErrorKind::StorageFull,
+            what,
+        )))
     }
 
     /// Where an object's file is, whether it is there or not.

@@ -400,6 +400,8 @@ impl<'a> Assembler<'a> {
         self.to_export(&request)?;
         let mut prepared = prepare(request).map_err(build_error)?;
         let images = self.images_of(&mut prepared, lock).await?;
+        let running = ops::running_images(self.context)?;
+        self.keeper.make_room(running).await?;
         let began = Instant::now();
         let task = format!("build {name}");
         self.progress.event(ProgressEvent::Started {

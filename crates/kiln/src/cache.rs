@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kiln_build::cache::{self, CacheError, Pruned, Pruning};
 use kiln_model::{Digest, Progress, ProgressEvent};
@@ -55,6 +56,9 @@ fn keep_below(
     })
 }
 
+/// How often it is tried to cut a cache that others use.
+const LOOK: Duration = Duration::from_millis(100);
+
 type Work = JoinHandle<Result<Option<Pruned>, Failure>>;
 
 /// Keeps the cache to its cap beside other work: an image is tested meanwhile, and the next
@@ -84,6 +88,26 @@ impl Keeper {
         let (store, cache, cap) = (self.store.clone(), self.cache.clone(), self.cap);
         let work = move || keep_below(&cache, cap, &store, &running, false);
         *self.slot() = Some(tokio::task::spawn_blocking(work));
+        Ok(())
+    }
+
+    /// Before a build: where overlapping builds have filled the cache far beyond its cap, it
+    /// waits until they have ended and the cache is cut.
+    pub async fn make_room(&self, running: Vec<Digest>) -> Result<(), Failure> {
+        self.end().await?;
+        if cache::is_overfull(&self.cache) {
+            self.progress.event(ProgressEvent::Warning {
+                task: "cache".into(),
+                text: "the build cache is at twice its size; it is cut when the builds that \
+                       are under way have ended, and then this one begins"
+                    .into(),
+            });
+        }
+        while cache::is_overfull(&self.cache) {
+            self.begin(running.clone()).await?;
+            self.end().await?;
+            tokio::time::sleep(LOOK).await;
+        }
         Ok(())
     }
 

@@ -152,8 +152,11 @@ fn has_time(text: &str) -> bool {
     };
     let clock =
         (0..bytes.len()).any(|at| pair(at) && bytes.get(at + 2) == Some(&b':') && pair(at + 3));
+    // With its third part: a uuid has digits on both sides of a dash, too.
     let date = (0..bytes.len()).any(|at| {
-        pair(at) && pair(at + 2) && matches!(bytes.get(at + 4), Some(b'-' | b'/')) && pair(at + 5)
+        let parts = pair(at) && pair(at + 2) && pair(at + 5);
+        let mark = bytes.get(at + 4);
+        parts && matches!(mark, Some(b'-' | b'/')) && bytes.get(at + 7) == mark
     });
     clock || date || runs.into_iter().any(|run| epoch(run) || of_day(run))
 }
@@ -198,6 +201,11 @@ mod tests {
             (
                 "id 0a51c3d2-77b1-4d0a-9a3e-0d2b6f1e8c11",
                 "id 7be2d9a0-0c1f-4f4e-8b02-fe2a9d3c5b60",
+                Some(RANDOM),
+            ),
+            (
+                "id 0a511234-5678-4d0a-9a3e-0d2b6f1e8c11",
+                "id 7be29876-5432-4f4e-8b02-fe2a9d3c5b60",
                 Some(RANDOM),
             ),
             ("$6$yUx.8sJ3$abc", "$6$Qw12as./$xyz", Some(RANDOM)),

@@ -48,6 +48,10 @@ pub(super) struct Found {
 }
 
 impl Found {
+    pub fn bytes(&self) -> u64 {
+        self.entries.iter().map(|(_, entry)| entry.bytes).sum()
+    }
+
     pub fn layers(&self) -> impl Iterator<Item = Digest> + '_ {
         self.entries.iter().filter_map(|(what, _)| match what {
             What::Step(_, layer) => *layer,
@@ -75,7 +79,7 @@ impl Found {
     }
 }
 
-fn remove(path: &Path) -> Result<(), CacheError> {
+pub(super) fn remove(path: &Path) -> Result<(), CacheError> {
     let removed = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),

@@ -4,7 +4,9 @@
 //! files, cache mounts, repositories, and small records of what was seen.
 //!
 //! The cap counts blocks on disk and is kept after every image that is built, and by `kiln
-//! gc`. What goes is chosen by [`choose`]: what saves the least time for its size, the less
+//! gc`. Builds that overlap without end would never let anybody cut it: who finds it at twice
+//! its cap and others building says so (`cache/overfull`), and nobody begins another build
+//! until it is cut ([`is_overfull`]). What goes is chosen by [`choose`]: what saves the least time for its size, the less
 //! the longer nobody asked for it. Before anything that was made goes, so do contents of
 //! files that no image needs and that layers have anyway.
 //!
@@ -33,6 +35,8 @@ pub use worth::{Entry, choose};
 const SHARE: u64 = 10;
 /// But never more: a cache is not what a large disk is for.
 const MOST: u64 = 20 << 30;
+/// See [`is_overfull`].
+const OVERFULL: &str = "overfull";
 
 /// Why the cache could not be measured or cut.
 #[derive(Debug, thiserror::Error)]
@@ -127,15 +131,39 @@ pub(crate) fn used_ref(cache: &Path, name: &str) {
     }
 }
 
+/// Says whether the cache is so far beyond its cap that it is to be cut before anything more
+/// is built.
+pub fn is_overfull(cache: &Path) -> bool {
+    cache.join(OVERFULL).exists()
+}
+
 /// Cuts the cache down to its cap. `None`: a build is under way, which does so at its end.
 pub fn prune(pruning: &Pruning<'_>) -> Result<Option<Pruned>, CacheError> {
     let path = pruning.cache.join("lock");
     let lock = lock(pruning.cache).map_err(at(&path))?;
+    let mark = pruning.cache.join(OVERFULL);
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            if !pruning.dry_run && !mark.exists() {
+                let (found, loose) = weigh(pruning)?;
+                if found.bytes() + loose > pruning.cap.saturating_mul(2) {
+                    fs::write(&mark, "").map_err(at(&mark))?;
+                }
+            }
+            return Ok(None);
+        }
         Err(e) => return Err(at(&path)(e.into())),
     }
+    let pruned = cut(pruning)?;
+    if !pruning.dry_run {
+        measure::remove(&mark)?;
+    }
+    Ok(Some(pruned))
+}
+
+/// What is in the cache, and the bytes of what nothing in it needs.
+fn weigh(pruning: &Pruning<'_>) -> Result<(measure::Found, u64), CacheError> {
     let found = measure::measure(pruning)?;
     let roots: Vec<Digest> = pruning
         .running
@@ -144,14 +172,20 @@ pub fn prune(pruning: &Pruning<'_>) -> Result<Option<Pruned>, CacheError> {
         .chain(found.layers())
         .collect();
     let loose = pruning.store.gc(&roots, true)?.bytes;
-    let held: u64 = found.entries.iter().map(|(_, entry)| entry.bytes).sum();
+    Ok((found, loose))
+}
+
+/// For holders of the lock.
+fn cut(pruning: &Pruning<'_>) -> Result<Pruned, CacheError> {
+    let (found, loose) = weigh(pruning)?;
+    let held = found.bytes();
     let mut pruned = Pruned {
         before: held + loose,
         kept: held + loose,
         ..Pruned::default()
     };
     if pruned.before <= pruning.cap {
-        return Ok(Some(pruned));
+        return Ok(pruned);
     }
     let now = SystemTime::now();
     let entries: Vec<Entry> = found.entries.iter().map(|(_, entry)| *entry).collect();
@@ -160,12 +194,12 @@ pub fn prune(pruning: &Pruning<'_>) -> Result<Option<Pruned>, CacheError> {
     let gone: u64 = going.iter().map(|index| entries[*index].bytes).sum();
     pruned.kept = held - gone;
     if pruning.dry_run {
-        return Ok(Some(pruned));
+        return Ok(pruned);
     }
     let kept = found.remove(pruning.store, &going)?;
     let roots: Vec<Digest> = pruning.running.iter().copied().chain(kept).collect();
     pruned.store = Some(pruning.store.gc(&roots, false)?);
-    Ok(Some(pruned))
+    Ok(pruned)
 }
 
 /// The layers that results of instructions are kept in: roots for `kiln gc`.

@@ -139,6 +139,12 @@ impl Context {
 /// the next time. An ignore file may take it back.
 const OWN: &str = "**/kiln.lock\n**/kiln.lock.d\n";
 
+/// The same, where no ignore file is asked: is it what kiln itself writes?
+pub(crate) fn is_own(path: &str) -> bool {
+    let own = |name| matches!(name, "kiln.lock" | "kiln.lock.d");
+    path.split('/').any(own)
+}
+
 /// Opens what a build reads as a whole. Whoever wrote the context may have put a fifo there,
 /// which would be waited for without end.
 pub(crate) fn open_plain(path: &Path) -> io::Result<fs::File> {
@@ -238,6 +244,17 @@ mod tests {
         }
         std::os::unix::fs::symlink("../../etc", folder.path().join("b/out")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("sock")).unwrap();
+        // Without any ignore file, too.
+        let patterns = read_ignore(folder.path(), None).unwrap();
+        let context = Context::scan(folder.path(), &patterns).unwrap();
+        let mut found = Vec::new();
+        paths(context.root(), "", &mut found);
+        assert!(found.contains(&"/c.log".to_owned()));
+        assert!(
+            !found.iter().any(|path| path.contains("kiln.lock")),
+            "{found:?}"
+        );
+
         fs::write(
             folder.path().join(".dockerignore"),
             "a\n!a/deep\n*.log\n.dockerignore",

@@ -285,6 +285,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_plain_file_any_more_is_neither_waited_for_nor_taken() {
+        let (context, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = Arc::new(Store::open(root.path()).unwrap());
+        let path = context.path().join("f");
+        fs::write(&path, "x").unwrap();
+        let scanned = Context::scan(context.path(), &Patterns::default()).unwrap();
+        let source = ContextSource::new(scanned, root.path(), store, 0);
+        fs::remove_file(&path).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, 0o644.into(), 0).unwrap();
+        let told = source.entry(&[b"f".to_vec()]).unwrap_err();
+        let cause = std::error::Error::source(&told).unwrap().to_string();
+        assert_eq!(cause, "it is no plain file any more");
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        assert!(
+            source.entry(&[b"f".to_vec()]).is_err(),
+            "no link is followed"
+        );
+    }
+
+    #[test]
     fn of_ten_thousand_files_only_the_one_that_changed_is_read_again() {
         let (context, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let store = Arc::new(Store::open(root.path()).unwrap());

@@ -31,6 +31,9 @@ const MAX_HEADERS: u64 = 1 << 20;
 /// Names, links and attributes of all entries together, in bytes.
 const MAX_METADATA: usize = 128 << 20;
 
+const SPARSE: &str = "it has a file with holes as POSIX's format has them; tar without --sparse, \
+     or with --format=gnu, writes it whole";
+
 /// Why an archive can't be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
@@ -52,8 +55,8 @@ pub enum ArchiveError {
     TooMuchMetadata,
 }
 
-/// Keeps a file's content.
-pub type Sink<'a> = dyn FnMut(&mut dyn Read) -> io::Result<(Digest, u64)> + 'a;
+/// Keeps a file's content, of so many bytes.
+pub type Sink<'a> = dyn FnMut(&mut dyn Read, u64) -> io::Result<(Digest, u64)> + 'a;
 
 /// Reads an archive's entries; `None`: it is no archive.
 pub fn read(content: impl Read, sink: &mut Sink<'_>) -> Result<Option<Vec<Item>>, ArchiveError> {
@@ -125,6 +128,7 @@ impl<R: Read> Read for Metered<'_, R> {
 struct Reading {
     items: Vec<Item>,
     begun: bool,
+    entries: usize,
     metadata: usize,
     total: u64,
 }
@@ -137,7 +141,8 @@ impl Reading {
     ) -> Result<(), ArchiveError> {
         let name = entry.path_bytes().into_owned();
         let path = inside(&name)?;
-        if self.items.len() >= MAX_ENTRIES {
+        self.entries += 1;
+        if self.entries > MAX_ENTRIES {
             return Err(ArchiveError::TooMany);
         }
         self.total = self.total.saturating_add(entry.size());
@@ -169,7 +174,8 @@ impl Reading {
         } else if kind.is_hard_link() {
             Shape::Same(inside(&link)?)
         } else if kind.is_file() || kind.is_contiguous() || kind.is_gnu_sparse() {
-            let (digest, size) = sink(entry).map_err(ArchiveError::Read)?;
+            let size = entry.size();
+            let (digest, size) = sink(entry, size).map_err(ArchiveError::Read)?;
             Shape::File { digest, size }
         } else if kind.is_fifo() {
             Shape::Fifo
@@ -223,6 +229,10 @@ fn meta(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Meta> {
         for extension in extensions {
             let extension = extension?;
             let key = extension.key_bytes();
+            if key.starts_with(b"GNU.sparse.") {
+                // What stands there is a list of pieces, and the name is another.
+                return Err(io::Error::other(SPARSE));
+            }
             if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                 xattrs.insert(name.to_vec(), extension.value_bytes().to_vec());
             } else if key == b"mtime" {
@@ -232,17 +242,26 @@ fn meta(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Meta> {
         }
     }
     let header = entry.header();
-    let number = |n: io::Result<u64>| n.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    let raw = header.as_old();
+    let number = |n, raw| said(n, raw).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     Ok(Meta {
-        mode: header.mode()? & 0o7777,
-        uid: number(header.uid())?,
-        gid: number(header.gid())?,
+        mode: said(header.mode(), &raw.mode)? & 0o7777,
+        uid: number(header.uid(), &raw.uid)?,
+        gid: number(header.gid(), &raw.gid)?,
         mtime: match mtime {
             Some(mtime) => mtime,
-            None => i64::try_from(header.mtime()?).unwrap_or(i64::MAX),
+            None => i64::try_from(said(header.mtime(), &raw.mtime)?).unwrap_or(i64::MAX),
         },
         xattrs,
     })
+}
+
+/// A number, of which an empty field is 0: npm's packages have neither owner nor group.
+fn said<N: Default>(number: io::Result<N>, raw: &[u8]) -> io::Result<N> {
+    match raw.iter().all(|b| matches!(b, 0 | b' ')) {
+        true => Ok(N::default()),
+        false => number,
+    }
 }
 
 /// Puts an archive's entries below `destination`, in place of what is there.
@@ -295,5 +314,55 @@ fn within(
             entry: shown(path),
             to: shown(&real),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// What comes of an archive's only entry after what was read before.
+    fn next(mut before: Reading, name: &str, xattr: &[u8]) -> Result<usize, ArchiveError> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let pair = [("SCHILY.xattr.user.x", xattr), ("path", name.as_bytes())];
+        builder.append_pax_extensions(pair).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(1);
+        header.set_mode(0o644);
+        header.set_cksum();
+        builder.append(&header, &b"x"[..]).unwrap();
+        let bytes = builder.into_inner().unwrap();
+        let mut sink = |_: &mut dyn Read, size| Ok((Digest::of("x"), size));
+        let mut archive = tar::Archive::new(bytes.as_slice());
+        let mut entry = archive.entries().unwrap().next().unwrap().unwrap();
+        before.entry(&mut entry, &mut sink)?;
+        Ok(before.items.len())
+    }
+
+    #[test]
+    fn all_entries_together_are_bounded_in_number_length_and_what_is_said_of_them() {
+        let read = |entries, metadata, total| Reading {
+            entries,
+            metadata,
+            total,
+            ..Reading::default()
+        };
+        let least = read(MAX_ENTRIES - 1, MAX_METADATA - 100, MAX_UNPACKED - 1);
+        assert!(matches!(next(least, "a", b"v"), Ok(1)));
+        let many = read(MAX_ENTRIES, 0, 0);
+        assert!(matches!(next(many, "a", b"v"), Err(ArchiveError::TooMany)));
+        let much = read(0, MAX_METADATA - 100, 0);
+        let refused = next(much, "a", &[b'v'; 100]);
+        assert!(matches!(refused, Err(ArchiveError::TooMuchMetadata)));
+        let large = read(0, 0, MAX_UNPACKED);
+        assert!(matches!(
+            next(large, "a", b"v"),
+            Err(ArchiveError::TooLarge)
+        ));
+        let long = "n/".repeat(MAX_PATH / 2) + "n";
+        let refused = next(Reading::default(), &long, b"v");
+        assert!(matches!(refused, Err(ArchiveError::LongName(_))));
+        assert!(matches!(next(Reading::default(), &long[2..], b"v"), Ok(1)));
     }
 }

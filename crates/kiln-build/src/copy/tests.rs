@@ -328,7 +328,7 @@ fn add(
 
 fn unpacked(bytes: &[u8], target: &mut Memory) -> Result<bool, String> {
     let contents = &mut target.contents;
-    let mut sink = |reader: &mut dyn std::io::Read| {
+    let mut sink = |reader: &mut dyn std::io::Read, _| {
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes)?;
         let digest = Digest::of(&bytes);
@@ -429,6 +429,28 @@ fn archives_never_leave_their_folder() {
         "/n/to/f=x",
     ];
     assert_eq!(target.list(), expected);
+}
+
+#[test]
+fn an_archive_may_leave_owner_and_time_empty() {
+    let mut header = tar::Header::new_ustar();
+    header.set_path("package/x").unwrap();
+    header.set_size(1);
+    header.set_mode(0o644);
+    header.as_old_mut().uid = [0; 8];
+    header.as_old_mut().gid = [b' '; 8];
+    header.as_old_mut().mtime = [0; 12];
+    header.set_cksum();
+    let bytes = tar(|b| b.append(&header, &b"x"[..]).unwrap());
+    let mut target = Memory::default();
+    assert!(unpacked(&bytes, &mut target).unwrap());
+    assert_eq!(target.list(), ["/n/", "/n/package/", "/n/package/x=x"]);
+    // What stands there must be a number.
+    header.as_old_mut().uid = *b"someone\0";
+    header.set_cksum();
+    let bytes = tar(|b| b.append(&header, &b"x"[..]).unwrap());
+    let told = unpacked(&bytes, &mut Memory::default()).unwrap_err();
+    assert!(told.contains("can't be read"), "{told}");
 }
 
 #[test]

@@ -10,8 +10,8 @@ use super::state::{Files, Key};
 use super::{ExecError, Site};
 use crate::build::now_nanos;
 use crate::containerfile::Declared;
-use crate::context::Context;
 use crate::context::source::ContextSource;
+use crate::context::{self, Context};
 use crate::copy::accounts::Accounts;
 use crate::copy::owner::{MAX_ACCOUNTS, Owner};
 use crate::copy::{self, FOLDER_MODE, Item, Picked};
@@ -43,7 +43,7 @@ impl Site<'_> {
     }
 
     fn pick_host(&self, path: &std::path::Path) -> Result<Picked, ExecError> {
-        let found = Context::look(path, &|_| false, false)?;
+        let found = Context::look(path, &context::is_own, false)?;
         let found = found.ok_or_else(|| FilesError::NotFound(path.display().to_string()))?;
         let source = ContextSource::new(found, &self.cache, self.store.clone(), now_nanos());
         let picked = copy::pick(&source, "/", &Default::default(), false)?;

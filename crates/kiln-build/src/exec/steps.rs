@@ -245,8 +245,10 @@ impl Site<'_> {
         };
         let content = self.store.open_object(digest).map_err(ExecError::store)?;
         let content = content.ok_or(ExecError::Lost(*digest))?;
-        let mut sink =
-            |reader: &mut dyn io::Read| self.store.put_object(reader).map_err(io::Error::other);
+        let mut sink = |reader: &mut dyn io::Read, size| {
+            let put = self.store.put_object_of(reader, size);
+            put.map_err(io::Error::other)
+        };
         let entries = archive::read(content, &mut sink).map_err(|cause| ExecError::Archive {
             path: String::from_utf8_lossy(&picked.name).into_owned(),
             cause,

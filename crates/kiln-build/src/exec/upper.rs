@@ -9,10 +9,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use kiln_model::identity;
+use kiln_model::{Digest, identity};
 use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
-use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree, TreeEditError};
+use kiln_store::{PutError, Store};
 
 use super::npm;
 use super::variables::{self, Variables};
@@ -209,13 +209,16 @@ fn kind_of(
             let content = keystore::settled(content, |time| times.settle(time));
             return keep(&mut content.as_slice(), store, path);
         }
-        keep(&mut file, store, path)?
+        kept(store.put_object_of(&mut file, stat.len()), path)?
     })
 }
 
 fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Kind, UpperError> {
-    let kept = store.put_object(content);
-    let (digest, size) = kept.map_err(|cause| UpperError::Keep {
+    kept(store.put_object(content), path)
+}
+
+fn kept(put: Result<(Digest, u64), PutError>, path: &Path) -> Result<Kind, UpperError> {
+    let (digest, size) = put.map_err(|cause| UpperError::Keep {
         path: path.to_owned(),
         cause: Box::new(cause),
     })?;
@@ -308,7 +311,43 @@ fn is_trace(path: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn times_in_stores_of_certificates_become_the_epoch_whatever_their_length() {
+        const CERTIFICATE: u32 = 2;
+        let (upper, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = Store::open(root.path()).unwrap();
+        let long = vec![7; variables::LONGEST as usize];
+        let made = |certificate: &[u8], first| {
+            crate::keystore::tests::store_of(CERTIFICATE, [first, 5_000_000], certificate)
+        };
+        for (name, certificate) in [("short", &b"der"[..]), ("long", &long)] {
+            fs::write(upper.path().join(name), made(certificate, 1_005_000)).unwrap();
+        }
+        let times = Times {
+            begun: 1000,
+            ended: 1010,
+            epoch: 500,
+        };
+        let traces = Traces {
+            made: &[],
+            variables: &Variables::default(),
+        };
+        let mut tree = Tree::new();
+        take(&mut tree, upper.path(), &store, times, traces).unwrap();
+        for (name, certificate) in [("short", &b"der"[..]), ("long", &long)] {
+            let found = match tree.get(name).unwrap().kind {
+                Kind::File { digest, .. } => fs::read(store.object_path(&digest)).unwrap(),
+                _ => Vec::new(),
+            };
+            // Later than an epoch that was asked for is as late as that.
+            let expected =
+                crate::keystore::tests::store_of(CERTIFICATE, [500_000, 500_000], certificate);
+            assert!(found == expected, "{name}");
+        }
+    }
 
     #[test]
     fn times_of_the_step_become_the_epoch_and_others_stay() {

@@ -113,6 +113,30 @@ fn what_can_not_be_read_is_in_the_record() {
     );
 }
 
+#[test]
+fn what_is_read_is_bounded_and_what_is_beyond_is_told() {
+    let large = vec![b'\n'; MAX_MANIFEST as usize + 1];
+    let found = world(&[("var/lib/dpkg/status.d/large", &large, 0o644)]);
+    assert_eq!(found.packages, []);
+    assert_eq!(found.unread.len(), 1);
+    assert!(found.unread[0].why.ends_with("are read"), "{found:?}");
+
+    let many: String = (0..=MAX_PACKAGES)
+        .map(|n| format!("P:p{n}\nV:1\n\n"))
+        .collect();
+    let found = world(&[("lib/apk/db/installed", many.as_bytes(), 0o644)]);
+    assert_eq!(found.packages.len(), MAX_PACKAGES);
+    assert_eq!(found.unread.len(), 1);
+    let why = &found.unread[0].why;
+    assert!(why.starts_with("there are more than"), "{why}");
+
+    // More sections than any program has: none is looked for.
+    let mut program = program(&[(".go.buildinfo", &go("mod\ta\tv1\n"))]);
+    assert_eq!(world(&[("bin/x", &program, 0o755)]).packages.len(), 2);
+    program[60..62].copy_from_slice(&5000_u16.to_le_bytes());
+    assert_eq!(world(&[("bin/x", &program, 0o755)]).packages, []);
+}
+
 /// A 64-bit program with these sections and nothing else.
 fn program(sections: &[(&str, &[u8])]) -> Vec<u8> {
     let mut names = vec![0u8];
@@ -219,6 +243,26 @@ fn a_record_follows_from_the_files_and_stays_with_the_image() {
     store.set_ref("kept", &manifest).unwrap();
     store.gc(&[], false).unwrap();
     assert!(of(&store, &image).unwrap().is_some());
+
+    // One that another kiln has written stays, and is not misread.
+    let newer = br#"{"format":2,"packages":[],"unread":[]}"#;
+    let (digest, _) = store.write(None, &mut newer.as_slice()).unwrap();
+    let image = store.attach_packages(&image, digest).unwrap();
+    assert_eq!(attach(&store, &manifest).unwrap().packages, Some(digest));
+    let told = of(&store, &image).unwrap_err();
+    assert!(matches!(told, PackagesError::Format(_, 2)), "{told}");
+}
+
+#[test]
+fn no_byte_of_a_program_is_believed() {
+    let whole = program(&[(".go.buildinfo", &go("mod\ta\tv1\n"))]);
+    for at in 0..whole.len() {
+        for to in [0, 1, 0x7f, 0x80, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[at] = to;
+            let _ = programs::packages(&mut Cursor::new(bytes));
+        }
+    }
 }
 
 proptest::proptest! {

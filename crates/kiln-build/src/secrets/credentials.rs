@@ -14,11 +14,19 @@ enum Holds {
     Url,
     /// As a variable that is secret by its name.
     Variables,
+    /// Commands as somebody typed them.
+    Commands,
+    /// Hashes of passwords, as the second of fields.
+    Hashes,
     /// The file is nothing but logins.
     Anything,
+    /// It is a key, or what keys are made from.
+    Key,
 }
 
-use Holds::{Anything, Url, Variables, Words};
+use Holds::{Anything, Commands, Hashes, Key, Url, Variables, Words};
+
+const LOGIN: &str = "file with a login";
 
 /// The end of a path, and what is looked for in such a file.
 const FILES: &[(&str, Holds)] = &[
@@ -66,10 +74,8 @@ const FILES: &[(&str, Holds)] = &[
     (".config/hub", Words(&["oauth_token"])),
     (".m2/settings.xml", Words(&["password"])),
     (".gradle/gradle.properties", Variables),
-    (
-        ".kube/config",
-        Words(&["client-key-data", "token", "password"]),
-    ),
+    (".kube/config", Words(KUBERNETES)),
+    ("kubeconfig", Words(KUBERNETES)),
     (
         "application_default_credentials.json",
         Words(&["refresh_token", "private_key"]),
@@ -83,53 +89,137 @@ const FILES: &[(&str, Holds)] = &[
     (".boto", Words(&["secret_key", "aws_secret_access_key"])),
     (".env", Variables),
     (".envrc", Variables),
-    (".bash_history", Variables),
-    (".ash_history", Variables),
-    (".sh_history", Variables),
-    (".zsh_history", Variables),
-    (".python_history", Variables),
+    (".bash_history", Commands),
+    (".ash_history", Commands),
+    (".sh_history", Commands),
+    (".zsh_history", Commands),
+    (".python_history", Commands),
+    (".mysql_history", Commands),
+    (".psql_history", Commands),
+    ("fish/fish_history", Commands),
+    (".wgetrc", Words(&["password", "http_password"])),
+    (".curlrc", Commands),
+    ("rclone/rclone.conf", Words(&["pass", "token"])),
+    ("ppp/chap-secrets", Anything),
+    ("postfix/sasl_passwd", Anything),
+    ("exim4/passwd.client", Anything),
+    ("rndc.key", Words(&["secret"])),
+    ("etc/passwd", Hashes),
+    ("etc/passwd-", Hashes),
+    ("etc/shadow", Hashes),
+    ("etc/shadow-", Hashes),
+    ("etc/gshadow", Hashes),
+    ("etc/gshadow-", Hashes),
+    (".htpasswd", Hashes),
+    ("htpasswd", Hashes),
+    ("var/lib/systemd/random-seed", Key),
+    ("var/lib/urandom/random-seed", Key),
+    ("etc/munge/munge.key", Key),
+    ("krb5.keytab", Key),
+    (".gnupg/secring.gpg", Key),
 ];
+
+const KUBERNETES: &[&str] = &["client-key-data", "token", "password"];
+const WIREGUARD: &[&str] = &["PrivateKey", "PresharedKey"];
 
 /// Files of which there may be any number in a folder: the folder, what their names end with.
 const FOLDERS: &[(&str, &str, Holds)] = &[
     ("apt/auth.conf.d/", ".conf", Words(&["password"])),
     ("apt/sources.list.d/", "", Url),
     ("apt/apt.conf.d/", "", Url),
+    ("etc/kubernetes/", ".conf", Words(KUBERNETES)),
+    (
+        "wpa_supplicant/",
+        ".conf",
+        Words(&["psk", "password", "wep_key0", "private_key_passwd"]),
+    ),
+    (
+        "NetworkManager/system-connections/",
+        "",
+        Words(&["psk", "password", "wep-key0", "private-key-password"]),
+    ),
+    ("netplan/", ".yaml", Words(&["password"])),
+    ("wireguard/", ".conf", Words(WIREGUARD)),
+    ("systemd/network/", ".netdev", Words(WIREGUARD)),
+    (".gnupg/private-keys-v1.d/", ".key", Key),
 ];
 const SOURCES: &str = "apt/sources.list";
 /// `.env.production`; not what shows how to write one.
 const ENV: &str = ".env.";
 const SHOWN: [&str; 6] = ["example", "sample", "template", "dist", "tmpl", "default"];
 
-/// Says whether a file of this path, relative to the root, is one of those: only then is
-/// its text worth [`has_login`].
-pub(super) fn is_known(path: &str) -> bool {
-    holds(path).is_some()
-}
-
-/// Says whether the file holds a login.
-pub(super) fn has_login(path: &str, content: &[u8]) -> bool {
-    let Some(holds) = holds(path) else {
-        return false;
-    };
+/// What a file of this path, relative to the root, holds that is secret.
+pub(super) fn kind(path: &str, content: &[u8]) -> Option<&'static str> {
+    let holds = holds(path)?;
     let text = String::from_utf8_lossy(&content[..content.len().min(LONGEST)]);
     let lines = || {
         let lines = text.lines().map(str::trim);
         lines.filter(|line| !line.starts_with(['#', ';']))
     };
+    let login = |found: bool| found.then_some(LOGIN);
     match holds {
-        Words(words) => lines_join(lines(), words),
-        Url => lines().any(has_url_password),
-        Variables => lines().any(|line| {
+        Words(words) => login(lines_join(lines(), words)),
+        Url => login(lines().any(has_url_password)),
+        Variables => login(lines().any(|line| {
             let line = line.strip_prefix("export ").unwrap_or(line);
             let pair = line.split_once('=');
             pair.is_some_and(|(name, value)| {
                 let name = name.trim().rsplit(' ').next().unwrap_or_default();
                 is_secret_variable(name, value) || has_url_password(value)
             })
-        }),
-        Anything => lines().any(|line| !line.is_empty()),
+        })),
+        Commands => login(lines().any(command_has_login)),
+        Anything => login(lines().any(|line| !line.is_empty())),
+        Hashes => lines().any(line_has_hash).then_some("hash of a password"),
+        Key => Some("secret key"),
     }
+}
+
+/// Says whether a password stands in a command, as a variable, an option or in a URL.
+fn command_has_login(line: &str) -> bool {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let assigned = |word: &&str| {
+        let pair = word.trim_matches(['"', '\'', ';']).split_once('=');
+        pair.is_some_and(|(name, value)| is_secret_variable(name, value))
+    };
+    let given = words.windows(2).any(|pair| match pair {
+        ["-u" | "--user", login] => {
+            let password = login.trim_matches(['"', '\'']).split_once(':');
+            password.is_some_and(|(_, password)| !password.is_empty() && is_value(password))
+        }
+        // No option of `sshpass`'s means anything else by it.
+        ["-p", password] => line.contains("sshpass ") && is_value(password),
+        [option, value] => {
+            let option = option.starts_with("--").then_some(*option);
+            option.is_some_and(|option| {
+                !option.contains('=')
+                    && !value.starts_with('-')
+                    && is_secret_variable(option, value)
+            })
+        }
+        _ => false,
+    });
+    let joined = |word: &&str| {
+        let clients = ["mysql", "mariadb", "sshpass"];
+        let password = word.strip_prefix("-p").filter(|rest| !rest.is_empty());
+        password.is_some_and(is_value) && clients.iter().any(|client| line.contains(client))
+    };
+    // As SQL has it.
+    let identified = ["IDENTIFIED BY '", "PASSWORD '"]
+        .iter()
+        .any(|words| line.to_ascii_uppercase().contains(words));
+    given || identified || words.iter().any(|w| assigned(w) || joined(w)) || has_url_password(line)
+}
+
+/// Says whether the second field is what crypt(5) makes of a password, locked or not.
+fn line_has_hash(line: &str) -> bool {
+    const DES: usize = 13;
+    let hash = line.split(':').nth(1).unwrap_or_default();
+    let hash = hash.trim_start_matches('!');
+    let of_crypt = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '/');
+    (hash.starts_with('$') && hash.len() > DES)
+        || hash.starts_with("{SHA")
+        || (hash.len() == DES && hash.chars().all(of_crypt))
 }
 
 fn holds(path: &str) -> Option<&'static Holds> {
@@ -142,6 +232,9 @@ fn holds(path: &str) -> Option<&'static Holds> {
     }
     if is(SOURCES) {
         return Some(&Url);
+    }
+    if path.ends_with(".kubeconfig") {
+        return Some(&Words(KUBERNETES));
     }
     let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
     let within = |wanted: &str| format!("{folder}/").ends_with(wanted);
@@ -177,6 +270,27 @@ fn lines_join<'a>(lines: impl Iterator<Item = &'a str>, words: &[&str]) -> bool 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hashes_of_passwords_are_told_from_what_lets_nobody_in() {
+        for hash in [
+            "$y$j9T$abcdefgh$0123456789",
+            "!$6$abcdefgh$0123",
+            "ab0123456789.",
+        ] {
+            let line = format!("root:{hash}:19000:0:99999:7:::\n");
+            let found = kind("etc/shadow", line.as_bytes());
+            assert_eq!(found, Some("hash of a password"), "{hash}");
+        }
+        assert_eq!(
+            kind("srv/.htpasswd", b"me:{SHA}abc="),
+            Some("hash of a password")
+        );
+        assert_eq!(
+            kind("var/lib/systemd/random-seed", b"\xff\0"),
+            Some("secret key")
+        );
+    }
 
     #[test]
     fn files_with_logins_are_told_from_those_without() {
@@ -229,9 +343,26 @@ mod tests {
             ("app/.env.production", "export API_TOKEN='p4ss'"),
             ("root/.bash_history", "ls\nexport DB_PASSWORD=p4ss"),
             ("root/.pgpass", "h:5432:db:me:p4ss"),
+            ("root/.bash_history", "cd /\nA=b DB_PASSWORD=p4ss ./x"),
+            ("root/.bash_history", "curl -u me:p4ss https://h"),
+            ("root/.bash_history", "mysql -u me -pp4ss db"),
+            ("root/.bash_history", "sshpass -p p4ss ssh h"),
+            ("root/.zsh_history", ": 1:0;x login --password p4ss"),
+            ("root/.psql_history", "alter role me password 'p4ss';"),
+            ("etc/ppp/chap-secrets", "me * p4ss *"),
+            (
+                "etc/wpa_supplicant/wlan0.conf",
+                "network={\n psk=\"p4ssp4ss\"\n}",
+            ),
+            (
+                "etc/NetworkManager/system-connections/home",
+                "[wifi-security]\npsk=p4ssp4ss",
+            ),
+            ("etc/wireguard/wg0.conf", "[Interface]\nPrivateKey = p4ss="),
+            ("ci.kubeconfig", "users:\n- user:\n    token: abcd"),
         ];
         for (path, text) in holding {
-            assert!(is_known(path) && has_login(path, text.as_bytes()), "{path}");
+            assert_eq!(kind(path, text.as_bytes()), Some(LOGIN), "{path}");
         }
         let innocent = [
             (
@@ -262,9 +393,24 @@ mod tests {
             ),
             ("root/.aws/config", "[default]\nregion = eu-central-1"),
             ("app/config.json", "{\"password\": \"p4ss\"}"),
+            (
+                "root/.bash_history",
+                "ls -p x\ncp -p4 a b\nmysql -u me -p\ncurl -u me https://h\nx --token $TOKEN\n\
+                 read -s PASSWORD\nx --password-file /run/x\nid -u me:",
+            ),
+            (
+                "etc/shadow",
+                "root:*:1::::::\na:!:1::::::\nb:!!:::::::\nc::1::::::",
+            ),
+            ("etc/passwd", "root:x:0:0:root:/root:/bin/bash"),
+            (
+                "etc/wpa_supplicant/wlan0.conf",
+                "network={\n key_mgmt=NONE\n}",
+            ),
+            ("etc/ppp/chap-secrets", "# client server secret addresses\n"),
         ];
         for (path, text) in innocent {
-            assert!(!has_login(path, text.as_bytes()), "{path}");
+            assert_eq!(kind(path, text.as_bytes()), None, "{path}");
         }
     }
 }

@@ -2,8 +2,8 @@
 //! adds is looked through when its layer is made, and what the target's instructions added
 //! is judged when the image is put together. What an image is built on was another build's.
 //!
-//! Private keys, tokens of known shapes, files that hold logins, the build's own secrets,
-//! and variables that are secret by name refuse the image. What a RUN made to tell this
+//! Private keys, tokens of known shapes, files that hold logins or hashes of passwords, the
+//! build's own secrets, and variables that are secret by name refuse the image. What a RUN made to tell this
 //! machine from others ([`kiln_model::identity`]) is in the image as an empty file, which
 //! the runtime fills for each instance; that is only told.
 //!

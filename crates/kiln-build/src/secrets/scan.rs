@@ -21,6 +21,8 @@ pub(crate) const LOOKED_INTO: u64 = 8 << 20;
 const MAX_THREADS: usize = 4;
 /// A shorter secret would be found in files that have nothing to do with it.
 const SHORTEST: usize = 8;
+/// The same id once more, where it is no link.
+const DBUS_ID: &str = "var/lib/dbus/machine-id";
 
 /// The secrets that the build itself was given: id and value.
 pub struct Given(Vec<(String, Vec<u8>)>);
@@ -138,15 +140,14 @@ impl<'a> Look<'a> {
         }
         let kinds = self.finder.kinds(content);
         let mut kinds: Vec<String> = kinds.iter().map(|k| (*k).into()).collect();
-        if identity == Some(Identity::MachineId) && content.trim_ascii() != b"uninitialized" {
+        let machine_id = identity == Some(Identity::MachineId) || path == DBUS_ID;
+        if machine_id && content.trim_ascii() != b"uninitialized" {
             kinds.push(name(Identity::MachineId).into());
         }
-        if is_putty(content) || is_der_key(content) {
+        if is_ssh_key(content) || is_der_key(content) {
             kinds.push("private key".into());
         }
-        if credentials::is_known(&path) && credentials::has_login(&path, content) {
-            kinds.push("file with a login".into());
-        }
+        kinds.extend(credentials::kind(&path, content).map(str::to_owned));
         if self.marks.iter().any(|mark| contains(content, mark)) {
             let mark = "what a RUN is given for this build only, to reach the recording proxy";
             kinds.push(mark.into());
@@ -174,28 +175,35 @@ fn name(identity: Identity) -> &'static str {
     }
 }
 
-fn is_putty(content: &[u8]) -> bool {
+/// As PuTTY and ssh.com write them.
+fn is_ssh_key(content: &[u8]) -> bool {
     content.starts_with(b"PuTTY-User-Key-File-")
+        || content.starts_with(b"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----")
 }
 
-/// PKCS#8 without a frame: RSA, Ed25519 and keys on elliptic curves.
+/// Without a frame: PKCS#8 of RSA, Ed25519 and keys on elliptic curves, encrypted or not;
+/// PKCS#1; and SEC 1.
 fn is_der_key(content: &[u8]) -> bool {
-    const VERSION: [u8; 3] = [2, 1, 0];
     const KINDS: [&[u8]; 3] = [
         &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01],
         &[0x2b, 0x65, 0x70],
         &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01],
     ];
+    const BY_PASSWORD: [u8; 9] = [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x05, 0x0d];
     let body = match content {
         [0x30, 0x82, _, _, body @ ..] | [0x30, 0x81, _, body @ ..] | [0x30, _, body @ ..] => body,
         _ => return false,
     };
-    // The version, then a sequence, an object and their lengths.
-    let body = body.strip_prefix(&VERSION).and_then(|body| match body {
-        [0x30, _, 0x06, _, kind @ ..] => Some(kind),
-        _ => None,
-    });
-    body.is_some_and(|body| KINDS.iter().any(|kind| body.starts_with(kind)))
+    match body {
+        // The version, then a sequence, an object and their lengths.
+        [2, 1, 0, 0x30, _, 0x06, _, kind @ ..] => KINDS.iter().any(|k| kind.starts_with(k)),
+        // The version, and a long number: the modulus.
+        [2, 1, 0, 0x02, 0x81 | 0x82, ..] => true,
+        // The version, and as many bytes as a curve's secret has.
+        [2, 1, 1, 0x04, 28 | 32 | 48 | 66, ..] => true,
+        [0x30, _, 0x06, 9, kind @ ..] => kind.starts_with(&BY_PASSWORD),
+        _ => false,
+    }
 }
 
 fn contains(content: &[u8], wanted: &[u8]) -> bool {

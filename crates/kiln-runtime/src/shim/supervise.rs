@@ -103,10 +103,15 @@ pub fn to_the_end(instance: Instance, log: &mut Writer, cgroup: &Cgroup) -> Exit
     let mut buffer = vec![0; CHUNK];
     let status = watch(instance.pid, &mut sources, log, &mut buffer);
     let out_of_memory = cgroup.out_of_memory();
+    let refused = cgroup.processes_refused();
     // Processes outside its pid namespace (a shared one), if any.
     cgroup.kill();
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
     drain(sources, log, &mut buffer);
+    if refused > 0 && !status.success() {
+        let text = "it could not start more processes: it had as many as it may have";
+        keep(log, Stream::System, text, false);
+    }
     match status {
         ExitStatus::Signal(9) | ExitStatus::Code(137) if out_of_memory => ExitStatus::OutOfMemory,
         other => other,

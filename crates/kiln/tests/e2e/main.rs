@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod bounded;
 mod canary;
 mod common;
 mod crash;
@@ -22,6 +23,7 @@ mod matrix;
 mod network;
 mod platforms;
 mod proving;
+mod registry;
 mod rollouts;
 mod serving;
 mod soak;

@@ -5,7 +5,7 @@ use std::fs;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::common::{Kiln, Page, Project, wait_until};
+use crate::common::{Kiln, Page, Project, leftovers, wait_until};
 
 /// A service whose end is the verdict, out of the release by its profile.
 const STACK: &str = "  check:
@@ -119,15 +119,7 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     // Killed in the middle, it is swept by the next.
     project.write("www/check", "echo waiting; sleep 1000");
     let running = project.start("up", &[]);
-    wait_until("the test to run", || {
-        let of_test = |spec: &fs::DirEntry| spec.file_name().to_string_lossy().contains("-check-");
-        let instances = fs::read_dir(kiln.root.join("instances"));
-        instances
-            .into_iter()
-            .flatten()
-            .flatten()
-            .any(|e| of_test(&e))
-    });
+    wait_until("the test to run", || of_test(&project, "-check-"));
     running.signal(Signal::KILL);
     running.end();
     project.write("www/check", "true");
@@ -135,6 +127,59 @@ fn a_whole_stack_proves_itself_before_anything_that_serves_is_touched() {
     ran.says(&["which an earlier test has left"]);
     assert_eq!(project.page(), "two");
     nothing_of_tests_is_left(&project);
+}
+
+/// Is there an instance with this in its name?
+fn of_test(project: &Project<'_>, name: &str) -> bool {
+    let instances = fs::read_dir(project.kiln.root.join("instances"));
+    let mut instances = instances.into_iter().flatten().flatten();
+    instances.any(|entry| entry.file_name().to_string_lossy().contains(name))
+}
+
+#[test]
+fn ctrl_c_in_a_whole_stack_test_takes_the_stack_away_and_touches_nothing_else() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("broken", &page(STACK));
+    project.edit(
+        "compose.yaml",
+        "x-kiln:\n",
+        "x-kiln:\n  test: {service: check, timeout: 600s}\n",
+    );
+    project.write("www/check", "true");
+    project.up().ok();
+    let (before, verdicts_before) = (project.instances(None), verdicts(&project).len());
+    // Of httpd there is one more for each that asks.
+    let all_left = || {
+        let mut left = leftovers(&kiln.root, true);
+        left.retain(|line| !line.contains("httpd"));
+        left
+    };
+    let left_before = all_left();
+    project.write("www/check", "echo waiting; sleep 1000");
+    for word in ["up", "test"] {
+        let running = project.start(word, &[]);
+        wait_until("the test to run", || of_test(&project, "-check-"));
+        wait_until("the program of the test", || {
+            let left = leftovers(&kiln.root, false);
+            left.iter().any(|line| line.contains("sleep 1000"))
+        });
+        running.signal(Signal::INT);
+        let ran = running.end().code(&[130]);
+        ran.says(&["nothing that serves was touched"]);
+        nothing_of_tests_is_left(&project);
+        assert!(!of_test(&project, "-check-"));
+        assert_eq!(project.instances(None), before);
+        assert_eq!(project.page(), "one");
+        // Neither processes nor mounts, bridges or groups.
+        assert_eq!(all_left(), left_before);
+    }
+    assert_eq!(project.releases(), [(1, "proven".into())]);
+    assert_eq!(verdicts(&project).len(), verdicts_before);
+    // Nothing is there that the next would have to sweep, and no verdict was remembered.
+    project.write("www/check", "echo not well; exit 3");
+    let ran = project.run("up", &[]).code(&[5]);
+    assert!(!ran.stderr.contains("an earlier test has left"), "{ran}");
+    ran.says(&["not well", "exited with code 3"]);
 }
 
 #[test]

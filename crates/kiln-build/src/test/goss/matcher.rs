@@ -248,10 +248,11 @@ mod tests {
     }
 
     fn gt(number: f64) -> Matcher {
-        Matcher::Compare {
-            than: Comparison::Gt,
-            number,
-        }
+        compare(Comparison::Gt, number)
+    }
+
+    fn compare(than: Comparison, number: f64) -> Matcher {
+        Matcher::Compare { than, number }
     }
 
     #[test]
@@ -314,6 +315,15 @@ mod tests {
                 false,
             ),
             (Matcher::Not(b(t("x"))), json!("y"), true),
+            (Matcher::Not(b(t("y"))), json!("y"), false),
+            (compare(Comparison::Gt, 42.0), json!(42), false),
+            (compare(Comparison::Ge, 42.0), json!(42), true),
+            (compare(Comparison::Ge, 42.5), json!(42), false),
+            (compare(Comparison::Lt, 42.0), json!(42), false),
+            (compare(Comparison::Le, 42.0), json!(42), true),
+            (compare(Comparison::Le, 41.5), json!(42), false),
+            (Matcher::And(vec![t("x"), t("y")]), json!("y"), false),
+            (Matcher::Or(vec![t("x"), t("z")]), json!("y"), false),
             (
                 Matcher::And(vec![gt(40.0), Matcher::Not(b(gt(42.0)))]),
                 json!("42"),

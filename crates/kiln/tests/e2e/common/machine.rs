@@ -32,18 +32,26 @@ impl Kiln {
             eprintln!("SKIPPED: needs root");
             return None;
         }
-        let turn = turn();
+        Some(Self::of_turn(turn()))
+    }
+
+    /// Another machine, as far as kiln can tell: a root of its own, within this one's turn.
+    pub fn another(&self) -> Self {
+        Self::of_turn(self._turn.try_clone().unwrap())
+    }
+
+    fn of_turn(turn: File) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("kiln-e2e-")
             .tempdir_in("/var/tmp")
             .unwrap();
         let root = folder.path().join("root");
         lend_packages(&root);
-        Some(Self {
+        Self {
             root,
             folder,
             _turn: turn,
-        })
+        }
     }
 
     /// A folder of this test's own.
