@@ -49,7 +49,7 @@ fn tokens() -> Vec<(&'static str, String)> {
         ("gitlab-deploy", token("gldt-", 20)),
         ("gitlab-runner", token("glrt-", 20)),
         ("slack-bot", token("xoxb-", 40)),
-        ("slack-app", token("xapp-", 40)),
+        ("slack-app", token("xapp-1-A", 60)),
         ("npm", token("npm_", 36)),
         ("pypi", token("pypi-AgEIcHlwaS5vcmc", 60)),
         ("stripe", token("sk_live_", 24)),
@@ -515,6 +515,10 @@ fn what_only_looks_like_a_secret_refuses_nothing() {
     let tests = key("RSA ");
     let innocent = [
         ("etc/ssl/certs/ca-certificates.crt", certificates.as_str()),
+        (
+            "var/lib/apt/lists/main_Packages",
+            "Package: xapp-symbolic-icons\nDepends: glrt-tools, xoxo\n",
+        ),
         ("srv/public.pem", &framed("PUBLIC KEY")),
         ("srv/rsa-public.pem", &framed("RSA PUBLIC KEY")),
         ("srv/request.csr", &framed("CERTIFICATE REQUEST")),

@@ -146,7 +146,8 @@ const SHAPES: [Shape; 29] = [
     shape(GITLAB, "gldt-", "_-.", 20),
     shape(GITLAB, "glptt-", "_-.", 20),
     shape(GITLAB, "glrt-", "_-.", 20),
-    shape(SLACK, "xapp-", "-", 10),
+    // Packages have names like `xapp-symbolic-icons`.
+    shape(SLACK, "xapp-1-A", "-", 60),
     shape(SLACK, "xoxa-", "-", 10),
     shape(SLACK, "xoxb-", "-", 10),
     shape(SLACK, "xoxe-", "-", 10),

@@ -76,8 +76,7 @@ struct Measured {
     memory: u64,
 }
 
-pub fn rows(runs: usize) -> Result<Vec<Row>, Failure> {
-    let mut rows = Vec::new();
+pub fn measure(runs: usize, rows: &mut Vec<Row>) -> Result<(), Failure> {
     for project in projects() {
         let folder = tempfile::Builder::new().prefix("kiln-bench-").tempdir()?;
         let scratch = folder.path();
@@ -105,7 +104,7 @@ pub fn rows(runs: usize) -> Result<Vec<Row>, Failure> {
             Err(why) => rows.push(Row::not_run(&project.what, "buildah", &why.to_string())),
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 impl Project {

@@ -112,7 +112,7 @@ fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), Failure> {
     }
     if options.wants("build") {
         eprintln!("build: {} runs", options.runs);
-        rows.extend(build::rows(options.runs)?);
+        build::measure(options.runs, rows)?;
     }
     if options.wants("debian") {
         // Half a minute of mmdebstrap each.

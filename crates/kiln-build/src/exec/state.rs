@@ -21,7 +21,8 @@ use super::layer::LayerRef;
 use crate::cache;
 use crate::secrets::Finding;
 
-const FORMAT: u32 = 3;
+/// Another one also where other secrets are looked for: what was found is part of a result.
+const FORMAT: u32 = 4;
 
 /// Files known by their key.
 pub struct Files {

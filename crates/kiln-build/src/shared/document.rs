@@ -3,7 +3,7 @@
 //! [`MEDIA_TYPE`]. Its layers are the layers of all results, each once, by digest. The
 //! configuration is JSON:
 //! ```text
-//! {"format":1,"steps":{"sha256:<key>":{"layers":[{"digest","size","diff_id"}…],
+//! {"format":2,"steps":{"sha256:<key>":{"layers":[{"digest","size","diff_id"}…],
 //!   "findings":[{"place","kind","made_anew"}…],"took":milliseconds}…}}
 //! ```
 //! A result's layers are in their order; none: the instruction changed nothing.
@@ -19,7 +19,8 @@ use crate::exec::state::Made;
 pub(super) const MEDIA_TYPE: &str = "application/vnd.kiln.build-cache.v1+json";
 /// Longest configuration, in bytes: some ten thousand results.
 pub(super) const MAX_BYTES: u64 = 8 << 20;
-const FORMAT: u32 = 1;
+/// As in [`crate::exec::state`], another one also where other secrets are looked for.
+const FORMAT: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Document {
