@@ -322,16 +322,38 @@ impl Store {
 
     /// Writes the tree that these layers make, and remembers that they do.
     fn keep_chain(&self, tree: &Tree, diff_ids: &[Digest]) -> Result<Digest, AddImageError> {
-        let digest = self.write_tree(tree)?;
-        if let Some(chain) = chain_ids(diff_ids).last() {
-            let text = format!("{digest}\n");
-            self.replace(&self.layout.chain(chain), text.as_bytes())?;
+        match chain_id(diff_ids) {
+            Some(chain) => Ok(self.remember_chain(&chain, tree)?),
+            None => Ok(self.write_tree(tree)?),
         }
+    }
+
+    /// The same by their chain's id. The caller vouches for it that they make this tree.
+    pub fn remember_chain(&self, chain: &Digest, tree: &Tree) -> Result<Digest, WriteTreeError> {
+        if let Some(digest) = self.chain(chain)?
+            && self.check_objects(tree).is_ok()
+        {
+            return Ok(digest);
+        }
+        let digest = self.write_tree(tree)?;
+        let text = format!("{digest}\n");
+        self.replace(&self.layout.chain(chain), text.as_bytes())?;
         Ok(digest)
     }
 
     /// The tree of a chain, if it is known, whole, and has all its objects.
-    fn known_chain(&self, chain: &Digest) -> Result<Option<(Digest, Tree)>, PathError> {
+    pub fn known_chain(&self, chain: &Digest) -> Result<Option<(Digest, Tree)>, PathError> {
+        let Some(digest) = self.chain(chain)? else {
+            return Ok(None);
+        };
+        let Ok(tree) = self.load_tree(&digest) else {
+            return Ok(None);
+        };
+        Ok(self.check_objects(&tree).is_ok().then_some((digest, tree)))
+    }
+
+    /// What a chain's tree is called, if there is one.
+    fn chain(&self, chain: &Digest) -> Result<Option<Digest>, PathError> {
         let Some(bytes) = read_file(&self.layout.chain(chain))? else {
             return Ok(None);
         };
@@ -339,13 +361,8 @@ impl Store {
         let Some(digest) = digest else {
             return Ok(None);
         };
-        if self.reuse(Shelf::Trees, &digest, None)?.is_none() {
-            return Ok(None);
-        }
-        let Ok(tree) = self.load_tree(&digest) else {
-            return Ok(None);
-        };
-        Ok(self.check_objects(&tree).is_ok().then_some((digest, tree)))
+        let there = self.reuse(Shelf::Trees, &digest, None)?.is_some();
+        Ok(there.then_some(digest))
     }
 
     fn record(&self, image: &Image) -> Result<(), AddImageError> {
@@ -383,7 +400,13 @@ fn parse_manifest(digest: &Digest, bytes: &[u8]) -> Result<Manifest, AddImageErr
     }
 }
 
-/// One for every layer (image-spec v1.1, config.md, "Layer ChainID").
+/// Of all layers together, base first; `None`: there are none (image-spec v1.1, config.md,
+/// "Layer ChainID").
+pub fn chain_id(diff_ids: &[Digest]) -> Option<Digest> {
+    chain_ids(diff_ids).pop()
+}
+
+/// One for every layer.
 fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
     let mut chains: Vec<Digest> = Vec::with_capacity(diff_ids.len());
     for diff_id in diff_ids {

@@ -34,7 +34,7 @@ use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Finish;
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, StartError};
-use kiln_store::Store;
+use kiln_store::{Store, chain_id};
 
 use crate::containerfile::{RunNetwork, Span};
 use crate::context::source::ContextSource;
@@ -57,6 +57,9 @@ pub use sweep::sweep;
 
 /// How many of a failed command's last lines are told.
 pub const TOLD_LINES: usize = 30;
+
+/// Bytes of layers from which on reading them again takes longer than keeping their tree.
+const MUCH: u64 = 1 << 20;
 
 /// Layers made at the same time; a bound on memory.
 const MAX_LAYER_THREADS: usize = 4;
@@ -467,6 +470,7 @@ impl Site<'_> {
         };
         // What holds a secret of the build's is kept for no later one: `gc` takes it.
         if !made.findings.iter().any(Finding::is_given) {
+            self.remember_tree(&building.layers, &made.layers, exact.then_some(&tree))?;
             self.remember(&steps, &key, made.clone())?;
         }
         self.results.add(key, &made);
@@ -479,6 +483,24 @@ impl Site<'_> {
         };
         building.advance(key, made, Some((tree, exact)), told.step);
         Ok(done)
+    }
+
+    /// Remembers what layers make, where reading the last of them again takes longer.
+    fn remember_tree(
+        &self,
+        below: &[LayerRef],
+        made: &[LayerRef],
+        tree: Option<&kiln_store::tree::Tree>,
+    ) -> Result<(), ExecError> {
+        let bytes: u64 = made.iter().map(|layer| layer.size).sum();
+        let all: Vec<Digest> = below.iter().chain(made).map(|l| l.diff_id).collect();
+        if let (Some(tree), Some(chain)) = (tree, chain_id(&all))
+            && bytes >= MUCH
+        {
+            let remembered = self.store.remember_chain(&chain, tree);
+            remembered.map_err(ExecError::store)?;
+        }
+        Ok(())
     }
 
     /// What the cache has, or a cache of others.
@@ -591,13 +613,16 @@ impl Building {
         step: &Step,
     ) {
         let blobs: Vec<Digest> = made.layers.iter().map(|layer| layer.digest).collect();
-        self.files = match tree {
-            Some((tree, exact)) => Files::given(key, tree, exact),
-            // Nothing changed, but what comes next may still depend on it.
-            None if blobs.is_empty() => self.files.clone(),
-            None => Files::layers(key, self.files.clone(), blobs),
-        };
         self.layers.extend(made.layers);
+        let all: Vec<Digest> = self.layers.iter().map(|layer| layer.diff_id).collect();
+        self.files = match (tree, chain_id(&all)) {
+            (Some((tree, exact)), _) => Files::given(key, tree, exact),
+            (None, Some(chain)) if !blobs.is_empty() => {
+                Files::layers(key, self.files.clone(), blobs, chain)
+            }
+            // Nothing changed, but what comes next may still depend on it.
+            (None, _) => self.files.clone(),
+        };
         self.find(step, made.findings);
     }
 

@@ -42,6 +42,8 @@ enum Recipe {
     Layers {
         below: Arc<Files>,
         blobs: Vec<Digest>,
+        /// Of all layers, down to the first.
+        chain: Digest,
     },
     /// Given at birth.
     Given,
@@ -67,8 +69,13 @@ impl Files {
         Self::new(manifest, Recipe::Written(tree))
     }
 
-    pub fn layers(key: Digest, below: Arc<Files>, blobs: Vec<Digest>) -> Arc<Self> {
-        Self::new(key, Recipe::Layers { below, blobs })
+    pub fn layers(key: Digest, below: Arc<Files>, blobs: Vec<Digest>, chain: Digest) -> Arc<Self> {
+        let recipe = Recipe::Layers {
+            below,
+            blobs,
+            chain,
+        };
+        Self::new(key, recipe)
     }
 
     /// `exact`: the tree is what layers make of one that is.
@@ -98,14 +105,24 @@ impl Files {
         let tree = match &self.recipe {
             Recipe::Empty | Recipe::Given => Tree::new(),
             Recipe::Written(digest) => store.load_tree(digest).map_err(ExecError::store)?,
-            Recipe::Layers { below, blobs } => {
-                let mut tree = (*below.tree(store)?).clone();
-                for blob in blobs {
-                    let next = store.layer_tree(&tree, blob, None);
-                    tree = next.map_err(ExecError::store)?;
+            Recipe::Layers {
+                below,
+                blobs,
+                chain,
+            } => match store.known_chain(chain).map_err(ExecError::store)? {
+                Some((digest, tree)) => {
+                    self.written.get_or_init(|| digest);
+                    tree
                 }
-                tree
-            }
+                None => {
+                    let mut tree = (*below.tree(store)?).clone();
+                    for blob in blobs {
+                        let next = store.layer_tree(&tree, blob, None);
+                        tree = next.map_err(ExecError::store)?;
+                    }
+                    tree
+                }
+            },
         };
         Ok(self.tree.get_or_init(|| Arc::new(tree)).clone())
     }
