@@ -59,6 +59,14 @@ impl Image {
     }
 }
 
+/// What the layers of an image that was just built make.
+#[derive(Clone, Copy)]
+pub enum BuiltTree<'t> {
+    New(&'t Tree),
+    /// In the store, under a lease of the caller's.
+    Written(Digest),
+}
+
 /// One line of a list of images.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSummary {
@@ -160,7 +168,7 @@ impl Store {
     pub fn add_built_image(
         &self,
         manifest: &Digest,
-        tree: &Tree,
+        tree: BuiltTree<'_>,
         packages: Digest,
     ) -> Result<Image, AddImageError> {
         self.add(manifest, Some((tree, packages)))
@@ -169,7 +177,7 @@ impl Store {
     fn add(
         &self,
         manifest: &Digest,
-        built: Option<(&Tree, Digest)>,
+        built: Option<(BuiltTree<'_>, Digest)>,
     ) -> Result<Image, AddImageError> {
         let _lease = self.lease()?;
         let bytes = read_small(self, manifest, MAX_MANIFEST_BYTES)?;
@@ -183,7 +191,8 @@ impl Store {
         }
         let config = self.read_config(manifest, &parsed)?;
         let tree = match built {
-            Some((tree, _)) => self.keep_chain(tree, &config.diff_ids)?,
+            Some((BuiltTree::New(tree), _)) => self.keep_chain(tree, &config.diff_ids)?,
+            Some((BuiltTree::Written(digest), _)) => digest,
             None => self.build_tree(&parsed, &config.diff_ids)?,
         };
         let layers =

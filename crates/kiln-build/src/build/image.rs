@@ -8,7 +8,7 @@ use kiln_oci::blob::{BlobRead, BlobWrite};
 use kiln_oci::manifest::{
     ConfigDocument, Descriptor, Manifest, media_type, parse_config, write_config,
 };
-use kiln_store::{Store, Tree};
+use kiln_store::{BuiltTree, Store, Tree};
 
 use super::{BuildError, Builder};
 use crate::containerfile::{self, Instruction, Span};
@@ -50,11 +50,12 @@ impl Builder {
         read(&self.store, name, manifest)
     }
 
-    /// Puts an image together; `tree`: what its layers make, where that is at hand.
+    /// Puts an image together; `tree`: what its layers make, where that is at hand, and its
+    /// digest where it is in the store.
     pub(super) fn keep(
         &self,
         (document, layers): (ConfigDocument, Vec<LayerRef>),
-        tree: Option<&Tree>,
+        tree: Option<(Arc<Tree>, Option<Digest>)>,
     ) -> Result<Digest, Box<dyn std::error::Error + Send + Sync>> {
         let config = write_config(&document);
         let (digest, size) = self.store.write(None, &mut config.as_slice())?;
@@ -67,9 +68,13 @@ impl Builder {
         let manifest = Manifest::new(config, descriptors).to_bytes();
         let (digest, _) = self.store.write(None, &mut manifest.as_slice())?;
         match tree {
-            Some(tree) => {
-                let packages = packages::write(&self.store, tree)?;
-                self.store.add_built_image(&digest, tree, packages)?;
+            Some((tree, written)) => {
+                let packages = packages::write(&self.store, &tree)?;
+                let built = match written {
+                    Some(written) => BuiltTree::Written(written),
+                    None => BuiltTree::New(&tree),
+                };
+                self.store.add_built_image(&digest, built, packages)?;
             }
             None => drop(self.store.add_image(&digest)?),
         }

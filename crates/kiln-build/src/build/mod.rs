@@ -453,7 +453,7 @@ impl Builder {
         }
         // Of many files it takes much memory, and so does what comes.
         drop(context);
-        let digest = self.keep(document, tree.as_deref()).map_err(keep)?;
+        let digest = self.keep(document, tree).map_err(keep)?;
         Ok((digest, stages))
     }
 

@@ -27,8 +27,12 @@ use crate::shared::Import;
 /// Stages that are built at the same time; a bound, as each may run a compiler.
 const MAX_AT_ONCE: usize = 8;
 
-/// The configuration and layers of what was built, and the tree where it is at hand.
-type Target = ((ConfigDocument, Vec<LayerRef>), Option<Arc<Tree>>);
+/// The configuration and layers of what was built; the tree where it is at hand, and its
+/// digest where it is in the store.
+type Target = (
+    (ConfigDocument, Vec<LayerRef>),
+    Option<(Arc<Tree>, Option<Digest>)>,
+);
 
 /// A build while it runs.
 pub(super) struct Run<'a> {

@@ -469,8 +469,9 @@ impl Site<'_> {
             took: begun.elapsed().into(),
         };
         // What holds a secret of the build's is kept for no later one: `gc` takes it.
+        let mut written = None;
         if !made.findings.iter().any(Finding::is_given) {
-            self.remember_tree(&building.layers, &made.layers, exact.then_some(&tree))?;
+            written = self.remember_tree(&building.layers, &made.layers, exact.then_some(&tree))?;
             self.remember(&steps, &key, made.clone())?;
         }
         self.results.add(key, &made);
@@ -481,26 +482,28 @@ impl Site<'_> {
             layers: made.layers.len(),
             cached: false,
         };
-        building.advance(key, made, Some((tree, exact)), told.step);
+        let files = Files::given(key, tree, exact, written);
+        building.advance(key, made, Some(files), told.step);
         Ok(done)
     }
 
-    /// Remembers what layers make, where reading the last of them again takes longer.
+    /// Remembers what layers make, where reading the last of them again takes longer; gives
+    /// the tree's digest.
     fn remember_tree(
         &self,
         below: &[LayerRef],
         made: &[LayerRef],
         tree: Option<&kiln_store::tree::Tree>,
-    ) -> Result<(), ExecError> {
+    ) -> Result<Option<Digest>, ExecError> {
         let bytes: u64 = made.iter().map(|layer| layer.size).sum();
         let all: Vec<Digest> = below.iter().chain(made).map(|l| l.diff_id).collect();
-        if let (Some(tree), Some(chain)) = (tree, chain_id(&all))
-            && bytes >= MUCH
-        {
-            let remembered = self.store.remember_chain(&chain, tree);
-            remembered.map_err(ExecError::store)?;
+        match (tree, chain_id(&all)) {
+            (Some(tree), Some(chain)) if bytes >= MUCH => {
+                let remembered = self.store.remember_chain(&chain, tree);
+                remembered.map(Some).map_err(ExecError::store)
+            }
+            _ => Ok(None),
         }
-        Ok(())
     }
 
     /// What the cache has, or a cache of others.
@@ -605,18 +608,12 @@ pub(crate) fn scratch(cache: &std::path::Path) -> Result<PathBuf, ExecError> {
 }
 
 impl Building {
-    fn advance(
-        &mut self,
-        key: Digest,
-        made: Made,
-        tree: Option<(kiln_store::tree::Tree, bool)>,
-        step: &Step,
-    ) {
+    fn advance(&mut self, key: Digest, made: Made, files: Option<Arc<Files>>, step: &Step) {
         let blobs: Vec<Digest> = made.layers.iter().map(|layer| layer.digest).collect();
         self.layers.extend(made.layers);
         let all: Vec<Digest> = self.layers.iter().map(|layer| layer.diff_id).collect();
-        self.files = match (tree, chain_id(&all)) {
-            (Some((tree, exact)), _) => Files::given(key, tree, exact),
+        self.files = match (files, chain_id(&all)) {
+            (Some(files), _) => files,
             (None, Some(chain)) if !blobs.is_empty() => {
                 Files::layers(key, self.files.clone(), blobs, chain)
             }

@@ -166,7 +166,7 @@ impl Site<'_> {
         let tree = match shown {
             Shown::Stage(files) => files.mountable(&self.store)?,
             Shown::Made { tree, key } => {
-                Files::given(*key, tree.clone(), false).mountable(&self.store)?
+                Files::given(*key, tree.clone(), false, None).mountable(&self.store)?
             }
         };
         Ok(InstanceMountSource::Tree {

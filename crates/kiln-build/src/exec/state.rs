@@ -78,13 +78,14 @@ impl Files {
         Self::new(key, recipe)
     }
 
-    /// `exact`: the tree is what layers make of one that is.
-    pub fn given(key: Digest, tree: Tree, exact: bool) -> Arc<Self> {
+    /// `exact`: the tree is what layers make of one that is; `written`: its digest, if it is
+    /// in the store.
+    pub fn given(key: Digest, tree: Tree, exact: bool, written: Option<Digest>) -> Arc<Self> {
         Arc::new(Self {
             key,
             recipe: Recipe::Given,
             tree: OnceLock::from(Arc::new(tree)),
-            written: OnceLock::new(),
+            written: written.map(OnceLock::from).unwrap_or_default(),
             exact,
         })
     }
@@ -93,9 +94,11 @@ impl Files {
         self.exact
     }
 
-    /// The tree, if it is at hand and what the layers make.
-    pub fn exact_tree(&self) -> Option<Arc<Tree>> {
-        self.tree.get().filter(|_| self.exact).cloned()
+    /// The tree, if it is at hand and what the layers make, and its digest if it is in the
+    /// store.
+    pub fn exact_tree(&self) -> Option<(Arc<Tree>, Option<Digest>)> {
+        let tree = self.tree.get().filter(|_| self.exact)?;
+        Some((tree.clone(), self.written.get().copied()))
     }
 
     pub fn tree(&self, store: &Store) -> Result<Arc<Tree>, ExecError> {
