@@ -6,9 +6,9 @@
 //! The cap counts blocks on disk and is kept after every image that is built, and by `kiln
 //! gc`. Builds that overlap without end would never let anybody cut it: who finds it at twice
 //! its cap and others building says so (`cache/overfull`), and nobody begins another build
-//! until it is cut ([`is_overfull`]). What goes is chosen by [`choose`]: what saves the least time for its size, the less
-//! the longer nobody asked for it. Before anything that was made goes, so do contents of
-//! files that no image needs and that layers have anyway.
+//! until it is cut ([`is_overfull`]). What goes is chosen by [`choose`]: what saves the least
+//! time for its size, the less the longer nobody asked for it. Before anything that was made
+//! goes, so do contents of files that no image needs and that layers have anyway.
 //!
 //! On disk: of everything, its file's time is when it was used last; of refs, whose files are
 //! the store's, that of `cache/refs/<digest of the name>`, which holds the name.

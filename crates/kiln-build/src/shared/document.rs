@@ -108,11 +108,11 @@ mod tests {
         let read_again = read(&text).unwrap();
         assert_eq!(read_again[&Digest::of("a")].layers.len(), 2);
         let text = String::from_utf8(text).unwrap();
-        let newer = text.replace("\"format\":1", "\"format\":2");
+        let newer = text.replace("\"format\":2", "\"format\":3");
         let error = read(newer.as_bytes()).err().unwrap();
         assert_eq!(
             error.to_string(),
-            "it has format 2, which this kiln does not know"
+            "it has format 3, which this kiln does not know"
         );
     }
 
