@@ -67,7 +67,7 @@ const ROOMS: &[(&str, &[&str])] = &[
 const PURE: &[(&str, &[&str])] = &[
     (
         "kiln-model",
-        &["serde", "serde_json", "sha2", "hex", "thiserror"],
+        &["aho-corasick", "serde", "serde_json", "sha2", "thiserror"],
     ),
     (
         "kiln-compose",
