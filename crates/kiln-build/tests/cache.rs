@@ -33,15 +33,18 @@ fn cache(world: &World) -> PathBuf {
     world.builder.cache.clone()
 }
 
-fn cut(world: &World, cap: u64) -> Option<Pruned> {
-    let pruning = Pruning {
+fn try_to_cut(world: &World, cap: u64) -> Result<Option<Pruned>, CacheError> {
+    prune(&Pruning {
         store: &world.builder.store,
         cache: &cache(world),
         running: &[],
         cap,
         dry_run: false,
-    };
-    prune(&pruning).unwrap()
+    })
+}
+
+fn cut(world: &World, cap: u64) -> Option<Pruned> {
+    try_to_cut(world, cap).unwrap()
 }
 
 /// The results that are remembered, and when each was used last.
@@ -197,14 +200,7 @@ fn on_disk(folder: &Path) -> u64 {
 
 /// Cuts as a command does: somebody else may be at it.
 fn cut_if_free(world: &World, cap: u64) -> bool {
-    let pruning = Pruning {
-        store: &world.builder.store,
-        cache: &cache(world),
-        running: &[],
-        cap,
-        dry_run: false,
-    };
-    match prune(&pruning) {
+    match try_to_cut(world, cap) {
         Err(CacheError::Gc(GcError::Busy)) => false,
         other => other.unwrap().is_some(),
     }

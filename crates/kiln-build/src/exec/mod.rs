@@ -370,11 +370,11 @@ impl Site<'_> {
                 })
             }
             Action::Copy(copy) => {
-                let mut picked = self.pick(copy, step.span, find)?;
+                let mut picked = self.pick(copy, step.span, find, false)?;
                 let mut key = self.copy_key(&before, copy, &picked);
                 let known = StepCache::new(&self.cache).get(&key, &self.store);
                 if (self.no_cache || known.is_none()) && !self.stored(&picked)? {
-                    picked = self.pick_stored(copy, step.span, find)?;
+                    picked = self.pick(copy, step.span, find, true)?;
                     key = self.copy_key(&before, copy, &picked);
                 }
                 // Of many files it takes much memory: nobody has it once they are placed.

@@ -26,36 +26,7 @@ const FETCHED_MODE: u32 = 0o600;
 /// Mode of a heredoc's file, as docker has it.
 const INLINE_MODE: u32 = 0o644;
 
-/// Picks from a context what a pattern names, without what others leave out.
-type Within<'a> = dyn Fn(&ContextSource, &str, &Patterns) -> Result<Vec<Picked>, ExecError> + 'a;
-
 impl Site<'_> {
-    /// Finds what a COPY or ADD names. The content of a context's files may have left the
-    /// store: [`Site::stored`].
-    pub(super) fn pick(
-        &self,
-        action: &CopyAction,
-        span: Span,
-        find: &Find<'_>,
-    ) -> Result<Vec<Picked>, ExecError> {
-        self.pick_from(action, span, find, &|context, pattern, exclude| {
-            let context = Remembered(context);
-            Ok(copy::pick(&context, pattern, exclude, action.parents)?)
-        })
-    }
-
-    /// The same, where what has left the store is read again.
-    pub(super) fn pick_stored(
-        &self,
-        action: &CopyAction,
-        span: Span,
-        find: &Find<'_>,
-    ) -> Result<Vec<Picked>, ExecError> {
-        self.pick_from(action, span, find, &|context, pattern, exclude| {
-            Ok(copy::pick(context, pattern, exclude, action.parents)?)
-        })
-    }
-
     /// Whether the content of all that was picked is in the store.
     pub(super) fn stored(&self, picked: &[Picked]) -> Result<bool, ExecError> {
         for item in picked.iter().flat_map(|picked| &picked.items) {
@@ -73,13 +44,19 @@ impl Site<'_> {
         Ok(true)
     }
 
-    fn pick_from(
+    /// Finds what a COPY or ADD names. Unless it is to be `stored`, the content of a
+    /// context's files may have left the store; else what has is read again.
+    pub(super) fn pick(
         &self,
         action: &CopyAction,
         span: Span,
         find: &Find<'_>,
-        within: &Within<'_>,
+        stored: bool,
     ) -> Result<Vec<Picked>, ExecError> {
+        let within = |context: &ContextSource, pattern: &str, exclude: &Patterns| match stored {
+            true => copy::pick(context, pattern, exclude, action.parents),
+            false => copy::pick(&Remembered(context), pattern, exclude, action.parents),
+        };
         let exclude = Patterns::new(action.exclude.iter().map(String::as_str))?;
         let taken = match &action.from {
             Some(from) => Some(find(from, span)?),
