@@ -107,6 +107,27 @@ fn content_that_has_left_the_store_is_read_again() {
     );
 }
 
+/// So that what follows it in a later build does not unpack it.
+#[test]
+fn the_tree_of_a_large_step_is_remembered_and_of_a_small_one_it_is_not() {
+    let folder = context(&[("small", "1"), ("last", "2")]);
+    much(folder.path());
+    let text = "FROM scratch\nCOPY data /data/\nCOPY small /small\nCOPY last /last";
+    let world = world();
+    let store = &world.builder.store;
+    let first = world.build(folder.path(), text).unwrap();
+    let image = store.image(&first).unwrap().unwrap();
+    let diff_ids: Vec<Digest> = image.layers.iter().map(|layer| layer.diff_id).collect();
+    let known = |layers: usize| {
+        let chain = kiln_store::chain_id(&diff_ids[..layers]).unwrap();
+        store.known_chain(&chain).unwrap()
+    };
+    let large = diff_ids.len() - 2;
+    assert!(known(large + 1).is_none() && known(large + 2).is_some());
+    let (_, tree) = known(large).expect("the tree below the small files");
+    assert!(tree.get("data/7/file").is_some() && tree.get("small").is_none());
+}
+
 #[test]
 fn a_layer_holds_the_folders_above_what_it_holds() {
     let folder = context(&[("a", "1")]);

@@ -151,10 +151,7 @@ fn files() -> Vec<(String, Vec<u8>)> {
             "root/.docker/config.json",
             format!("{{\"auths\":{{\"h\":{{\"auth\":\"{HUSH}\"}}}}}}"),
         ),
-        (
-            "root/.npmrc",
-            format!("//registry.npmjs.org/:_authToken={HUSH}"),
-        ),
+        ("root/.npmrc", format!("//npm.test/:_authToken={HUSH}")),
         ("app/.npmrc", format!("_auth = {HUSH}")),
         (
             "root/.pypirc",
@@ -552,10 +549,7 @@ fn what_only_looks_like_a_secret_refuses_nothing() {
             "app/.env",
             "PORT=80\nDB_PASSWORD_FILE=/run/secrets/db\nTOKEN_TTL=3600\nDB_PASSWORD=",
         ),
-        (
-            "app/.npmrc",
-            "//registry.npmjs.org/:_authToken=${NPM_TOKEN}\n",
-        ),
+        ("app/.npmrc", "//npm.test/:_authToken=${NPM_TOKEN}\n"),
         ("root/.netrc", "# machine h login me password nothing"),
         (
             "root/.bash_history",

@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn files_with_logins_are_told_from_those_without() {
         let holding = [
-            ("root/.npmrc", "//registry.npmjs.org/:_authToken=abcd1234"),
+            ("root/.npmrc", "//npm.test/:_authToken=abcd1234"),
             ("app/.netrc", "machine h\n  login me\n  password p4ss"),
             (
                 "etc/apt/auth.conf.d/own.conf",
@@ -367,7 +367,7 @@ mod tests {
         let innocent = [
             (
                 "root/.npmrc",
-                "//registry.npmjs.org/:_authToken=${NPM_TOKEN}\nsave=false",
+                "//npm.test/:_authToken=${NPM_TOKEN}\nsave=false",
             ),
             ("root/.netrc", "# machine h login me password p4ss"),
             (
@@ -376,7 +376,7 @@ mod tests {
             ),
             (
                 "etc/pip.conf",
-                "[global]\nindex-url = https://pypi.org/simple",
+                "[global]\nindex-url = https://pip.test/simple",
             ),
             (
                 "app/.git/config",
