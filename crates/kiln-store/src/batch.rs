@@ -4,17 +4,22 @@
 //! Invariant: [`Batch::finish`] has given all of them their names; of a batch that is
 //! dropped nothing unfinished is left.
 
+use std::fs::{File, Permissions};
 use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 
-use kiln_model::Digest;
+use kiln_model::{Digest, Hasher};
+use rustix::fs::{flistxattr, flistxattr_query, fremovexattr};
+use rustix::io::Errno;
 
 use crate::layout::{PathError, Shelf};
-use crate::store::{PutError, Store, Waiting, copy};
+use crate::store::{PIECE, PutError, Store, copy};
+use crate::unfinished::{READ_ONLY, Waiting};
 
 /// Content up to this size is looked up by its digest before any file is made.
 const SMALL: usize = 1 << 20;
-/// Most objects that wait for their names: they share the lock for some milliseconds.
-const MOST: usize = 64;
+/// Most objects that wait for their names: each is an open file.
+const MOST: usize = 16;
 
 /// See the module.
 pub struct Batch<'s> {
@@ -57,13 +62,32 @@ impl Batch<'_> {
         }
     }
 
+    /// Takes a file over that nobody writes any more: its content becomes an object without
+    /// being copied, and the file one more name of it. Of its owner, permissions and
+    /// extended attributes nothing is left. Its digest and size in bytes.
+    ///
+    /// What is on another disk is copied. A file with holes is refused where the disk has no
+    /// room for it without them, because whoever unpacks the image makes it whole.
+    pub fn adopt(&mut self, mut file: File) -> Result<(Digest, u64), PutError> {
+        let stat = file.metadata().map_err(PutError::Source)?;
+        let holes = stat.len().saturating_sub(stat.blocks() * 512);
+        self.store.have_room(holes)?;
+        let (digest, size) = hash(&mut file).map_err(PutError::Source)?;
+        let known = self.store.reuse(Shelf::Objects, &digest, Some(size))?;
+        if known.is_none() {
+            own(&file).map_err(PutError::Source)?;
+            self.wait(digest, size, Waiting::Nameless(file))?;
+        }
+        Ok((digest, size))
+    }
+
     fn small(&mut self, length: usize) -> Result<(Digest, u64), PathError> {
         let (store, content) = (self.store, &self.buffer[..length]);
         let (digest, size) = (Digest::of(content), length as u64);
         if store.reuse(Shelf::Objects, &digest, Some(size))?.is_none() {
             let mut unfinished = store.unfinished()?;
             unfinished.write(content)?;
-            self.wait(digest, size, unfinished.at)?;
+            self.wait(digest, size, unfinished.written())?;
         }
         Ok((digest, size))
     }
@@ -73,7 +97,7 @@ impl Batch<'_> {
         let mut unfinished = self.store.unfinished()?;
         let mut whole = self.buffer.as_slice().chain(rest);
         let (digest, size) = copy(&mut whole, &mut unfinished)?;
-        self.wait(digest, size, unfinished.at)?;
+        self.wait(digest, size, unfinished.written())?;
         Ok((digest, size))
     }
 
@@ -96,6 +120,41 @@ impl Batch<'_> {
     }
 }
 
+/// Digest and size of what follows in a file.
+fn hash(file: &mut File) -> io::Result<(Digest, u64)> {
+    let mut hasher = Hasher::new();
+    let mut piece = vec![0; PIECE];
+    let mut size = 0;
+    loop {
+        match fill(file, &mut piece)? {
+            0 => return Ok((hasher.finish(), size)),
+            length => {
+                hasher.update(&piece[..length]);
+                size += length as u64;
+            }
+        }
+    }
+}
+
+/// Makes a file as the store's are.
+fn own(file: &File) -> io::Result<()> {
+    let length = match flistxattr_query(file) {
+        Err(Errno::OPNOTSUPP) => 0,
+        length => length?,
+    };
+    if length > 0 {
+        let mut names = vec![0; length];
+        flistxattr(file, names.as_mut_slice())?;
+        // Every file has a label where there are any: it is not the image's.
+        let others = names.split(|b| *b == 0).filter(|name| !name.is_empty());
+        for name in others.filter(|name| *name != b"security.selinux") {
+            fremovexattr(file, name)?;
+        }
+    }
+    fchown(file, Some(0), Some(0))?;
+    file.set_permissions(Permissions::from_mode(READ_ONLY))
+}
+
 /// Reads until the buffer is full or the source ends; says how much.
 fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut length = 0;
@@ -113,6 +172,8 @@ fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -147,6 +208,91 @@ mod tests {
             let path = store.object_path(&Digest::of(&content));
             assert_eq!(std::fs::read(path).unwrap(), content);
         }
+    }
+
+    /// A file as a program leaves it.
+    fn left(folder: &Path, content: &[u8]) -> File {
+        let path = folder.join("left");
+        std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o6755)).unwrap();
+        File::open(path).unwrap()
+    }
+
+    fn adopted(store: &Store, file: File) -> Digest {
+        let mut batch = store.batch();
+        let (digest, _) = batch.adopt(file).unwrap();
+        batch.finish().unwrap();
+        digest
+    }
+
+    #[test]
+    fn what_is_taken_over_is_the_same_file_with_nothing_of_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let file = left(root.path(), b"content");
+        let none = rustix::fs::XattrFlags::empty();
+        let marked = rustix::fs::fsetxattr(&file, "trusted.overlay.origin", b"x", none);
+        let root_user = rustix::process::geteuid().is_root();
+        match marked.is_ok() && root_user {
+            true => fchown(&file, Some(7), Some(7)).unwrap(),
+            false => crate::testing::skip("needs root and extended attributes"),
+        }
+        let inode = file.metadata().unwrap().ino();
+        let digest = adopted(&store, file);
+        assert_eq!(digest, Digest::of("content"));
+        let object = File::open(store.object_path(&digest)).unwrap();
+        let stat = object.metadata().unwrap();
+        assert_eq!((stat.ino(), stat.mode() & 0o7777), (inode, 0o444));
+        if root_user {
+            assert_eq!((stat.uid(), stat.gid()), (0, 0));
+        }
+        let mut names = [0; 1 << 10];
+        let length = flistxattr(&object, names.as_mut_slice()).unwrap();
+        let text = String::from_utf8_lossy(&names[..length]);
+        assert!(!text.contains("overlay"), "{text}");
+    }
+
+    #[test]
+    fn what_is_in_the_store_already_is_not_taken_over() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let (known, _) = store.put_object(&mut &b"content"[..]).unwrap();
+        let own = std::fs::metadata(store.object_path(&known)).unwrap().ino();
+        let file = left(root.path(), b"content");
+        assert_eq!(adopted(&store, file), known);
+        let stat = std::fs::metadata(store.object_path(&known)).unwrap();
+        assert_eq!((stat.ino(), stat.nlink()), (own, 1));
+        let stat = std::fs::metadata(root.path().join("left")).unwrap();
+        assert_eq!(stat.mode() & 0o7777, 0o6755, "it was not touched");
+    }
+
+    #[test]
+    fn what_is_on_another_disk_is_copied() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let other = match tempfile::tempdir_in("/dev/shm") {
+            Ok(other) => other,
+            Err(_) => return crate::testing::skip("there is no /dev/shm"),
+        };
+        let content = vec![7; 3 * PIECE + 1];
+        let digest = adopted(&store, left(other.path(), &content));
+        let path = store.object_path(&digest);
+        assert!(std::fs::read(&path).unwrap() == content);
+        let stat = std::fs::metadata(path).unwrap();
+        assert_eq!((stat.nlink(), stat.mode() & 0o7777), (1, 0o444));
+    }
+
+    #[test]
+    fn holes_that_the_disk_has_no_room_for_are_refused_unread() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let file = left(root.path(), b"");
+        let path = root.path().join("left");
+        let written = File::options().write(true).open(path).unwrap();
+        written.set_len(1 << 43).unwrap();
+        let refused = store.batch().adopt(file).unwrap_err().to_string();
+        let told = format!("it would take {} bytes", 1_u64 << 43);
+        assert!(refused.contains(&told), "{refused}");
     }
 
     #[test]

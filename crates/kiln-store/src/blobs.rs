@@ -8,7 +8,8 @@ use kiln_oci::blob::VerifyingReader;
 use kiln_oci::{BlobRead, BlobWrite, BlobWriteError, Expected};
 
 use crate::layout::{PathError, Shelf};
-use crate::store::{PutError, Store, Unfinished, copy, file_size, open};
+use crate::store::{PutError, Store, copy, file_size, open};
+use crate::unfinished::Unfinished;
 
 /// A blob that is written by whoever hashes it; gone if it is dropped.
 pub struct NewBlob<'s> {

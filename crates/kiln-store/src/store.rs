@@ -1,21 +1,16 @@
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_model::{Digest, Hasher};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
-use tempfile::TempDir;
 
 use crate::journal;
-use crate::layout::{
-    FORMAT, Layout, PathError, Shelf, at, entries, locked, read_file, remove_file, try_lock,
-};
+use crate::layout::{FORMAT, Layout, PathError, Shelf, at, read_file};
+use crate::unfinished::{Making, Unfinished, Waiting};
 
 /// Bytes copied at a time.
-const PIECE: usize = 128 << 10;
+pub(crate) const PIECE: usize = 128 << 10;
 /// Bytes that content is thought to have of which nobody has said it: most files are small.
 const LIKELY: u64 = 8 << 10;
 
@@ -24,17 +19,7 @@ const LIKELY: u64 = 8 << 10;
 #[derive(Debug)]
 pub struct Store {
     pub(crate) layout: Layout,
-    /// Made at the first write.
-    session: Mutex<Option<Session>>,
-    counter: AtomicU64,
-}
-
-/// This handle's own folder for unfinished files. The lock on it says that somebody
-/// still works there; a dead process's folder is removed by `gc`.
-#[derive(Debug)]
-struct Session {
-    folder: TempDir,
-    _lock: File,
+    pub(crate) making: Making,
 }
 
 /// Why the store can't be opened.
@@ -57,35 +42,6 @@ pub enum PutError {
     Source(#[source] io::Error),
     #[error(transparent)]
     Store(#[from] PathError),
-}
-
-/// A file not yet in its place, while it is written.
-pub(crate) struct Unfinished {
-    pub(crate) file: File,
-    pub(crate) at: Waiting,
-}
-
-/// The same when it is written and closed; removed when dropped there.
-pub(crate) struct Waiting {
-    pub(crate) path: PathBuf,
-    /// It has got its place.
-    moved: bool,
-}
-
-impl Unfinished {
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), PathError> {
-        let Self { file, at: waiting } = self;
-        file.write_all(bytes).map_err(at("write", &waiting.path))
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        if !self.moved {
-            // Where that fails, gc removes it with its session.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }
 
 impl Store {
@@ -114,8 +70,7 @@ impl Store {
     fn on(layout: Layout) -> Self {
         Self {
             layout,
-            session: Mutex::new(None),
-            counter: AtomicU64::new(0),
+            making: Making::default(),
         }
     }
 
@@ -233,7 +188,7 @@ impl Store {
         size: u64,
         unfinished: Unfinished,
     ) -> Result<(), PathError> {
-        self.publish_all(shelf, vec![(*digest, size, unfinished.at)])
+        self.publish_all(shelf, vec![(*digest, size, unfinished.written())])
     }
 
     /// The same of several, under one lock.
@@ -249,94 +204,9 @@ impl Store {
         let digests = finished.iter().map(|(digest, ..)| digest);
         journal::note_all(&self.layout, shelf, digests)?;
         for (digest, size, waiting) in finished {
-            put_in_place(waiting, &self.layout.path(shelf, &digest), size)?;
+            self.put_in_place(waiting, &self.layout.path(shelf, &digest), size)?;
         }
         Ok(())
-    }
-
-    /// Replaces a small file atomically and durably. For records, which promise that
-    /// what they name is there.
-    pub(crate) fn replace(&self, path: &Path, bytes: &[u8]) -> Result<(), PathError> {
-        let mut unfinished = self.unfinished()?;
-        unfinished.write(bytes)?;
-        let Unfinished { file, at: mut tmp } = unfinished;
-        file.sync_all().map_err(at("write", &tmp.path))?;
-        fs::rename(&tmp.path, path).map_err(at("write", path))?;
-        tmp.moved = true;
-        let folder = path.parent().unwrap_or(&self.layout.root);
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(at("sync", folder))
-    }
-
-    /// A new file in this handle's own folder.
-    pub(crate) fn unfinished(&self) -> Result<Unfinished, PathError> {
-        let number = self.counter.fetch_add(1, Ordering::Relaxed);
-        let path = self.session_folder()?.join(number.to_string());
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            // Nobody may change content; root may read it all.
-            .mode(0o444)
-            .open(&path)
-            .map_err(at("make", &path))?;
-        let moved = false;
-        let at = Waiting { path, moved };
-        Ok(Unfinished { file, at })
-    }
-
-    fn session_folder(&self) -> Result<PathBuf, PathError> {
-        let mut session = locked(&self.session);
-        if let Some(session) = &*session {
-            return Ok(session.folder.path().into());
-        }
-        let tmp = self.layout.sub("tmp");
-        // So that gc does not take it before it is locked.
-        let _lock = self.layout.publishing()?;
-        let folder = TempDir::with_prefix_in("session-", &tmp).map_err(at("write into", &tmp))?;
-        let lock = File::open(folder.path()).map_err(at("open", folder.path()))?;
-        try_lock(&lock).map_err(at("lock", folder.path()))?;
-        let path = folder.path().into();
-        *session = Some(Session {
-            folder,
-            _lock: lock,
-        });
-        Ok(path)
-    }
-
-    /// Removes the unfinished files of processes that are gone. Needs the lock for
-    /// removing.
-    pub(crate) fn clean_sessions(&self) -> Result<u64, PathError> {
-        let mut bytes = 0;
-        for (_, folder) in entries(&self.layout.sub("tmp"))? {
-            bytes += clean_session(&folder)?;
-        }
-        Ok(bytes)
-    }
-}
-
-/// Removes a session's folder if its owner is gone; says how many bytes.
-fn clean_session(folder: &Path) -> Result<u64, PathError> {
-    let Some(lock) = open(folder)? else {
-        return Ok(0);
-    };
-    if !try_lock(&lock).map_err(at("lock", folder))? {
-        return Ok(0);
-    }
-    let files = match entries(folder) {
-        Ok(files) => files,
-        // Its owner has just removed it.
-        Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(0),
-        Err(error) => return Err(error),
-    };
-    let mut bytes = 0;
-    for (_, path) in files {
-        bytes += allocated(&path)?.unwrap_or(0);
-        remove_file(&path)?;
-    }
-    match fs::remove_dir(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", folder)(error)),
-        _ => Ok(bytes),
     }
 }
 
@@ -359,22 +229,6 @@ pub(crate) fn copy(
         unfinished.write(&piece[..n])?;
         size += n as u64;
     }
-}
-
-fn put_in_place(mut waiting: Waiting, path: &Path, size: u64) -> Result<(), PathError> {
-    match renameat_with(CWD, &waiting.path, CWD, path, RenameFlags::NOREPLACE) {
-        Ok(()) => {
-            waiting.moved = true;
-            return Ok(());
-        }
-        // A file of another size is what a power cut left: replaced.
-        Err(rustix::io::Errno::EXIST) if file_size(path)? == Some(size) => return Ok(()),
-        Err(rustix::io::Errno::EXIST | rustix::io::Errno::INVAL) => {}
-        Err(error) => return Err(at("write", path)(error.into())),
-    }
-    fs::rename(&waiting.path, path).map_err(at("write", path))?;
-    waiting.moved = true;
-    Ok(())
 }
 
 /// A file's size; `None`: it is not there.

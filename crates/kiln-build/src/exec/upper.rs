@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use kiln_model::{Digest, identity};
 use kiln_runtime::{Change, ChangeKind, ScanError, scan_upper};
 use kiln_store::tree::{Kind, Tree, TreeEditError};
-use kiln_store::{PutError, Store};
+use kiln_store::{Batch, PathError, PutError, Store};
 
 use super::npm;
 use super::variables::{self, Variables};
@@ -45,6 +45,8 @@ pub enum UpperError {
     },
     #[error(transparent)]
     Tree(#[from] TreeEditError),
+    #[error(transparent)]
+    Store(#[from] PathError),
 }
 
 /// When a step ran and what times become. Seconds since the epoch.
@@ -89,6 +91,7 @@ pub fn take(
 ) -> Result<(), UpperError> {
     let mut links: BTreeMap<(u64, u64), Vec<u8>> = BTreeMap::new();
     let mut machine_id = false;
+    let mut batch = store.batch();
     for Change { path, kind } in scan_upper(upper)? {
         let name = path.as_os_str().as_bytes();
         machine_id |= name == DBUS_ID && kind == ChangeKind::File;
@@ -123,8 +126,8 @@ pub fn take(
             continue;
         }
         let kind = match identity {
-            true => keep(&mut io::empty(), store, &path)?,
-            false => kind_of(&full, &stat, store, &path, (traces.variables, times))?,
+            true => keep(&[], &mut batch, &path)?,
+            false => kind_of(&full, &stat, &mut batch, &path, (traces.variables, times))?,
         };
         let meta = Meta {
             mode: stat.mode() & 0o7777,
@@ -142,9 +145,10 @@ pub fn take(
             mtime: times.epoch,
             ..Meta::default()
         };
-        let empty = keep(&mut io::empty(), store, Path::new("etc/machine-id"))?;
+        let empty = keep(&[], &mut batch, Path::new("etc/machine-id"))?;
         tree.insert(MACHINE_ID, node(meta, empty))?;
     }
+    batch.finish()?;
     sweep(tree, traces.made)
 }
 
@@ -168,7 +172,7 @@ fn sweep(tree: &mut Tree, made: &[Vec<u8>]) -> Result<(), UpperError> {
 fn kind_of(
     full: &Path,
     stat: &fs::Metadata,
-    store: &Store,
+    batch: &mut Batch<'_>,
     path: &Path,
     (variables, times): (&Variables, Times),
 ) -> Result<Kind, UpperError> {
@@ -192,29 +196,34 @@ fn kind_of(
         device(kind.is_block_device(), stat.rdev())
     } else {
         let mut file = fs::File::open(full).map_err(read)?;
-        if stat.len() <= variables::LONGEST {
-            let mut content = Vec::new();
-            file.read_to_end(&mut content).map_err(read)?;
-            let content = variables.taken_out_of(content);
-            let content = npm::settled(path.as_os_str().as_bytes(), content, times.epoch);
-            let content = keystore::settled(content, |time| times.settle(time));
-            return keep(&mut content.as_slice(), store, path);
-        }
+        let name = path.as_os_str().as_bytes();
         let mut first = [0; keystore::MAGIC.len()];
-        file.read_exact(&mut first).map_err(read)?;
-        file.rewind().map_err(read)?;
-        if first == keystore::MAGIC && stat.len() <= keystore::LARGEST {
+        if stat.len() > variables::LONGEST {
+            file.read_exact(&mut first).map_err(read)?;
+            file.rewind().map_err(read)?;
+        }
+        let store_of_keys = first == keystore::MAGIC && stat.len() <= keystore::LARGEST;
+        if stat.len() <= variables::LONGEST || store_of_keys {
             let mut content = Vec::new();
             file.read_to_end(&mut content).map_err(read)?;
-            let content = keystore::settled(content, |time| times.settle(time));
-            return keep(&mut content.as_slice(), store, path);
+            let own = content.clone();
+            if stat.len() <= variables::LONGEST {
+                content = variables.taken_out_of(content);
+                content = npm::settled(name, content, times.epoch);
+            }
+            content = keystore::settled(content, |time| times.settle(time));
+            if content != own {
+                return keep(&content, batch, path);
+            }
+            file.rewind().map_err(read)?;
         }
-        kept(store.put_object_of(&mut file, stat.len()), path)?
+        kept(batch.adopt(file), path)?
     })
 }
 
-fn keep(content: &mut dyn io::Read, store: &Store, path: &Path) -> Result<Kind, UpperError> {
-    kept(store.put_object(content), path)
+fn keep(content: &[u8], batch: &mut Batch<'_>, path: &Path) -> Result<Kind, UpperError> {
+    let length = content.len() as u64;
+    kept(batch.put(&mut &content[..], length), path)
 }
 
 fn kept(put: Result<(Digest, u64), PutError>, path: &Path) -> Result<Kind, UpperError> {
@@ -237,12 +246,13 @@ fn is_empty_file(tree: &Tree, path: &[u8], stat: &fs::Metadata) -> bool {
 /// An entry's extended attributes; the overlay's own are no part of the image.
 fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let mut found = BTreeMap::new();
-    let mut names = vec![0_u8; XATTR_BYTES];
-    let length = match rustix::fs::llistxattr(path, names.as_mut_slice()) {
-        Ok(length) => length,
-        Err(rustix::io::Errno::OPNOTSUPP) => return Ok(found),
-        Err(e) => return Err(e.into()),
+    // Most have none.
+    match rustix::fs::llistxattr_query(path) {
+        Ok(0) | Err(rustix::io::Errno::OPNOTSUPP) => return Ok(found),
+        other => other?,
     };
+    let mut names = vec![0_u8; XATTR_BYTES];
+    let length = rustix::fs::llistxattr(path, names.as_mut_slice())?;
     let mut value = vec![0_u8; XATTR_BYTES];
     for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
         if name.starts_with(b"trusted.") || name == b"security.selinux" {
