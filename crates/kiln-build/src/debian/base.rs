@@ -17,6 +17,7 @@ use super::relation;
 use super::resolve::install_order;
 use super::root::{ConffilePlace, Holder, Root, RootError, Writer};
 use super::scripts::{self, Step};
+use super::settings;
 
 /// Threads that unpack: decompression is the bottleneck, and memory is bounded by it.
 const MAX_THREADS: usize = 8;
@@ -386,6 +387,7 @@ fn finish(edit: &Edit) -> io::Result<Option<BaseError>> {
         return Ok(Some(BaseError::Unconfigured { packages }));
     }
     edit.remove(scripts::STAGE)?;
+    settings::write(edit)?;
     clean::clean(edit, true)?;
     Ok(None)
 }

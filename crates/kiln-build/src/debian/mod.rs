@@ -32,6 +32,7 @@ pub mod resolve;
 mod root;
 pub mod sandbox;
 mod scripts;
+mod settings;
 pub mod sources;
 pub mod verify;
 pub mod version;
@@ -55,7 +56,7 @@ use crate::held::Held;
 use crate::lock::{Lock, LockedPackage};
 
 /// Counts changes in how kiln builds bases: a higher number rebuilds all of them.
-const BUILD_FORMAT: u32 = 2;
+const BUILD_FORMAT: u32 = 3;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a base could not be composed.
