@@ -15,7 +15,7 @@ use kiln_build::test::{Outcome, TestRequest};
 use kiln_model::Digest;
 use kiln_model::spec::{Check, HealthTest, Healthcheck};
 use kiln_store::tree::Kind;
-use world::{busybox, context, request, sandboxes, world};
+use world::{busybox, context, request, sandboxes, working, world};
 
 const FILES: [(&str, &str); 4] = [("a", "1"), ("d/b", "2"), ("d/c/e", "3"), ("x.log", "no")];
 
@@ -264,9 +264,7 @@ fn commands_run_in_a_sandbox_and_leave_only_what_they_wrote() {
     );
     assert_eq!(one.build(folder.path(), &text).unwrap(), digest);
     assert_eq!(one.seen.counts().1, 7, "the second time from the cache");
-    let left = fs::read_dir(one.root.path().join("cache/run"))
-        .unwrap()
-        .count();
+    let left = working(one.root.path()).len();
     assert_eq!(left, 0, "nothing of the sandboxes stays");
 }
 

@@ -15,7 +15,7 @@ use kiln_model::Digest;
 use kiln_model::instance::{Interface, Resolver};
 use kiln_model::network::BridgeNetwork;
 use kiln_runtime::net;
-use world::{World, builder, busybox, sandboxes, world};
+use world::{World, builder, busybox, sandboxes, working, world};
 
 /// Where a name server of the test's own listens; only the host itself reaches it.
 const SERVER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 77);
@@ -39,7 +39,7 @@ fn count(folder: &Path) -> usize {
 fn left(root: &Path) -> (usize, usize, usize) {
     (
         bridges(root).len(),
-        count(&root.join("cache/run")),
+        working(root).len(),
         count(&root.join("instances")),
     )
 }
@@ -254,8 +254,7 @@ fn what_a_killed_build_left_goes_with_the_next() {
 
 /// The command of the killed build runs.
 fn touched(root: &Path) -> bool {
-    let folders = fs::read_dir(root.join("cache/run")).unwrap().flatten();
-    folders
-        .into_iter()
-        .any(|f| f.path().join("upper/cache-of-test").exists())
+    let folders = working(root);
+    let mut written = folders.iter().map(|f| f.join("upper/cache-of-test"));
+    written.any(|path| path.exists())
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kiln_build::build::BuildRequest;
 use kiln_model::{Digest, Millis};
-use world::{busybox, sandboxes, world};
+use world::{busybox, sandboxes, working, world};
 
 /// The namespaces of this process, as links name them.
 fn namespaces() -> Vec<String> {
@@ -192,8 +192,7 @@ fn a_run_that_hangs_is_ended_and_says_what_it_did_last() {
     ] {
         assert!(error.contains(expected), "{expected}: {error}");
     }
-    let left = fs::read_dir(one.root.path().join("cache/run")).unwrap();
-    assert_eq!(left.count(), 0);
+    assert!(working(one.root.path()).is_empty());
 }
 
 #[test]
@@ -233,10 +232,9 @@ fn left(root: &Path) -> Vec<String> {
             left.push(process.path().display().to_string());
         }
     }
-    for folder in ["cache/run", "instances"] {
-        let entries = fs::read_dir(root.join(folder)).unwrap().flatten();
-        left.extend(entries.map(|entry| entry.path().display().to_string()));
-    }
+    let entries = fs::read_dir(root.join("instances")).unwrap().flatten();
+    let paths = entries.map(|entry| entry.path()).chain(working(root));
+    left.extend(paths.map(|path| path.display().to_string()));
     left
 }
 

@@ -277,7 +277,7 @@ impl Layout {
 /// chattr(1). ext4 gives an inode out again only some minutes after it was freed, and until
 /// then each new file beside them looks through all of them. A wish: other file systems
 /// know nothing of it.
-fn lay_apart(folder: &Path) {
+pub fn lay_apart(folder: &Path) {
     let _ = File::open(folder).map(|folder| {
         let flags = ioctl_getflags(&folder)?;
         ioctl_setflags(&folder, flags | IFlags::TOPDIR)

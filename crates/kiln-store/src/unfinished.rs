@@ -2,7 +2,7 @@
 //!
 //! They have no name until they get the right one, so that a crash leaves nothing of them:
 //! `O_TMPFILE` of open(2). They are made in the objects' folders in turn, which lie apart
-//! (`layout::lay_apart`). Where the file system has no nameless files, and for what replaces
+//! ([`lay_apart`](crate::lay_apart)). Where the file system has no nameless files, and for what replaces
 //! another, they are in a folder of this handle's own.
 //!
 //! Invariant: a name is only given to a complete file, and never taken from another one of

@@ -266,7 +266,7 @@ fn build(
 ) -> Result<ImageBlobs, DebianError> {
     let scratch = crate::exec::scratch(&ctx.cache)
         .map_err(io::Error::other)
-        .and_then(|folder| Held::new(&folder, sandbox::PREFIX))
+        .and_then(|folder| Held::apart(&folder, sandbox::PREFIX))
         .map_err(|source| DebianError::Cache {
             path: ctx.cache.clone(),
             source,

@@ -29,7 +29,7 @@ impl Work {
             let path = path.to_owned();
             move |cause| ExecError::Scratch { path, cause }
         };
-        let folder = Held::new(scratch, PREFIX).map_err(fail(scratch))?;
+        let folder = Held::apart(scratch, PREFIX).map_err(fail(scratch))?;
         let id = instance(&folder).map_err(fail(folder.path()))?;
         let work = Self {
             folder,

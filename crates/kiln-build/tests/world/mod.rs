@@ -94,6 +94,20 @@ fn shim() -> PathBuf {
     test.parent().unwrap().parent().unwrap().join("kiln-shim")
 }
 
+/// What is in the working folders of what is built in a root.
+pub fn working(root: &Path) -> Vec<PathBuf> {
+    let entries = |folder: &Path| -> Vec<PathBuf> {
+        let found = fs::read_dir(folder).into_iter().flatten().flatten();
+        found.map(|entry| entry.path()).collect()
+    };
+    let is_apart = |path: &PathBuf| path.to_string_lossy().contains("/apart-");
+    let (apart, mut found): (Vec<_>, Vec<_>) = entries(&root.join("cache/run"))
+        .into_iter()
+        .partition(is_apart);
+    found.extend(apart.iter().flat_map(|folder| entries(folder)));
+    found
+}
+
 /// False, and a word about it, where sandboxes can't be made.
 pub fn sandboxes() -> bool {
     let root = fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0);
