@@ -331,23 +331,26 @@ impl Store {
 
     /// Writes the tree that these layers make, and remembers that they do.
     fn keep_chain(&self, tree: &Tree, diff_ids: &[Digest]) -> Result<Digest, AddImageError> {
-        match chain_id(diff_ids) {
-            Some(chain) => Ok(self.remember_chain(&chain, tree)?),
-            None => Ok(self.write_tree(tree)?),
-        }
-    }
-
-    /// The same by their chain's id. The caller vouches for it that they make this tree.
-    pub fn remember_chain(&self, chain: &Digest, tree: &Tree) -> Result<Digest, WriteTreeError> {
-        if let Some(digest) = self.chain(chain)?
+        let Some(chain) = chain_id(diff_ids) else {
+            return Ok(self.write_tree(tree)?);
+        };
+        if let Some(digest) = self.chain(&chain)?
             && self.check_objects(tree).is_ok()
         {
             return Ok(digest);
         }
         let digest = self.write_tree(tree)?;
-        let text = format!("{digest}\n");
-        self.replace(&self.layout.chain(chain), text.as_bytes())?;
+        self.remember_chain(&chain, &digest)?;
         Ok(digest)
+    }
+
+    /// Remembers what tree the layers of a chain make. The caller vouches for it.
+    pub fn remember_chain(&self, chain: &Digest, tree: &Digest) -> Result<(), PathError> {
+        if self.chain(chain)? == Some(*tree) {
+            return Ok(());
+        }
+        let text = format!("{tree}\n");
+        self.replace(&self.layout.chain(chain), text.as_bytes())
     }
 
     /// The tree of a chain, if it is known, whole, and has all its objects.

@@ -1,6 +1,7 @@
 //! Trees on disk: `trees/<sha256 of the file>.erofs`, in the format of [`crate::erofs`].
 
 use std::panic::resume_unwind;
+use std::thread::available_parallelism;
 
 use kiln_model::Digest;
 use kiln_model::instance::TreePaths;
@@ -9,6 +10,11 @@ use crate::erofs::{self, ErofsReadError, ErofsWriteError};
 use crate::layout::{PathError, Shelf, read_file};
 use crate::store::Store;
 use crate::tree::{Change, Kind, Tree, diff};
+
+/// Objects looked for at the same time.
+const MAX_THREADS: usize = 4;
+/// Objects that are not worth a thread of their own.
+const FEW: usize = 1_000;
 
 /// Why a tree could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -96,26 +102,54 @@ impl Store {
 
     /// Every object that `tree` names is there with its size.
     pub(crate) fn check_objects(&self, tree: &Tree) -> Result<(), WriteTreeError> {
-        let mut wanted: Vec<(Digest, u64)> = (tree.nodes())
-            .filter_map(|node| match node.kind {
-                Kind::File { digest, size } if size > 0 => Some((digest, size)),
-                _ => None,
-            })
-            .collect();
+        let files = tree.nodes().filter_map(|node| match node.kind {
+            Kind::File { digest, size } => Some((digest, size)),
+            _ => None,
+        });
+        let Some((digest, size)) = self.missing_object(files)? else {
+            return Ok(());
+        };
+        let holds = Kind::File { digest, size };
+        let place = tree.walk().find(|item| item.node.kind == holds);
+        Err(WriteTreeError::MissingObject {
+            path: place.map(|item| item.path).unwrap_or_default(),
+            digest,
+            size,
+        })
+    }
+
+    /// One of these contents (digest, bytes) that is not there with its size. What is empty
+    /// is never missing.
+    pub fn missing_object(
+        &self,
+        wanted: impl Iterator<Item = (Digest, u64)>,
+    ) -> Result<Option<(Digest, u64)>, PathError> {
         // In the folders' order, and each once.
+        let mut wanted: Vec<_> = wanted.filter(|(_, size)| *size > 0).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        for (digest, size) in wanted {
-            if self.layout.object_size(&digest)? != Some(size) {
-                let holds = Kind::File { digest, size };
-                let place = tree.walk().find(|item| item.node.kind == holds);
-                return Err(WriteTreeError::MissingObject {
-                    path: place.map(|item| item.path).unwrap_or_default(),
-                    digest,
-                    size,
-                });
+        let look = |part: &[(Digest, u64)]| {
+            for (digest, size) in part {
+                if self.layout.object_size(digest)? != Some(*size) {
+                    return Ok(Some((*digest, *size)));
+                }
             }
-        }
-        Ok(())
+            Ok(None)
+        };
+        let threads = available_parallelism()
+            .map_or(1, usize::from)
+            .min(MAX_THREADS);
+        let part = wanted.len().div_ceil(threads).max(FEW);
+        let (first, others) = wanted.split_at(part.min(wanted.len()));
+        let found = std::thread::scope(|scope| {
+            let others = others.chunks(part);
+            let others: Vec<_> = others.map(|part| scope.spawn(move || look(part))).collect();
+            let mut found = vec![look(first)];
+            let joined = others.into_iter().map(|other| other.join());
+            found.extend(joined.map(|found| found.unwrap_or_else(|e| resume_unwind(e))));
+            found
+        });
+        let found: Result<Vec<_>, PathError> = found.into_iter().collect();
+        Ok(found?.into_iter().flatten().next())
     }
 }

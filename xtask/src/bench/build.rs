@@ -4,6 +4,7 @@
 //! asks for no network.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -227,7 +228,11 @@ impl Kiln {
     /// What instructions came to, and what it was made of; not what was fetched.
     fn forget(&self) -> Result<(), Failure> {
         for name in ["steps", "context", "tests", "reasons"] {
-            fs::remove_dir_all(self.root.join("cache").join(name))?;
+            match fs::remove_dir_all(self.root.join("cache").join(name)) {
+                // Of files that were just written nothing was remembered.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                removed => removed?,
+            }
         }
         let mut gc = self.command();
         gc.arg("gc");

@@ -13,6 +13,7 @@ mod why;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -334,6 +335,12 @@ fn read_file(build: &Build) -> Result<(String, Option<PathBuf>, Vec<u8>), BuildE
     Ok((path.display().to_string(), Some(path), bytes))
 }
 
+fn save(context: &ContextSource) {
+    if let Err(cause) = context.save() {
+        tracing::debug!(%cause, "the context's digests were not remembered");
+    }
+}
+
 impl Builder {
     /// Where a cache folder has what RUNs fetched.
     pub fn fetches(cache: &Path) -> PathBuf {
@@ -446,14 +453,15 @@ impl Builder {
         let context = self.context(prepared)?;
         let run = Run::new(self, prepared, images, context.as_ref(), import, conditions)?;
         let (stages, (document, tree)) = run.carry_out()?;
-        if let Some(context) = &context
-            && let Err(cause) = context.save()
-        {
-            tracing::debug!(%cause, "the context's digests were not remembered");
-        }
-        // Of many files it takes much memory, and so does what comes.
-        drop(context);
-        let digest = self.keep(document, tree).map_err(keep)?;
+        let digest = std::thread::scope(|scope| {
+            // Of many files it takes much memory.
+            let saving = context.map(|context| scope.spawn(move || save(&context)));
+            let digest = self.keep(document, tree).map_err(keep);
+            if let Some(panic) = saving.and_then(|saving| saving.join().err()) {
+                resume_unwind(panic);
+            }
+            digest
+        })?;
         Ok((digest, stages))
     }
 

@@ -90,6 +90,11 @@ impl<'t> Delta<'t> {
         names.values().all(|(here, links)| here == links)
     }
 
+    /// Of the files that are written.
+    pub fn bytes(&self) -> u64 {
+        self.changes.iter().filter_map(file_size).sum()
+    }
+
     /// Nothing changed.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
@@ -105,7 +110,7 @@ impl<'t> Delta<'t> {
 
     /// The layers it makes over `below` others; follows from the trees alone.
     pub fn parts(&self, below: usize) -> Vec<Part<'_>> {
-        let total = self.changes.iter().filter_map(file_size).sum();
+        let total = self.bytes();
         let count = parts_for(total, MOST_LAYERS.saturating_sub(below));
         if count == 1 {
             return self.whole().into_iter().collect();
@@ -178,10 +183,15 @@ impl Part<'_> {
     pub fn key(&self) -> Digest {
         let mut key = Key::new("layer", &Digest::of(""));
         let mut linked: BTreeMap<InodeId, &[u8]> = BTreeMap::new();
+        let mut above = None;
         for change in &self.changes {
             key.field(&change.path);
-            for (path, node) in self.folders_above(&change.path) {
-                hash_node(key.field(path), node);
+            let folder = folder(&change.path);
+            // Most changes are in the folder that the one before is in.
+            if above.replace(folder) != Some(folder) {
+                for (path, node) in self.folders_above(&change.path) {
+                    hash_node(key.field(path), node);
+                }
             }
             match node_of(change) {
                 Some(node) => hash_node(&mut key, node),

@@ -24,6 +24,7 @@ mod work;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
@@ -58,8 +59,8 @@ pub use sweep::sweep;
 /// How many of a failed command's last lines are told.
 pub const TOLD_LINES: usize = 30;
 
-/// Bytes of layers from which on reading them again takes longer than keeping their tree.
-const MUCH: u64 = 1 << 20;
+/// Bytes of files from which on reading their layers again takes longer than keeping the tree.
+const MUCH: u64 = 4 << 20;
 
 /// Layers made at the same time; a bound on memory.
 const MAX_LAYER_THREADS: usize = 4;
@@ -461,17 +462,26 @@ impl Site<'_> {
         inputs.fetched(fetched.as_ref());
         let marks = taped.map(|_| self.marks()).unwrap_or_default();
         let delta = Delta::between(&before, &tree);
-        let (layers, findings) = self.layers(&delta, building.layers.len(), &marks)?;
         let exact = building.files.is_exact() && delta.is_exact();
+        let large = exact && delta.bytes() >= MUCH;
+        let (layers, written) = std::thread::scope(|scope| {
+            let written = large.then(|| scope.spawn(|| self.store.write_tree(&tree)));
+            let layers = self.layers(&delta, building.layers.len(), &marks);
+            let written = written.map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e)));
+            (layers, written.transpose().map_err(ExecError::store))
+        });
+        let (layers, findings) = layers?;
         let made = Made {
             layers,
             findings: secrets::judged(findings, &tree, &self.store),
             took: begun.elapsed().into(),
         };
         // What holds a secret of the build's is kept for no later one: `gc` takes it.
-        let mut written = None;
+        let written = written?;
         if !made.findings.iter().any(Finding::is_given) {
-            written = self.remember_tree(&building.layers, &made.layers, exact.then_some(&tree))?;
+            if let Some(tree) = &written {
+                self.remember_tree(building.layers.iter().chain(&made.layers), tree)?;
+            }
             self.remember(&steps, &key, made.clone())?;
         }
         self.results.add(key, &made);
@@ -487,23 +497,18 @@ impl Site<'_> {
         Ok(done)
     }
 
-    /// Remembers what layers make, where reading the last of them again takes longer; gives
-    /// the tree's digest.
-    fn remember_tree(
+    /// Remembers what layers make: reading the last of them again takes long.
+    fn remember_tree<'l>(
         &self,
-        below: &[LayerRef],
-        made: &[LayerRef],
-        tree: Option<&kiln_store::tree::Tree>,
-    ) -> Result<Option<Digest>, ExecError> {
-        let bytes: u64 = made.iter().map(|layer| layer.size).sum();
-        let all: Vec<Digest> = below.iter().chain(made).map(|l| l.diff_id).collect();
-        match (tree, chain_id(&all)) {
-            (Some(tree), Some(chain)) if bytes >= MUCH => {
-                let remembered = self.store.remember_chain(&chain, tree);
-                remembered.map(Some).map_err(ExecError::store)
-            }
-            _ => Ok(None),
+        layers: impl Iterator<Item = &'l LayerRef>,
+        tree: &Digest,
+    ) -> Result<(), ExecError> {
+        let all: Vec<Digest> = layers.map(|layer| layer.diff_id).collect();
+        match chain_id(&all) {
+            Some(chain) => self.store.remember_chain(&chain, tree),
+            None => Ok(()),
         }
+        .map_err(ExecError::store)
     }
 
     /// What the cache has, or a cache of others.

@@ -29,19 +29,13 @@ const INLINE_MODE: u32 = 0o644;
 impl Site<'_> {
     /// Whether the content of all that was picked is in the store.
     pub(super) fn stored(&self, picked: &[Picked]) -> Result<bool, ExecError> {
-        for item in picked.iter().flat_map(|picked| &picked.items) {
-            let Shape::File { digest, size } = item.shape else {
-                continue;
-            };
-            if size == 0 {
-                continue;
-            }
-            let found = self.store.object_size(&digest).map_err(ExecError::store)?;
-            if found != Some(size) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let items = picked.iter().flat_map(|picked| &picked.items);
+        let files = items.filter_map(|item| match item.shape {
+            Shape::File { digest, size } => Some((digest, size)),
+            _ => None,
+        });
+        let missing = self.store.missing_object(files);
+        Ok(missing.map_err(ExecError::store)?.is_none())
     }
 
     /// Finds what a COPY or ADD names. Unless it is to be `stored`, the content of a
