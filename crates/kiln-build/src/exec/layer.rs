@@ -95,6 +95,10 @@ impl<'t> Delta<'t> {
         self.changes.iter().filter_map(file_size).sum()
     }
 
+    pub fn len(&self) -> usize {
+        self.changes.len()
+    }
+
     /// Nothing changed.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()

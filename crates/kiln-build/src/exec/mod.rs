@@ -62,6 +62,10 @@ pub const TOLD_LINES: usize = 30;
 /// Bytes of files from which on reading their layers again takes longer than keeping the tree.
 const MUCH: u64 = 4 << 20;
 
+/// Changed files of which layers and the tree are not made at the same time: it takes as much
+/// memory as all else.
+const MANY: usize = 50_000;
+
 /// Layers made at the same time; a bound on memory.
 const MAX_LAYER_THREADS: usize = 4;
 
@@ -464,12 +468,22 @@ impl Site<'_> {
         let delta = Delta::between(&before, &tree);
         let exact = building.files.is_exact() && delta.is_exact();
         let large = exact && delta.bytes() >= MUCH;
-        let (layers, written) = std::thread::scope(|scope| {
-            let written = large.then(|| scope.spawn(|| self.store.write_tree(&tree)));
-            let layers = self.layers(&delta, building.layers.len(), &marks);
-            let written = written.map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e)));
-            (layers, written.transpose().map_err(ExecError::store))
-        });
+        let layers = || self.layers(&delta, building.layers.len(), &marks);
+        let write = || large.then(|| self.store.write_tree(&tree)).transpose();
+        let (layers, written) = match delta.len() <= MANY {
+            true => std::thread::scope(|scope| {
+                let layers = scope.spawn(layers);
+                // By this thread, which has made the tree: what it has freed is its own.
+                let written = write();
+                let layers = layers.join().unwrap_or_else(|e| resume_unwind(e));
+                (layers, written)
+            }),
+            false => {
+                let layers = layers();
+                drop(delta);
+                (layers, write())
+            }
+        };
         let (layers, findings) = layers?;
         let made = Made {
             layers,
@@ -477,7 +491,7 @@ impl Site<'_> {
             took: begun.elapsed().into(),
         };
         // What holds a secret of the build's is kept for no later one: `gc` takes it.
-        let written = written?;
+        let written = written.map_err(ExecError::store)?;
         if !made.findings.iter().any(Finding::is_given) {
             if let Some(tree) = &written {
                 self.remember_tree(building.layers.iter().chain(&made.layers), tree)?;

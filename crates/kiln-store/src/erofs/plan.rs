@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::LazyLock;
 
 use kiln_model::Digest;
 
@@ -36,15 +37,23 @@ static WHITEOUT: Node = Node {
     kind: Kind::Char { major: 0, minor: 0 },
 };
 
-/// What a file with content has, if nothing else.
-const XATTRS_OF_A_FILE: usize = 128;
+/// Bytes of what a file with content has, if nothing else: nearly every inode of an image.
+static XATTRS_OF_A_FILE: LazyLock<usize> = LazyLock::new(|| {
+    let kind = Kind::File {
+        digest: Digest::of(""),
+        size: 1,
+    };
+    encode_xattrs(&Node::plain(0, kind), false).len()
+});
 
 /// One inode of the image.
 pub(super) struct Planned<'a> {
     pub(super) node: &'a Node,
     pub(super) links: u32,
     pub(super) compact: bool,
-    pub(super) xattrs: Vec<u8>,
+    /// Bytes of [`Planned::xattrs`]: of all inodes they would take as much memory as the image.
+    xattrs: usize,
+    opaque: bool,
     pub(super) data: Data<'a>,
     /// Number of the directory that holds it; the root's is its own.
     parent: usize,
@@ -76,7 +85,15 @@ pub(super) struct DirEntry<'a> {
 impl Planned<'_> {
     /// Bytes before its data: the inode and its attributes.
     pub(super) fn head(&self) -> usize {
-        self.inode_size() + self.xattrs.len()
+        self.inode_size() + self.xattrs
+    }
+
+    /// The attributes' bytes as they follow the inode; empty if there are none.
+    pub(super) fn xattrs(&self) -> Vec<u8> {
+        match self.xattrs {
+            0 => Vec::new(),
+            _ => encode_xattrs(self.node, self.opaque),
+        }
     }
 
     pub(super) fn inode_size(&self) -> usize {
@@ -141,7 +158,8 @@ pub(super) fn plan(tree: &Tree, epoch: Mtime) -> Vec<Planned<'_>> {
             node: &WHITEOUT,
             links: u32::try_from(marks.len()).unwrap_or(u32::MAX),
             compact: false,
-            xattrs: Vec::new(),
+            xattrs: 0,
+            opaque: false,
             data,
             parent: 0,
         });
@@ -197,7 +215,8 @@ fn planned(inode: &Inode, parent: usize, opaque: bool) -> Planned<'_> {
         node: &inode.node,
         links: inode.links,
         compact: false,
-        xattrs: encode_xattrs(&inode.node, opaque),
+        xattrs: xattrs_len(&inode.node, opaque),
+        opaque,
         data,
         parent,
     }
@@ -238,7 +257,15 @@ fn directory<'a>(mut entries: Vec<DirEntry<'a>>, here: usize, parent: usize) -> 
     dir
 }
 
-/// The attributes' bytes as they follow the inode; empty if there are none.
+/// Bytes of [`encode_xattrs`].
+fn xattrs_len(node: &Node, opaque: bool) -> usize {
+    match &node.kind {
+        _ if opaque || !node.meta.xattrs.is_empty() => encode_xattrs(node, opaque).len(),
+        Kind::File { size, .. } if *size > 0 => *XATTRS_OF_A_FILE,
+        _ => 0,
+    }
+}
+
 fn encode_xattrs(node: &Node, opaque: bool) -> Vec<u8> {
     let mut all: Vec<(Cow<'_, [u8]>, &[u8])> = Vec::new();
     for (name, value) in &node.meta.xattrs {
@@ -264,8 +291,7 @@ fn encode_xattrs(node: &Node, opaque: bool) -> Vec<u8> {
     }
     all.sort_unstable();
     // Header: no name filter, nothing shared.
-    let mut bytes = Vec::with_capacity(XATTRS_OF_A_FILE);
-    bytes.resize(XATTR_HEADER, 0);
+    let mut bytes = vec![0; XATTR_HEADER];
     for (name, value) in all {
         let (index, suffix) = split_xattr_name(&name);
         // The tree's limits keep both lengths in range.

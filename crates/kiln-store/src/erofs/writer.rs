@@ -134,7 +134,8 @@ fn write_inode(image: &mut [u8], inode: &Planned<'_>, place: &Place, number: usi
             (layout, block)
         }
     };
-    let xattr_count = match inode.xattrs.len() {
+    let xattrs = inode.xattrs();
+    let xattr_count = match xattrs.len() {
         0 => 0,
         bytes => 1 + (bytes - XATTR_HEADER) / XATTR_ENTRY,
     };
@@ -169,7 +170,7 @@ fn write_inode(image: &mut [u8], inode: &Planned<'_>, place: &Place, number: usi
             .u32(inode.links)
             .skip(16);
     }
-    fields.put(&inode.xattrs);
+    fields.put(&xattrs);
 }
 
 fn write_data(
