@@ -1,7 +1,7 @@
 //! Builds with nothing known, with nothing changed, and with one file changed; whole
 //! processes, with the most memory that one of them held. kiln's have the image's test in
-//! them, a job that ends at once. Beside kiln: buildah, where it is installed and the project
-//! asks for no network.
+//! them, a job that ends at once. Beside kiln, where the project asks for no network: buildah
+//! where it is installed, and the docker engine that the `docker` in the PATH reaches.
 //!
 //! Where nothing was fetched, a folder in which nothing is stands for nothing being known: what
 //! is removed keeps ext4 from making new files as quickly for some minutes, and that is not
@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Failure;
-use super::peers::installed;
+use super::peers::{installed, said};
 use super::table::{Row, Samples};
 use crate::cargo::{kiln, program, suite};
 
@@ -96,28 +96,49 @@ pub fn measure(runs: usize, rows: &mut Vec<Row>) -> Result<(), Failure> {
         };
         let measured = project.measure(&path, runs, &|| kiln.forget(), &|| kiln.build())?;
         rows.extend(project.rows("kiln", &measured, true));
-        if project.network {
-            continue;
-        }
-        let buildah = Buildah {
-            root: Root::new(scratch.join("buildah")),
-            project: path.clone(),
-        };
-        let forget = || {
-            buildah.root.next();
-            Ok(())
-        };
-        match installed("buildah")
-            .and_then(|()| project.measure(&path, runs, &forget, &|| buildah.build()))
-        {
-            Ok(measured) => rows.extend(project.rows("buildah", &measured, false)),
-            Err(why) => rows.push(Row::not_run(&project.what, "buildah", &why.to_string())),
+        if !project.network {
+            rows.extend(project.beside(scratch, &path, runs));
         }
     }
     Ok(())
 }
 
 impl Project {
+    /// The same by others.
+    fn beside(&self, scratch: &Path, path: &Path, runs: usize) -> Vec<Row> {
+        let buildah = Buildah {
+            root: Root::new(scratch.join("buildah")),
+            project: path.to_owned(),
+        };
+        let forget = || {
+            buildah.root.next();
+            Ok(())
+        };
+        let by_buildah = installed("buildah")
+            .and_then(|()| self.measure(path, runs, &forget, &|| buildah.build()));
+        let docker = Docker {
+            image: format!("kiln-bench-build:{}", std::process::id()),
+            project: path.to_owned(),
+        };
+        let by_docker = docker
+            .answers()
+            .and_then(|()| self.measure(path, runs, &|| docker.forget(), &|| docker.build()));
+        let mut rows = Vec::new();
+        for (who, measured) in [("buildah", by_buildah), ("docker", by_docker)] {
+            match measured {
+                Ok(mut measured) => {
+                    if who == "docker" {
+                        // It is its engine that needs it.
+                        measured.memory = 0;
+                    }
+                    rows.extend(self.rows(who, &measured, false));
+                }
+                Err(why) => rows.push(Row::not_run(&self.what, who, &why.to_string())),
+            }
+        }
+        rows
+    }
+
     /// `forget`: nothing is known; `build`: the command.
     fn measure(
         &self,
@@ -160,6 +181,9 @@ impl Project {
                 Row::times(&format!("{}, {name}", self.what), who, samples, aim)
             })
             .collect();
+        if measured.memory == 0 {
+            return rows;
+        }
         let mib = |kib: u64| format!("{:.0} MiB", kib as f64 / 1024.0);
         rows.push(Row {
             what: format!("{}, most memory", self.what),
@@ -298,6 +322,46 @@ impl Buildah {
             .args(["--ulimit", "nofile=20000:20000"])
             .arg(&self.project);
         command
+    }
+}
+
+struct Docker {
+    image: String,
+    project: PathBuf,
+}
+
+impl Docker {
+    fn answers(&self) -> Result<(), Failure> {
+        said(&program("docker").arg("info").output()?)
+    }
+
+    fn build(&self) -> Command {
+        let mut command = program("docker");
+        let path = self.project.join("Containerfile");
+        command
+            .args(["build", "--network", "host", "--tag", &self.image, "--file"])
+            .args([&path, &self.project]);
+        command
+    }
+
+    /// Its engine has no other folder to begin in.
+    fn forget(&self) -> Result<(), Failure> {
+        for words in [
+            &["rmi", "--force", &self.image][..],
+            &["builder", "prune", "--all", "--force"],
+        ] {
+            said(&program("docker").args(words).output()?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        // Where there is no engine there is no image.
+        let _ = program("docker")
+            .args(["rmi", "--force", &self.image])
+            .output();
     }
 }
 
