@@ -9,6 +9,7 @@
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
 
 pub(crate) const MAGIC: [u8; 4] = [0xfe, 0xed, 0xfe, 0xed];
+const LATER_MAGIC: [u8; 4] = [0xce, 0xce, 0xce, 0xce];
 /// Larger ones are left as they are: Debian's has 160 KiB.
 pub(crate) const LARGEST: u64 = 8 << 20;
 
@@ -59,6 +60,36 @@ fn settle(content: &[u8], time: impl Fn(i64) -> i64) -> Option<Vec<u8>> {
     let sum = checksum(&new);
     new.extend(sum);
     Some(new)
+}
+
+/// Whether it is a store, of this form or Java's later one of it (JCEKS), with an entry that
+/// is a private or secret key.
+pub(crate) fn has_key(content: &[u8]) -> bool {
+    if ![MAGIC, LATER_MAGIC]
+        .iter()
+        .any(|magic| content.starts_with(magic))
+    {
+        return false;
+    }
+    let mut rest = Reader {
+        body: content,
+        at: 8,
+    };
+    let mut any_key = || {
+        for _ in 0..rest.number()? {
+            if rest.number()? != CERTIFICATE {
+                return Some(true);
+            }
+            rest.string()?;
+            rest.take(8)?;
+            rest.string()?;
+            let length = rest.number()?;
+            rest.take(length as usize)?;
+        }
+        Some(false)
+    };
+    // What can't be read to its end has only been shown to hold certificates.
+    any_key().unwrap_or(false)
 }
 
 fn checksum(body: &[u8]) -> Vec<u8> {
@@ -129,6 +160,18 @@ pub(crate) mod tests {
         let only_late = |time| if time >= 1_000_000 { 7 } else { time };
         let made = store(CERTIFICATE, [1_000_000_123, 5_123]);
         assert_eq!(settled(made, only_late), store(CERTIFICATE, [7_000, 5_123]));
+    }
+
+    #[test]
+    fn an_entry_that_is_no_certificate_is_a_key() {
+        assert!(!has_key(&store(CERTIFICATE, [1, 2])));
+        assert!(has_key(&store(1, [1, 2])));
+        let mut later = store(3, [1, 2]);
+        assert!(has_key(&later));
+        later[..4].copy_from_slice(&LATER_MAGIC);
+        assert!(has_key(&later));
+        later[0] = 0;
+        assert!(!has_key(&later), "no store at all");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::cache;
 use crate::secrets::Finding;
 
 /// Another one also where other secrets are looked for: what was found is part of a result.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 /// Files known by their key.
 pub struct Files {

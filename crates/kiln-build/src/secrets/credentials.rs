@@ -3,6 +3,8 @@
 
 use kiln_model::secrets::{has_url_password, is_secret_variable, is_value};
 
+use super::commands::command_has_login;
+
 /// More of such a file is not read.
 const LONGEST: usize = 1 << 20;
 
@@ -173,42 +175,6 @@ pub(super) fn kind(path: &str, content: &[u8]) -> Option<&'static str> {
         Hashes => lines().any(line_has_hash).then_some("hash of a password"),
         Key => Some("secret key"),
     }
-}
-
-/// Says whether a password stands in a command, as a variable, an option or in a URL.
-fn command_has_login(line: &str) -> bool {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let assigned = |word: &&str| {
-        let pair = word.trim_matches(['"', '\'', ';']).split_once('=');
-        pair.is_some_and(|(name, value)| is_secret_variable(name, value))
-    };
-    let given = words.windows(2).any(|pair| match pair {
-        ["-u" | "--user", login] => {
-            let password = login.trim_matches(['"', '\'']).split_once(':');
-            password.is_some_and(|(_, password)| !password.is_empty() && is_value(password))
-        }
-        // No option of `sshpass`'s means anything else by it.
-        ["-p", password] => line.contains("sshpass ") && is_value(password),
-        [option, value] => {
-            let option = option.starts_with("--").then_some(*option);
-            option.is_some_and(|option| {
-                !option.contains('=')
-                    && !value.starts_with('-')
-                    && is_secret_variable(option, value)
-            })
-        }
-        _ => false,
-    });
-    let joined = |word: &&str| {
-        let clients = ["mysql", "mariadb", "sshpass"];
-        let password = word.strip_prefix("-p").filter(|rest| !rest.is_empty());
-        password.is_some_and(is_value) && clients.iter().any(|client| line.contains(client))
-    };
-    // As SQL has it.
-    let identified = ["IDENTIFIED BY '", "PASSWORD '"]
-        .iter()
-        .any(|words| line.to_ascii_uppercase().contains(words));
-    given || identified || words.iter().any(|w| assigned(w) || joined(w)) || has_url_password(line)
 }
 
 /// Says whether the second field is what crypt(5) makes of a password, locked or not.

@@ -7,7 +7,10 @@ use kiln_model::Digest;
 use kiln_model::secrets::{self, Finder};
 
 use super::Finding;
+use super::commands::has_login;
 
+/// What runs something, now or later.
+const COMMANDS: [&str; 4] = ["RUN", "CMD", "ENTRYPOINT", "HEALTHCHECK"];
 const URL_PASSWORD: &str = "URL with a password";
 
 /// Looks through an instruction as the image's history has it.
@@ -24,7 +27,11 @@ pub(crate) fn in_instruction(finder: &Finder, history: &str) -> Vec<Finding> {
     }
     let place = || format!("instruction:{}", Digest::of(history).short());
     let finding = |kind| Finding::new(place(), kind);
-    kinds(finder, rest).into_iter().map(finding).collect()
+    let mut kinds = kinds(finder, rest);
+    if kinds.is_empty() && COMMANDS.contains(&name) && has_login(rest) {
+        kinds.push("password in a command");
+    }
+    kinds.into_iter().map(finding).collect()
 }
 
 /// Labels that the build adds by itself.
@@ -80,7 +87,13 @@ mod tests {
             matches!(run.as_slice(), [one] if one.starts_with("instruction:") && one.ends_with(": GitHub token")),
             "{run:?}"
         );
+        let run = all("RUN /bin/sh -c curl -u me:p4ss https://x");
+        assert!(
+            matches!(run.as_slice(), [one] if one.ends_with(": password in a command")),
+            "{run:?}"
+        );
         for innocent in [
+            "COPY --chown=me a:b --token p4ss /x",
             "RUN /bin/sh -c apt-get update",
             "ENV PATH=/usr/bin LANG=C.UTF-8 GPG_KEY=A035C8C19219BA821ECEA86B64E628F8D684696D",
             "CMD [\"x\", \"--password-file=/run/secrets/x\"]",

@@ -2,10 +2,11 @@
 //! adds is looked through when its layer is made, and what the target's instructions added
 //! is judged when the image is put together. What an image is built on was another build's.
 //!
-//! Private keys, tokens of known shapes, files that hold logins or hashes of passwords, the
-//! build's own secrets, and variables that are secret by name refuse the image. What a RUN made to tell this
-//! machine from others ([`kiln_model::identity`]) is in the image as an empty file, which
-//! the runtime fills for each instance; that is only told.
+//! Private keys, tokens of known shapes, files that hold logins or hashes of passwords,
+//! passwords in commands, the build's own secrets, and variables that are secret by name
+//! refuse the image. What a RUN made to tell this machine from others
+//! ([`kiln_model::identity`]) is in the image as an empty file, which the runtime fills for
+//! each instance; that is only told.
 //!
 //! Passed over: what a package manager has installed outside of `/etc` (whoever wants it
 //! can fetch it, test keys included), and tests within packages of languages.
@@ -15,8 +16,10 @@
 //!
 //! Invariant: a finding says kind and place, never the secret.
 
+mod commands;
 mod credentials;
 mod instruction;
+mod keys;
 mod packages;
 mod scan;
 

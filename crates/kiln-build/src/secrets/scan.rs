@@ -12,7 +12,7 @@ use kiln_model::secrets::Finder;
 use kiln_store::Store;
 use kiln_store::tree::{Aspect, Change, ChangeKind, Kind, Tree};
 
-use super::{Finding, credentials, packages};
+use super::{Finding, credentials, keys, packages};
 use crate::exec::ExecError;
 
 /// Of a longer file only the beginning is looked at: keys and settings are small.
@@ -144,7 +144,7 @@ impl<'a> Look<'a> {
         if machine_id && content.trim_ascii() != b"uninitialized" {
             kinds.push(name(Identity::MachineId).into());
         }
-        if is_ssh_key(content) || is_der_key(content) {
+        if keys::is_key(&path, content) {
             kinds.push("private key".into());
         }
         kinds.extend(credentials::kind(&path, content).map(str::to_owned));
@@ -175,38 +175,7 @@ fn name(identity: Identity) -> &'static str {
     }
 }
 
-/// As PuTTY and ssh.com write them.
-fn is_ssh_key(content: &[u8]) -> bool {
-    content.starts_with(b"PuTTY-User-Key-File-")
-        || content.starts_with(b"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----")
-}
-
-/// Without a frame: PKCS#8 of RSA, Ed25519 and keys on elliptic curves, encrypted or not;
-/// PKCS#1; and SEC 1.
-fn is_der_key(content: &[u8]) -> bool {
-    const KINDS: [&[u8]; 3] = [
-        &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01],
-        &[0x2b, 0x65, 0x70],
-        &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01],
-    ];
-    const BY_PASSWORD: [u8; 9] = [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x05, 0x0d];
-    let body = match content {
-        [0x30, 0x82, _, _, body @ ..] | [0x30, 0x81, _, body @ ..] | [0x30, _, body @ ..] => body,
-        _ => return false,
-    };
-    match body {
-        // The version, then a sequence, an object and their lengths.
-        [2, 1, 0, 0x30, _, 0x06, _, kind @ ..] => KINDS.iter().any(|k| kind.starts_with(k)),
-        // The version, and a long number: the modulus.
-        [2, 1, 0, 0x02, 0x81 | 0x82, ..] => true,
-        // The version, and as many bytes as a curve's secret has.
-        [2, 1, 1, 0x04, 28 | 32 | 48 | 66, ..] => true,
-        [0x30, _, 0x06, 9, kind @ ..] => kind.starts_with(&BY_PASSWORD),
-        _ => false,
-    }
-}
-
-fn contains(content: &[u8], wanted: &[u8]) -> bool {
+pub(super) fn contains(content: &[u8], wanted: &[u8]) -> bool {
     let Some((first, _)) = wanted.split_first() else {
         return false;
     };

@@ -3,7 +3,7 @@
 //! [`MEDIA_TYPE`]. Its layers are the layers of all results, each once, by digest. The
 //! configuration is JSON:
 //! ```text
-//! {"format":2,"steps":{"sha256:<key>":{"layers":[{"digest","size","diff_id"}…],
+//! {"format":3,"steps":{"sha256:<key>":{"layers":[{"digest","size","diff_id"}…],
 //!   "findings":[{"place","kind","made_anew"}…],"took":milliseconds}…}}
 //! ```
 //! A result's layers are in their order; none: the instruction changed nothing.
@@ -20,7 +20,7 @@ pub(super) const MEDIA_TYPE: &str = "application/vnd.kiln.build-cache.v1+json";
 /// Longest configuration, in bytes: some ten thousand results.
 pub(super) const MAX_BYTES: u64 = 8 << 20;
 /// As in [`crate::exec::state`], another one also where other secrets are looked for.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 struct Document {
@@ -108,11 +108,11 @@ mod tests {
         let read_again = read(&text).unwrap();
         assert_eq!(read_again[&Digest::of("a")].layers.len(), 2);
         let text = String::from_utf8(text).unwrap();
-        let newer = text.replace("\"format\":2", "\"format\":3");
+        let newer = text.replace(&format!("\"format\":{FORMAT}"), "\"format\":99");
         let error = read(newer.as_bytes()).err().unwrap();
         assert_eq!(
             error.to_string(),
-            "it has format 3, which this kiln does not know"
+            "it has format 99, which this kiln does not know"
         );
     }
 
