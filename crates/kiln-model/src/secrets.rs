@@ -87,9 +87,9 @@ pub fn is_value(value: &str) -> bool {
     let lower = value.to_ascii_lowercase();
     let stand_in = value.starts_with(['/', '$', '<', '%'])
         || value.starts_with("{{")
-        || value.chars().all(|c| matches!(c, '*' | 'x' | 'X' | '.'))
+        || value.chars().all(|c| "*xX.0-".contains(c))
         || PLACEHOLDERS.iter().any(|known| lower.contains(known));
-    !stand_in && !SAID.contains(&lower.as_str()) && !matches!(value, "0" | "1")
+    !stand_in && !SAID.contains(&lower.as_str()) && value != "1"
 }
 
 /// A token whose issuer made it recognisable.
@@ -342,6 +342,7 @@ mod tests {
                 "true",
                 "1",
                 "xxxxx",
+                "00000000-0000-0000-0000-000000000000",
                 "dummy",
             ] {
                 assert!(!is_secret_variable(name, value), "{name}={value}");
