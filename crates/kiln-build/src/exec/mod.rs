@@ -35,7 +35,7 @@ use kiln_model::instance::ExitStatus;
 use kiln_model::progress::Finish;
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
 use kiln_runtime::{Runtime, StartError};
-use kiln_store::{Store, chain_id};
+use kiln_store::{Store, Tree, chain_id};
 
 use crate::containerfile::{RunNetwork, Span};
 use crate::context::source::ContextSource;
@@ -290,18 +290,28 @@ struct Told<'a> {
 
 /// What carrying out a step came to.
 struct Carried {
-    tree: kiln_store::tree::Tree,
+    tree: Tree,
     /// What the result depends on and was not known before.
     fetched: Option<Digest>,
 }
 
-impl From<kiln_store::tree::Tree> for Carried {
-    fn from(tree: kiln_store::tree::Tree) -> Self {
+impl From<Tree> for Carried {
+    fn from(tree: Tree) -> Self {
         Self {
             tree,
             fetched: None,
         }
     }
+}
+
+/// What an instruction has changed, in the store.
+struct Written {
+    layers: Vec<LayerRef>,
+    findings: Vec<Finding>,
+    /// See [`Files::given`].
+    exact: bool,
+    /// Of the whole tree, where there was much of it.
+    tree_digest: Option<Digest>,
 }
 
 impl Site<'_> {
@@ -465,11 +475,50 @@ impl Site<'_> {
         let key = fetches::key(&of, fetched);
         inputs.fetched(fetched.as_ref());
         let marks = taped.map(|_| self.marks()).unwrap_or_default();
-        let delta = Delta::between(&before, &tree);
+        let Written {
+            layers,
+            findings,
+            exact,
+            tree_digest,
+        } = self.write(building, &before, &tree, &marks)?;
+        let made = Made {
+            layers,
+            findings: secrets::judged(findings, &tree, &self.store),
+            took: begun.elapsed().into(),
+        };
+        // What holds a secret of the build's is kept for no later one: `gc` takes it.
+        if !made.findings.iter().any(Finding::is_given) {
+            if let Some(tree) = &tree_digest {
+                self.remember_tree(building.layers.iter().chain(&made.layers), tree)?;
+            }
+            self.remember(&steps, &key, made.clone())?;
+        }
+        self.results.add(key, &made);
+        if let Err(cause) = told.reasons.remember(key, inputs) {
+            tracing::debug!(%cause, "an instruction's inputs were not remembered");
+        }
+        let done = Done {
+            layers: made.layers.len(),
+            cached: false,
+        };
+        let files = Files::given(key, tree, exact, tree_digest);
+        building.advance(key, made, Some(files), told.step);
+        Ok(done)
+    }
+
+    /// Makes the layers of what an instruction has changed, and a large tree beside them.
+    fn write(
+        &self,
+        building: &Building,
+        before: &Tree,
+        tree: &Tree,
+        marks: &[Vec<u8>],
+    ) -> Result<Written, ExecError> {
+        let delta = Delta::between(before, tree);
         let exact = building.files.is_exact() && delta.is_exact();
         let large = exact && delta.bytes() >= MUCH;
-        let layers = || self.layers(&delta, building.layers.len(), &marks);
-        let write = || large.then(|| self.store.write_tree(&tree)).transpose();
+        let layers = || self.layers(&delta, building.layers.len(), marks);
+        let write = || large.then(|| self.store.write_tree(tree)).transpose();
         let (layers, written) = match delta.len() <= MANY {
             true => std::thread::scope(|scope| {
                 let layers = scope.spawn(layers);
@@ -485,30 +534,12 @@ impl Site<'_> {
             }
         };
         let (layers, findings) = layers?;
-        let made = Made {
+        Ok(Written {
             layers,
-            findings: secrets::judged(findings, &tree, &self.store),
-            took: begun.elapsed().into(),
-        };
-        // What holds a secret of the build's is kept for no later one: `gc` takes it.
-        let written = written.map_err(ExecError::store)?;
-        if !made.findings.iter().any(Finding::is_given) {
-            if let Some(tree) = &written {
-                self.remember_tree(building.layers.iter().chain(&made.layers), tree)?;
-            }
-            self.remember(&steps, &key, made.clone())?;
-        }
-        self.results.add(key, &made);
-        if let Err(cause) = told.reasons.remember(key, inputs) {
-            tracing::debug!(%cause, "an instruction's inputs were not remembered");
-        }
-        let done = Done {
-            layers: made.layers.len(),
-            cached: false,
-        };
-        let files = Files::given(key, tree, exact, written);
-        building.advance(key, made, Some(files), told.step);
-        Ok(done)
+            findings,
+            exact,
+            tree_digest: written.map_err(ExecError::store)?,
+        })
     }
 
     /// Remembers what layers make: reading the last of them again takes long.
