@@ -2,10 +2,12 @@
 //! base of the project, an OCI layout or archive on disk, or a registry's image. What
 //! the lock pins is what is taken; what it does not know yet it learns.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::available_parallelism;
 
+use futures_util::{StreamExt, stream};
 use kiln_model::spec::DebianBase;
 use kiln_model::{Digest, Progress, ProgressEvent};
 use kiln_oci::archive::{ArchiveError, Import, import};
@@ -19,9 +21,12 @@ use crate::cache;
 use crate::containerfile::Span;
 use crate::debian::{self, Asked, DebianContext, DebianError};
 use crate::exec::ExecError;
-use crate::graph;
+use crate::graph::{self, Wanted};
 use crate::lock::Lock;
 use crate::secrets::{self, Allowed, Finding, Located, Refused};
+
+/// Bases composed at the same time; a bound on memory.
+const MAX_AT_ONCE: usize = 4;
 
 /// Why an image could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -116,13 +121,57 @@ impl Resolver {
         Ok(manifest)
     }
 
-    async fn base(
+    /// Whether a base of this project is there as `lock` has it.
+    pub fn is_composed(&self, name: &str, platform: &str, lock: &Lock) -> bool {
+        let asked = self
+            .bases
+            .get(name)
+            .map(|base| self.debian(name, base, platform));
+        matches!(asked, Some(Ok((debian, asked))) if debian::is_composed(&debian, &asked, lock))
+    }
+
+    /// Composes bases of this project, several at a time.
+    pub async fn compose(
         &self,
-        name: &str,
-        base: &DebianBase,
-        platform: &str,
+        wanted: BTreeSet<Wanted>,
         lock: &mut Lock,
-    ) -> Result<Digest, ResolveError> {
+    ) -> Result<(), ResolveError> {
+        // One after the other: they are all looked for in the same lists.
+        for Wanted {
+            reference,
+            platform,
+        } in &wanted
+        {
+            if let Some(base) = self.bases.get(reference) {
+                let (debian, asked) = self.debian(reference, base, platform)?;
+                debian::lock(&debian, &asked, lock).await?;
+            }
+        }
+        let at_once = available_parallelism()
+            .map_or(1, usize::from)
+            .min(MAX_AT_ONCE);
+        let composed = stream::iter(wanted).map(|one| {
+            let mut locked = lock.clone();
+            async move {
+                let Wanted {
+                    reference,
+                    platform,
+                } = one;
+                let composed = self.resolve_for(&reference, &platform, false, &mut locked);
+                composed.await.map(drop)
+            }
+        });
+        let composed: Vec<_> = composed.buffered(at_once).collect().await;
+        composed.into_iter().collect()
+    }
+
+    /// What composing a base for a platform needs.
+    fn debian<'a>(
+        &'a self,
+        name: &'a str,
+        base: &'a DebianBase,
+        platform: &str,
+    ) -> Result<(DebianContext, Asked<'a>), ResolveError> {
         if !base.distroless && !runs_here(platform) {
             return Err(ResolveError::Foreign(Foreign {
                 what: format!("base `{name}`: its packages' scripts"),
@@ -141,6 +190,17 @@ impl Resolver {
             base,
             mirror: self.mirror.as_deref(),
         };
+        Ok((debian, asked))
+    }
+
+    async fn base(
+        &self,
+        name: &str,
+        base: &DebianBase,
+        platform: &str,
+        lock: &mut Lock,
+    ) -> Result<Digest, ResolveError> {
+        let (debian, asked) = self.debian(name, base, platform)?;
         let composed = debian::compose(&debian, &asked, lock).await?;
         let manifest = composed.image.manifest;
         self.judge(name, &manifest).await?;

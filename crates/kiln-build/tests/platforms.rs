@@ -6,21 +6,17 @@ mod world;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::time::SystemTime;
 
 use kiln_build::build::runs_here;
-use kiln_build::debian::{self, DebianContext, Machine};
+
 use kiln_build::lock::Lock;
-use kiln_build::resolve::{ResolveError, Resolver};
-use kiln_model::progress::Silent;
+use kiln_build::resolve::ResolveError;
 use kiln_model::spec::DebianBase;
 use kiln_oci::manifest::Index;
-use kiln_oci::registry::{self, CredentialSources};
 use kiln_oci::testing::SampleImage;
 use kiln_oci::testing::registry::{Login, TestRegistry};
 use kiln_testkit::emulator::{self, Emulator};
-use world::{World, busybox, context, sandboxes, world};
+use world::{World, busybox, context, now, resolver, sandboxes, world};
 
 /// One that is not run here; `None`, and a word about it, where all are.
 fn foreign() -> Option<&'static str> {
@@ -189,44 +185,6 @@ async fn a_foreign_command_runs_where_an_emulator_is_registered() {
 }
 
 /// Seconds.
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.unwrap().as_secs()
-}
-
-fn resolver(world: &World, bases: BTreeMap<String, DebianBase>) -> Resolver {
-    let platform = kiln_oci::host_platform();
-    Resolver {
-        store: world.builder.store.clone(),
-        debian: DebianContext {
-            blobs: world.builder.store.clone(),
-            run_scripts: Arc::new(|_, _| panic!("nothing is run")),
-            cache: world.builder.cache.clone(),
-            client: kiln_build::http_client().unwrap(),
-            progress: Arc::new(Silent),
-            epoch: 0,
-            machine: Machine {
-                root: "/".into(),
-                now: 0,
-                arch: debian::architecture(&platform).unwrap().into(),
-            },
-        },
-        registry: Arc::new(
-            registry::Client::new(registry::Options {
-                credentials: CredentialSources::default(),
-                ..registry::Options::default()
-            })
-            .unwrap(),
-        ),
-        platform: platform.parse().unwrap(),
-        bases,
-        mirror: None,
-        folder: world.root.path().to_owned(),
-        progress: Arc::new(Silent),
-        allowed: Arc::default(),
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn each_platform_gets_its_image_of_an_index_under_one_pin() {
     let registry = TestRegistry::start(Login::None).await;

@@ -1,6 +1,7 @@
 //! From a project to a release: images found or built, each tested in isolation, every
 //! file it shows read and kept. Nothing that runs is touched here.
 
+mod bases;
 mod caller;
 mod contents;
 mod export;
@@ -280,12 +281,13 @@ impl<'a> Assembler<'a> {
         if update {
             lock.update();
         }
-        for name in self.spec().bases.keys() {
-            self.resolver
-                .resolve(name, false, &mut lock)
-                .await
-                .map_err(build_failure)?;
-        }
+        let platform = kiln_oci::host_platform();
+        let bases = self.spec().bases.keys().map(|name| Wanted {
+            reference: name.clone(),
+            platform: platform.clone(),
+        });
+        let composed = self.resolver.compose(bases.collect(), &mut lock).await;
+        composed.map_err(build_failure)?;
         for (name, service) in &self.spec().services {
             match &service.image {
                 ImageSource::Reference(reference) => {
@@ -307,6 +309,7 @@ impl<'a> Assembler<'a> {
     }
 
     async fn services(&self, lock: &mut Lock, over: &Over<'_>) -> Result<Services, Failure> {
+        self.bases(lock, over).await?;
         let mut images: BTreeMap<ServiceName, Image> = BTreeMap::new();
         let mut bases = BTreeMap::new();
         for (name, service) in &self.spec().services {

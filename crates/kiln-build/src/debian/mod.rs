@@ -135,6 +135,35 @@ pub struct Composed {
     pub cached: bool,
 }
 
+/// Completes `lock` for the base `asked`, without composing it.
+pub async fn lock(
+    ctx: &DebianContext,
+    asked: &Asked<'_>,
+    lock: &mut Lock,
+) -> Result<(), DebianError> {
+    let start = Instant::now();
+    let locked = packages(ctx, asked, lock).await;
+    if let Err(error) = &locked {
+        ctx.progress.event(ProgressEvent::Finished {
+            task: format!("base {}", asked.name),
+            how: Finish::Failed {
+                cause: error.to_string(),
+            },
+            took: start.elapsed().into(),
+        });
+    }
+    locked.map(drop)
+}
+
+/// Whether the base `asked` has been composed of what `lock` says, and is there.
+pub fn is_composed(ctx: &DebianContext, asked: &Asked<'_>, lock: &Lock) -> bool {
+    let packages = locking::complete(lock, asked, &ctx.machine.arch);
+    packages.is_some_and(|packages| {
+        let key = key(ctx, asked.base, packages);
+        recorded(&record(ctx, &key), &*ctx.blobs).is_some()
+    })
+}
+
 /// Composes the base `asked`, honouring and completing `lock`.
 pub async fn compose(
     ctx: &DebianContext,
@@ -177,18 +206,9 @@ async fn compose_inner(
         path: ctx.cache.clone(),
         source,
     })?;
-    let folder = locking::cache_folder(&ctx.cache);
-    let fetcher = fetch::Fetcher::new(ctx.client.clone(), folder.clone()).map_err(|source| {
-        DebianError::Fetch {
-            name: name(),
-            source,
-        }
-    })?;
-    let packages = locking::packages(&fetcher, &ctx.machine, asked, lock, &ctx.progress)
-        .await
-        .map_err(locking)?;
+    let (fetcher, packages) = packages(ctx, asked, lock).await?;
     let key = key(ctx, asked.base, &packages);
-    let record = folder.join("images").join(&key);
+    let record = record(ctx, &key);
     if let Some(image) = recorded(&record, &*ctx.blobs) {
         return Ok(Composed {
             key,
@@ -217,6 +237,32 @@ async fn compose_inner(
         image,
         cached: false,
     })
+}
+
+/// The packages of a base, and what fetches their files.
+async fn packages(
+    ctx: &DebianContext,
+    asked: &Asked<'_>,
+    lock: &mut Lock,
+) -> Result<(fetch::Fetcher, Vec<LockedPackage>), DebianError> {
+    let name = || asked.name.to_string();
+    let folder = locking::cache_folder(&ctx.cache);
+    let fetcher = fetch::Fetcher::new(ctx.client.clone(), folder);
+    let fetcher = fetcher.map_err(|source| DebianError::Fetch {
+        name: name(),
+        source,
+    })?;
+    let packages = locking::packages(&fetcher, &ctx.machine, asked, lock, &ctx.progress).await;
+    let packages = packages.map_err(|source| DebianError::Locking {
+        name: name(),
+        source: Box::new(source),
+    })?;
+    Ok((fetcher, packages))
+}
+
+/// Where it is remembered what a base came to.
+fn record(ctx: &DebianContext, key: &str) -> PathBuf {
+    locking::cache_folder(&ctx.cache).join("images").join(key)
 }
 
 /// Names everything that the image depends on.

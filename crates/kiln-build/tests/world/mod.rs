@@ -13,12 +13,13 @@ use kiln_build::build::{BuildRequest, Builder, prepare};
 use kiln_build::debian::{self, Asked, DebianContext, Machine, sandbox};
 use kiln_build::lock::Lock;
 use kiln_build::network::{Network, host_resolver};
+use kiln_build::resolve;
 use kiln_build::test::{TestRequest, Tester};
 use kiln_model::instance::{InstanceLimits, InstanceSecurity, Resolver};
 use kiln_model::progress::{Finish, Silent};
 use kiln_model::spec::{Build, DebianBase};
 use kiln_model::{Digest, Millis, Progress, ProgressEvent};
-use kiln_oci::registry::{Client, Options};
+use kiln_oci::registry::{Client, CredentialSources, Options};
 use kiln_runtime::{Runtime, RuntimeConfig};
 use kiln_store::Store;
 use kiln_store::tree::{Kind, Tree};
@@ -326,5 +327,45 @@ pub fn request(image: Digest, command: &str) -> TestRequest {
         peers: false,
         hosts: Vec::new(),
         settle: Millis(300),
+    }
+}
+
+/// Seconds since the epoch.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap().as_secs()
+}
+
+/// What finds images for a world's store; no script of a package's is run.
+pub fn resolver(world: &World, bases: BTreeMap<String, DebianBase>) -> resolve::Resolver {
+    let platform = kiln_oci::host_platform();
+    resolve::Resolver {
+        store: world.builder.store.clone(),
+        debian: DebianContext {
+            blobs: world.builder.store.clone(),
+            run_scripts: Arc::new(|_, _| panic!("nothing is run")),
+            cache: world.builder.cache.clone(),
+            client: kiln_build::http_client().unwrap(),
+            progress: Arc::new(Silent),
+            epoch: 0,
+            machine: Machine {
+                root: "/".into(),
+                now: 0,
+                arch: debian::architecture(&platform).unwrap().into(),
+            },
+        },
+        registry: Arc::new(
+            Client::new(Options {
+                credentials: CredentialSources::default(),
+                ..Options::default()
+            })
+            .unwrap(),
+        ),
+        platform: platform.parse().unwrap(),
+        bases,
+        mirror: None,
+        folder: world.root.path().to_owned(),
+        progress: Arc::new(Silent),
+        allowed: Arc::default(),
     }
 }
