@@ -153,3 +153,35 @@ impl Store {
         Ok(found?.into_iter().flatten().next())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn one_of_thousands_that_is_missing_is_found_wherever_it_is() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        let mut batch = store.batch();
+        let texts = (0..3 * FEW).map(|n| n.to_string());
+        let put = texts.map(|text| batch.put(&mut text.as_bytes(), 4).unwrap());
+        let mut all: Vec<(Digest, u64)> = put.collect();
+        batch.finish().unwrap();
+        let missing = |all: &[(Digest, u64)]| store.missing_object(all.iter().copied()).unwrap();
+        assert_eq!(missing(&all), None);
+        all.sort_unstable();
+        for at in [0, FEW, 2 * FEW, all.len() - 1] {
+            let (digest, size) = all[at];
+            let path = store.object_path(&digest);
+            std::fs::rename(&path, root.path().join("away")).unwrap();
+            assert_eq!(missing(&all), Some((digest, size)), "{at}");
+            std::fs::rename(root.path().join("away"), &path).unwrap();
+            all[at].1 += 1;
+            assert_eq!(missing(&all), Some(all[at]), "of another size");
+            all[at].1 = 0;
+            assert_eq!(missing(&all), None, "what is empty is never missing");
+            all[at].1 = size;
+        }
+    }
+}

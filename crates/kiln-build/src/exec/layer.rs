@@ -402,3 +402,41 @@ fn entry_kind(node: &Node) -> Option<EntryKind> {
         Kind::Socket => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// The key of what comes into a folder of this mode below one that is as it was.
+    fn key(mode: u32, files: &[&str]) -> Digest {
+        let mut before = Tree::new();
+        before.insert("a", Node::dir(0o755)).unwrap();
+        before.insert("a/b", Node::dir(mode)).unwrap();
+        let mut after = before.clone();
+        for name in files {
+            let kind = Kind::File {
+                digest: Digest::of(name),
+                size: 1,
+            };
+            after
+                .insert(format!("a/b/{name}"), Node::plain(0o644, kind))
+                .unwrap();
+        }
+        let delta = Delta::between(&before, &after);
+        delta.whole().unwrap().key()
+    }
+
+    #[test]
+    fn a_layers_key_says_all_that_is_in_it_and_the_folders_above() {
+        assert_eq!(key(0o755, &["x", "y"]), key(0o755, &["x", "y"]));
+        let others = [
+            key(0o700, &["x", "y"]),
+            key(0o755, &["x"]),
+            key(0o755, &["x", "z"]),
+        ];
+        for other in others {
+            assert_ne!(key(0o755, &["x", "y"]), other);
+        }
+    }
+}

@@ -360,6 +360,36 @@ mod tests {
     }
 
     #[test]
+    fn attributes_are_the_images_but_for_those_of_the_overlay() {
+        let (upper, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = Store::open(root.path()).unwrap();
+        let none = rustix::fs::XattrFlags::empty();
+        for (name, own) in [("with", true), ("without", false)] {
+            let path = upper.path().join(name);
+            fs::write(&path, name).unwrap();
+            for (attribute, set) in [("user.own", own), ("trusted.overlay.origin", true)] {
+                if set {
+                    rustix::fs::setxattr(&path, attribute, b"value", none).unwrap();
+                }
+            }
+        }
+        let times = Times {
+            begun: 0,
+            ended: 0,
+            epoch: 0,
+        };
+        let traces = Traces {
+            made: &[],
+            variables: &Variables::default(),
+        };
+        let mut tree = Tree::new();
+        take(&mut tree, upper.path(), &store, times, traces).unwrap();
+        let of = |name: &str| &tree.get(name).unwrap().meta.xattrs;
+        let own = BTreeMap::from([(b"user.own".to_vec(), b"value".to_vec())]);
+        assert_eq!((of("with"), of("without")), (&own, &BTreeMap::new()));
+    }
+
+    #[test]
     fn times_of_the_step_become_the_epoch_and_others_stay() {
         let times = |epoch| Times {
             begun: 1000,
