@@ -125,16 +125,17 @@ pub fn take(
             // It was made for this RUN alone.
             continue;
         }
-        let kind = match identity {
-            true => keep(&[], &mut batch, &path)?,
-            false => kind_of(&full, &stat, &mut batch, &path, (traces.variables, times))?,
-        };
+        // First: a file that the store takes over has none of these any more.
         let meta = Meta {
             mode: stat.mode() & 0o7777,
             uid: stat.uid(),
             gid: stat.gid(),
             mtime: times.settle(stat.mtime()),
             xattrs: xattrs(&full).map_err(read)?,
+        };
+        let kind = match identity {
+            true => keep(&[], &mut batch, &path)?,
+            false => kind_of(&full, &stat, &mut batch, &path, (traces.variables, times))?,
         };
         tree.insert(name, node(meta, kind))?;
     }
