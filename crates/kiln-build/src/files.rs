@@ -154,8 +154,19 @@ pub fn resolve(
     path: &[Vec<u8>],
     last: bool,
 ) -> Result<Names, FilesError> {
+    resolve_below(source, &[], path, last)
+}
+
+/// The same of a path below the folder `base`, which is the root to what is in it: absolute
+/// links lead there. With `..` links still lead out of it.
+pub fn resolve_below(
+    source: &(impl Source + ?Sized),
+    base: &[Vec<u8>],
+    path: &[Vec<u8>],
+    last: bool,
+) -> Result<Names, FilesError> {
     let mut todo: Names = path.iter().rev().cloned().collect();
-    let mut done = Names::new();
+    let mut done = base.to_vec();
     let mut links = 0;
     while let Some(name) = todo.pop() {
         match name.as_slice() {
@@ -175,7 +186,7 @@ pub fn resolve(
                 return Err(FilesError::Loop(shown(path)));
             }
             if target.starts_with(b"/") {
-                done.clear();
+                done = base.to_vec();
             } else {
                 done.pop();
             }

@@ -117,7 +117,8 @@ fn resolve(
     group: &str,
 ) -> Result<Identity, UserError> {
     let (name, group_name) = match user.split_once(':') {
-        Some((name, group)) if !group.is_empty() && !group.contains(':') => (name, Some(group)),
+        Some((name, "")) => (name, None),
+        Some((name, group)) if !group.contains(':') => (name, Some(group)),
         Some(_) => return Err(UserError::Malformed(user.to_owned())),
         None => (user, None),
     };
@@ -208,6 +209,13 @@ mod tests {
             }
         );
         assert_eq!(of("5:6", &[]).unwrap().gid, 6);
+        // What stands empty beside the colon is left out.
+        assert_eq!(of("web:", &[]).unwrap(), of("web", &[]).unwrap());
+        let group = of(":ssl", &[]).unwrap();
+        assert_eq!(
+            (group.uid, group.gid, group.home.as_str()),
+            (0, 50, "/root")
+        );
     }
 
     #[test]
@@ -224,7 +232,6 @@ mod tests {
                 .to_string()
                 .contains("no group `nope`")
         );
-        assert!(of("web:", &[]).is_err());
         assert!(of("a:b:c", &[]).is_err());
     }
 }

@@ -417,7 +417,7 @@ impl Request<'_> {
         Ok(Copy {
             sources,
             destination,
-            from: flags.text("from"),
+            from: flags.text("from").filter(|from| !from.is_empty()),
             chown: flags.text("chown"),
             chmod: flags.text("chmod"),
             link: flags.is("link").unwrap_or(false),
@@ -510,8 +510,14 @@ impl Request<'_> {
         let form = self.rest().split(char::is_whitespace).next();
         let form = form.unwrap_or_default();
         let rest = behind_first(self.rest());
+        let mut flags = self.flags(&[
+            ("interval", Takes::Text),
+            ("timeout", Takes::Text),
+            ("start-period", Takes::Text),
+            ("start-interval", Takes::Text),
+            ("retries", Takes::Text),
+        ])?;
         if form.eq_ignore_ascii_case("none") {
-            self.no_flags()?;
             return match rest {
                 "" => Ok(Health::None),
                 _ => Err(self.arguments("NONE takes no arguments")),
@@ -520,13 +526,6 @@ impl Request<'_> {
         if !form.eq_ignore_ascii_case("cmd") {
             return Err(self.arguments("needs CMD and a command, or NONE"));
         }
-        let mut flags = self.flags(&[
-            ("interval", Takes::Text),
-            ("timeout", Takes::Text),
-            ("start-period", Takes::Text),
-            ("start-interval", Takes::Text),
-            ("retries", Takes::Text),
-        ])?;
         let test = match self.json() {
             Some(words) if words.is_empty() => return Err(self.arguments("CMD needs a command")),
             Some(words) => HealthCommand::Exec(words),

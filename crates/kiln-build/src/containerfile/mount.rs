@@ -199,6 +199,9 @@ impl Builder {
         if self.sharing.is_some() && self.kind != MountKind::Cache {
             return Err("sharing goes with type cache only".into());
         }
+        if self.kind == MountKind::Tmpfs && !self.source.is_empty() {
+            return Err("a tmpfs takes no source".into());
+        }
         if self.kind == MountKind::Secret {
             if self.from.is_some() {
                 return Err("a secret takes no `from`".into());

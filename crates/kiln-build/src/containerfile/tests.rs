@@ -238,7 +238,9 @@ fn pairs_have_an_old_and_a_new_form() {
 
 #[test]
 fn health_checks_are_typed() {
-    assert_eq!(one("HEALTHCHECK none"), Kind::Healthcheck(Health::None));
+    for none in ["HEALTHCHECK none", "HEALTHCHECK --interval=5s NONE"] {
+        assert_eq!(one(none), Kind::Healthcheck(Health::None));
+    }
     let Kind::Healthcheck(Health::Check {
         test,
         interval,

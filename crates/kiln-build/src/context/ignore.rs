@@ -23,10 +23,19 @@ impl Patterns {
     /// One pattern a line; `#` begins a comment at a line's start only.
     pub fn parse_file(text: &str) -> Result<Self, BadPattern> {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        Self::new(text.lines().filter(|line| !line.starts_with('#')))
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        Self::compile(lines, |path| path.strip_prefix('/').unwrap_or(path))
     }
 
+    /// Patterns that begin with `/` match nothing: only a file's are taken without it.
     pub fn new<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Self, BadPattern> {
+        Self::compile(texts, |path| path)
+    }
+
+    fn compile<'a>(
+        texts: impl IntoIterator<Item = &'a str>,
+        below: fn(&str) -> &str,
+    ) -> Result<Self, BadPattern> {
         let mut patterns = Vec::new();
         for text in texts {
             let text = text.trim();
@@ -39,7 +48,7 @@ impl Patterns {
                 continue;
             }
             let cleaned = clean(text);
-            let cleaned = cleaned.strip_prefix('/').unwrap_or(&cleaned);
+            let cleaned = below(&cleaned);
             if cleaned.is_empty() {
                 continue;
             }

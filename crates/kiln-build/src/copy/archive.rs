@@ -299,15 +299,15 @@ pub fn place(
     Ok(())
 }
 
-/// Where an entry's path leads: links on the way are followed, but lead out of the archive's
-/// folder no more than names do.
+/// Where an entry's path leads: links on the way are followed, absolute ones from the
+/// archive's folder on, but lead out of it no more than names do.
 fn within(
     target: &(impl Target + ?Sized),
     base: &[Vec<u8>],
     path: &[Vec<u8>],
     last: bool,
 ) -> Result<Names, CopyError> {
-    let real = files::resolve(target, &[base, path].concat(), last)?;
+    let real = files::resolve_below(target, base, path, last)?;
     match real.starts_with(base) {
         true => Ok(real),
         false => Err(CopyError::Outside {

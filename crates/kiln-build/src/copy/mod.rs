@@ -292,7 +292,7 @@ pub struct Changes {
 }
 
 impl Changes {
-    fn apply(&self, mut meta: Meta, shape: &Shape) -> Meta {
+    pub(crate) fn apply(&self, mut meta: Meta, shape: &Shape) -> Meta {
         if let Some(owner) = self.owner {
             (meta.uid, meta.gid) = (owner.uid, owner.gid);
         }
@@ -310,7 +310,8 @@ impl Changes {
         let owner = self.owner.unwrap_or_default();
         Meta {
             mode: match &self.mode {
-                Some(ModeChange::Set(mode)) => *mode,
+                // As mkdir(2) makes them under the builder's umask.
+                Some(ModeChange::Set(mode)) => *mode & FOLDER_MODE,
                 _ => FOLDER_MODE,
             },
             uid: owner.uid,

@@ -81,17 +81,21 @@ impl ModeChange {
     pub fn apply(&self, mode: u32, folder: bool) -> u32 {
         match self {
             ModeChange::Set(mode) => *mode,
-            ModeChange::Clauses(clauses) => clauses
-                .iter()
-                .fold(mode & 0o7777, |mode, clause| clause.apply(mode, folder)),
+            ModeChange::Clauses(clauses) => {
+                // `X` asks what stood there before any clause.
+                let runs = folder || mode & 0o111 != 0;
+                clauses
+                    .iter()
+                    .fold(mode & 0o7777, |mode, c| c.apply(mode, folder, runs))
+            }
         }
     }
 }
 
 impl Clause {
-    fn apply(&self, mode: u32, folder: bool) -> u32 {
+    fn apply(&self, mode: u32, folder: bool, runs: bool) -> u32 {
         let mut bits = self.bits;
-        if self.maybe_x && (folder || mode & 0o111 != 0) {
+        if self.maybe_x && runs {
             bits |= 1;
         }
         match self.of {
@@ -140,6 +144,8 @@ mod tests {
             ("u=rw,go=r", 0o777, false, 0o644),
             ("u+s", 0o755, false, 0o4755),
             ("u+r-x", 0o100, false, 0o400),
+            ("a-x,a+X", 0o744, false, 0o755),
+            ("u+x,go+X", 0o644, false, 0o744),
         ];
         for (text, mode, folder, expected) in cases {
             let got = parse(text).unwrap().apply(mode, folder);

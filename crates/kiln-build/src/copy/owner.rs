@@ -9,6 +9,9 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// The greatest number that is one: beyond it docker takes the digits for a name.
+const MAX_ID: u32 = i32::MAX as u32;
+
 /// A user as an image knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Account {
@@ -23,13 +26,11 @@ pub enum OwnerError {
     User(String),
     #[error("the group `{0}` is not in the image's /etc/group")]
     Group(String),
-    #[error("`{0}` names no user")]
-    Empty(String),
 }
 
 /// Finds the numbers for `text`: a user without a group has its group from passwd, or else
-/// root's. `same_group`, as COPY --chown has it: a number alone is the group's, too, and
-/// what `user:` and `:group` leave out is root's.
+/// root's; no user is root. `same_group`, as COPY --chown has it: a number alone is the
+/// group's, too, and what `user:` leaves out is root's.
 pub fn lookup(
     text: &str,
     passwd: &str,
@@ -37,14 +38,11 @@ pub fn lookup(
     same_group: bool,
 ) -> Result<Account, OwnerError> {
     let (user, wanted) = match text.split_once(':') {
-        Some(("", group)) if same_group && !group.is_empty() => ("0", Some(group)),
         Some((user, group)) => (user, Some(group)),
         None => (text, None),
     };
-    if user.is_empty() {
-        return Err(OwnerError::Empty(text.to_owned()));
-    }
-    let number = user.parse::<u32>().ok();
+    let user = if user.is_empty() { "0" } else { user };
+    let number = id(user);
     let line = passwd
         .lines()
         .map(|l| l.split(':').collect::<Vec<_>>())
@@ -75,13 +73,17 @@ pub fn lookup(
     })
 }
 
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|id| *id <= MAX_ID)
+}
+
 fn group_number(name: &str, group: &str) -> Result<u32, OwnerError> {
     let by_name = group.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         (fields.len() >= 3 && fields[0] == name).then(|| fields[2].parse().ok())?
     });
     by_name
-        .or_else(|| name.parse().ok())
+        .or_else(|| id(name))
         .ok_or_else(|| OwnerError::Group(name.to_owned()))
 }
 
@@ -114,10 +116,12 @@ mod tests {
         );
         assert_eq!(owner("1000:", true).unwrap(), (1000, 0));
         assert_eq!(owner(":staff", true).unwrap(), (0, 50));
-        for nobody in [":", ""] {
-            assert!(owner(nobody, true).is_err());
-        }
-        assert!(owner(":staff", false).is_err());
+        assert_eq!(owner(":", true).unwrap(), (0, 0));
+        assert_eq!(owner(":staff", false).unwrap(), (0, 50));
+        assert_eq!(owner("33:", false).unwrap(), (33, 34));
+        assert_eq!(owner("2147483647", true).unwrap().0, i32::MAX as u32);
+        assert!(owner("2147483648", true).is_err());
+        assert!(owner("5:2147483648", true).is_err());
         assert_eq!(
             lookup("web", PASSWD, GROUP, true).unwrap().home.unwrap(),
             "/var/www"

@@ -400,9 +400,6 @@ impl State<'_> {
 
     fn workdir(&mut self, text: &str) -> Result<(Action, String), EvaluateCause> {
         let text = self.expand(text)?;
-        if text.is_empty() {
-            return Err(EvaluateCause::Empty("WORKDIR"));
-        }
         let path = clean(&self.absolute(&text));
         self.config.working_dir.clone_from(&path);
         let history = format!("WORKDIR {path}");
@@ -458,7 +455,7 @@ fn ports(text: &str) -> Option<impl Iterator<Item = ExposedPort>> {
         None => (text, "tcp".into()),
     };
     let protocol = match protocol.as_str() {
-        "tcp" => Protocol::Tcp,
+        "tcp" | "" => Protocol::Tcp,
         "udp" => Protocol::Udp,
         _ => return None,
     };

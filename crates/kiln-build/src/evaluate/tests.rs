@@ -163,7 +163,7 @@ fn what_can_not_be_is_refused_by_name_and_line() {
         ("STOPSIGNAL SIGNOPE", "no signal"),
         ("COPY --chmod=9 a b", "--chmod: `9`"),
         ("ENV A=\"${X?missing it}\"", "X: missing it"),
-        ("WORKDIR $nobody", "WORKDIR is empty"),
+        ("VOLUME $nobody", "a path of VOLUME is empty"),
     ] {
         let told = evaluated(text, &[]).unwrap_err().to_string();
         assert!(

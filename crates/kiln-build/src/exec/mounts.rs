@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kiln_model::instance::{InstanceMount, InstanceMountSource};
 use kiln_model::{Digest, InstanceSpec};
@@ -17,9 +17,9 @@ use crate::cache;
 use crate::containerfile::Span;
 use crate::containerfile::mount::{Mount, MountKind, Sharing};
 use crate::context::ignore::Patterns;
-use crate::copy::{self, Changes};
+use crate::copy::{self, Changes, Item};
 use crate::evaluate::RunAction;
-use crate::files::{self, Shape, Source};
+use crate::files::{self, Meta, Shape, Source, Target};
 use crate::rootfs::Rootfs;
 
 /// A mount with the files it shows.
@@ -107,6 +107,17 @@ impl Site<'_> {
         for picked in &picked {
             picked.hash_into(key.hasher());
             copy::place(&mut target, picked, "/bound", &changes)?;
+            // Of a folder only the content was copied; the context's own has no mode.
+            if let Some(Item {
+                meta,
+                shape: Shape::Folder,
+                ..
+            }) = picked.items.first()
+                && !files::names(source.as_bytes()).is_empty()
+            {
+                let meta = changes.apply(meta.clone(), &Shape::Folder);
+                target.put(&[b"bound".to_vec()], meta, Shape::Folder)?;
+            }
         }
         let made = Shown::Made {
             tree: target.tree,
@@ -179,12 +190,7 @@ impl Site<'_> {
     }
 
     /// A copy that may be written to, in `folder`.
-    fn writable(
-        &self,
-        shown: &Shown,
-        path: &str,
-        folder: &std::path::Path,
-    ) -> Result<PathBuf, ExecError> {
+    fn writable(&self, shown: &Shown, path: &str, folder: &Path) -> Result<PathBuf, ExecError> {
         let rootfs = self.rootfs_of(shown)?;
         let names = files::names(path.as_bytes());
         let real = files::resolve(&rootfs, &names, true)?;
@@ -235,11 +241,16 @@ impl Site<'_> {
     fn cache_mount(&self, mounted: &Mounted, work: &mut Work) -> Result<PathBuf, ExecError> {
         let mount = &mounted.mount;
         let id = mount.id.as_deref().unwrap_or(&mount.target);
-        let name = match &mounted.files {
-            None => Digest::of(id).hex(),
-            // What it begins with is part of which cache it is.
-            Some((shown, path)) => Digest::of(format!("{id}\n{}\n{path}", shown.key())).hex(),
-        };
+        // What it begins with is part of which cache it is.
+        let mut begins = id.to_owned();
+        if let Some((shown, path)) = &mounted.files {
+            begins.push_str(&format!("\n{}\n{path}", shown.key()));
+        }
+        let own = (mount.mode, mount.uid, mount.gid);
+        if own != (None, None, None) {
+            begins.push_str(&format!("\n{own:?}"));
+        }
+        let name = Digest::of(begins).hex();
         let path = match mount.sharing {
             Sharing::Private => work.folder(&format!("private-{name}"))?,
             _ => {
@@ -253,26 +264,33 @@ impl Site<'_> {
             cause,
         };
         let folder = fs::File::open(&path).map_err(fail)?;
-        if let Some((shown, from)) = &mounted.files
-            && fs::read_dir(&path).map_err(fail)?.next().is_none()
-        {
-            let rootfs = self.rootfs_of(shown)?;
-            unfold(&rootfs.tree, from.as_bytes(), &self.store, &path)?;
+        if fs::read_dir(&path).map_err(fail)?.next().is_none() {
+            let own = self.seed(mounted, &path)?;
+            let (uid, gid) = (mount.uid.unwrap_or(own.uid), mount.gid.unwrap_or(own.gid));
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid)).map_err(fail)?;
+            let mode = fs::Permissions::from_mode(mount.mode.unwrap_or(own.mode));
+            fs::set_permissions(&path, mode).map_err(fail)?;
         }
-        let mode = mount.mode.unwrap_or(0o755);
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(fail)?;
-        std::os::unix::fs::chown(
-            &path,
-            Some(mount.uid.unwrap_or(0)),
-            Some(mount.gid.unwrap_or(0)),
-        )
-        .map_err(fail)?;
         if mount.sharing == Sharing::Locked {
             rustix::fs::flock(&folder, rustix::fs::FlockOperation::LockExclusive)
                 .map_err(|e| fail(e.into()))?;
             work.locks.push(folder);
         }
         Ok(path)
+    }
+
+    /// Fills an empty cache with what it begins with; gives what its folder is to be like.
+    fn seed(&self, mounted: &Mounted, path: &Path) -> Result<Meta, ExecError> {
+        let Some((shown, from)) = &mounted.files else {
+            return Ok(Meta {
+                mode: 0o755,
+                ..Meta::default()
+            });
+        };
+        let rootfs = self.rootfs_of(shown)?;
+        let real = files::resolve(&rootfs, &files::names(from.as_bytes()), true)?;
+        unfold(&rootfs.tree, &real.join(&b'/'), &self.store, path)?;
+        Ok(rootfs.entry(&real)?.0)
     }
 
     fn secret(
@@ -287,14 +305,19 @@ impl Site<'_> {
             (None, "") => last(&mount.target),
             (None, source) => last(source),
         };
+        let variable = mount.env.as_ref();
+        let variable = variable.map(|name| if name.is_empty() { &id } else { name });
         let Some(content) = self.secrets.get(&id) else {
-            return match mount.required {
-                true => Err(ExecError::Secret(id)),
-                false => Ok(()),
-            };
+            if mount.required {
+                return Err(ExecError::Secret(id));
+            }
+            // As docker has it: a variable is there, though empty.
+            if let Some(name) = variable {
+                spec.env.insert(name.clone(), String::new());
+            }
+            return Ok(());
         };
-        if let Some(name) = &mount.env {
-            let name = if name.is_empty() { &id } else { name };
+        if let Some(name) = variable {
             let text = String::from_utf8(content.clone());
             let text = text.map_err(|_| ExecError::SecretText(id.clone()))?;
             spec.env.insert(name.clone(), text);
@@ -322,8 +345,8 @@ impl Site<'_> {
         Ok(())
     }
 
-    /// An agent's socket. Without an agent the step goes on without it, unless it is
-    /// required: as docker has it.
+    /// An agent's socket. Without an agent the step goes on without it, though it is told
+    /// where it would be, unless it is required: as docker has it.
     fn ssh(
         &self,
         mount: &Mount,
@@ -331,6 +354,13 @@ impl Site<'_> {
         work: &mut Work,
     ) -> Result<(), ExecError> {
         let id = mount.id.as_deref().unwrap_or("default");
+        let target = match mount.target.as_str() {
+            "" => format!("/run/buildkit/ssh_agent.{}", work.agents.len()),
+            target => target.to_owned(),
+        };
+        spec.env
+            .entry("SSH_AUTH_SOCK".into())
+            .or_insert_with(|| target.clone());
         let Some(agent) = self.ssh.get(id) else {
             return match mount.required {
                 true => Err(ExecError::Ssh(id.to_owned())),
@@ -345,13 +375,6 @@ impl Site<'_> {
             path: folder,
             cause,
         })?;
-        let target = match mount.target.as_str() {
-            "" => format!("/run/buildkit/ssh_agent.{}", work.agents.len()),
-            target => target.to_owned(),
-        };
-        spec.env
-            .entry("SSH_AUTH_SOCK".into())
-            .or_insert_with(|| target.clone());
         spec.mounts.push(InstanceMount {
             source: InstanceMountSource::Bind {
                 path: agent.path.clone(),

@@ -247,7 +247,7 @@ impl Site<'_> {
         let mut target = self.rootfs(files)?;
         let owner = match user {
             "" => Owner::default(),
-            user => self.account(&target, user, false)?.owner,
+            user => self.account(&target, user, true)?.owner,
         };
         let meta = Meta {
             mode: 0o755,

@@ -86,7 +86,7 @@ fn nodes(archive: &Path) -> Nodes {
     let mut archive = tar::Archive::new(fs::File::open(archive).unwrap());
     for entry in archive.entries().unwrap() {
         let mut entry = entry.unwrap();
-        let path = entry.path_bytes().trim_ascii_end().to_vec();
+        let path = entry.path_bytes().into_owned();
         let path = path.strip_suffix(b"/").unwrap_or(&path).to_vec();
         let mut xattrs = BTreeMap::new();
         for extension in entry.pax_extensions().unwrap().into_iter().flatten() {

@@ -147,7 +147,8 @@ fn nodes(world: &World, tree: &Tree) -> Nodes {
             let name = String::from_utf8_lossy(name).into_owned();
             node.xattrs.insert(name, value.clone());
         }
-        if item.links > 1 && kind != 'd' {
+        // The archive that tells of docker's image names every link for itself.
+        if item.links > 1 && !matches!(kind, 'd' | 'l') {
             match first.get(&item.inode) {
                 Some(first) => {
                     node.kind = 'h';
