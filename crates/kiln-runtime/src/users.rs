@@ -100,10 +100,10 @@ fn group_lines(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
 }
 
 fn group_id(name: &str, group: &str) -> Result<u32, UserError> {
-    if let Some((_, gid, _)) = group_lines(group).find(|(known, ..)| *known == name) {
-        return Ok(gid);
-    }
-    name.parse().map_err(|_| UserError::Unknown {
+    let number = name.parse().ok();
+    let by_name = || group_lines(group).find(|(known, ..)| *known == name);
+    let gid = number.or_else(|| by_name().map(|(_, gid, _)| gid));
+    gid.ok_or_else(|| UserError::Unknown {
         what: "group",
         name: name.to_owned(),
         file: "/etc/group",
@@ -124,10 +124,11 @@ fn resolve(
     };
     let name = if name.is_empty() { "0" } else { name };
     let number = name.parse::<u32>().ok();
-    // A name wins over a number, as with Docker: users may be called `1000`.
-    let line = passwd_lines(passwd)
-        .find(|l| l.name == name)
-        .or_else(|| passwd_lines(passwd).find(|l| Some(l.uid) == number));
+    // A number never is a name, as with Docker.
+    let line = passwd_lines(passwd).find(|l| match number {
+        Some(uid) => l.uid == uid,
+        None => l.name == name,
+    });
     let uid = match (&line, number) {
         (Some(line), _) => line.uid,
         (None, Some(uid)) => uid,
@@ -209,6 +210,8 @@ mod tests {
             }
         );
         assert_eq!(of("5:6", &[]).unwrap().gid, 6);
+        let named = resolve("7:8", &[], "7:x:33:34::/:/bin/sh\n", "8:x:50:\n").unwrap();
+        assert_eq!((named.uid, named.gid), (7, 8));
         // What stands empty beside the colon is left out.
         assert_eq!(of("web:", &[]).unwrap(), of("web", &[]).unwrap());
         let group = of(":ssl", &[]).unwrap();

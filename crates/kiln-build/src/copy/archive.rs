@@ -274,12 +274,18 @@ pub fn place(
     let named = files::names(destination.as_bytes());
     super::make_folders(target, &named, &changes.made())?;
     let base = files::resolve(target, &named, true)?;
+    // What the archive has no entry for is nobody's, as it is where docker unpacks.
+    let between = Meta {
+        mode: super::FOLDER_MODE,
+        mtime: changes.made,
+        ..Meta::default()
+    };
     for item in items {
         let Some((name, parents)) = item.path.split_last() else {
             continue;
         };
         let mut path = within(target, &base, parents, true)?;
-        super::make_folders(target, &path, &changes.made())?;
+        super::make_folders(target, &path, &between)?;
         path.push(name.clone());
         let meta = changes.apply(item.meta.clone(), &item.shape);
         let mut shape = item.shape.clone();

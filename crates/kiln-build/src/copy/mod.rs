@@ -397,11 +397,32 @@ pub(crate) fn make_folders(
         let real = files::resolve(target, &path[..depth], true)?;
         match target.kind(&real) {
             Some(Kind::Folder) => {}
-            None => target.put(&real, meta.clone(), Shape::Folder)?,
+            None => {
+                let meta = inherited(target, &real, meta.clone())?;
+                target.put(&real, meta, Shape::Folder)?;
+            }
             Some(_) => return Err(FilesError::NotAFolder(shown(&real))),
         }
     }
     Ok(())
+}
+
+/// As mkdir(2) has it: a folder below one with setgid has that too, and its group where it
+/// isn't given to somebody.
+fn inherited(
+    target: &(impl Target + ?Sized),
+    path: &[Vec<u8>],
+    mut meta: Meta,
+) -> Result<Meta, FilesError> {
+    const SETGID: u32 = 0o2000;
+    let (parent, _) = target.entry(&path[..path.len().saturating_sub(1)])?;
+    if parent.mode & SETGID != 0 {
+        meta.mode |= SETGID;
+        if (meta.uid, meta.gid) == (0, 0) {
+            meta.gid = parent.gid;
+        }
+    }
+    Ok(meta)
 }
 
 #[cfg(test)]

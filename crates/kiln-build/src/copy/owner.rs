@@ -46,8 +46,11 @@ pub fn lookup(
     let line = passwd
         .lines()
         .map(|l| l.split(':').collect::<Vec<_>>())
-        .find(|f| {
-            f.len() >= 4 && (f[0] == user || (number.is_some() && f[2].parse().ok() == number))
+        .filter(|f| f.len() >= 4)
+        // A number never is a name.
+        .find(|f| match number {
+            Some(_) => f[2].parse().ok() == number,
+            None => f[0] == user,
         });
     let known = line.as_ref().and_then(|fields| {
         let uid = fields[2].parse().ok()?;
@@ -78,12 +81,14 @@ fn id(text: &str) -> Option<u32> {
 }
 
 fn group_number(name: &str, group: &str) -> Result<u32, OwnerError> {
-    let by_name = group.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        (fields.len() >= 3 && fields[0] == name).then(|| fields[2].parse().ok())?
-    });
-    by_name
-        .or_else(|| id(name))
+    let by_name = || {
+        group.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            (fields.len() >= 3 && fields[0] == name).then(|| fields[2].parse().ok())?
+        })
+    };
+    id(name)
+        .or_else(by_name)
         .ok_or_else(|| OwnerError::Group(name.to_owned()))
 }
 
