@@ -33,7 +33,7 @@ pub(super) fn has_login(text: &str) -> bool {
 }
 
 /// The same of one command.
-pub(super) fn command_has_login(line: &str) -> bool {
+fn command_has_login(line: &str) -> bool {
     let words: Vec<&str> = line.split_whitespace().collect();
     let runs = |programs: &[&str]| {
         let name = |word: &&str| word.rsplit('/').next().unwrap_or_default().to_owned();

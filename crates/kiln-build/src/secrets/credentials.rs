@@ -3,7 +3,7 @@
 
 use kiln_model::secrets::{has_url_password, is_secret_variable, is_value};
 
-use super::commands::command_has_login;
+use super::commands::has_login;
 
 /// More of such a file is not read.
 const LONGEST: usize = 1 << 20;
@@ -170,7 +170,7 @@ pub(super) fn kind(path: &str, content: &[u8]) -> Option<&'static str> {
                 is_secret_variable(name, value) || has_url_password(value)
             })
         })),
-        Commands => login(lines().any(command_has_login)),
+        Commands => login(lines().any(has_login)),
         Anything => login(lines().any(|line| !line.is_empty())),
         Hashes => lines().any(line_has_hash).then_some("hash of a password"),
         Key => Some("secret key"),
@@ -314,6 +314,7 @@ mod tests {
             ("root/.bash_history", "mysql -u me -pp4ss db"),
             ("root/.bash_history", "sshpass -p p4ss ssh h"),
             ("root/.zsh_history", ": 1:0;x login --password p4ss"),
+            ("root/.zsh_history", ": 1:0;curl -u me:p4ss h"),
             ("root/.psql_history", "alter role me password 'p4ss';"),
             ("etc/ppp/chap-secrets", "me * p4ss *"),
             (
