@@ -494,6 +494,8 @@ impl<'a> Assembler<'a> {
         let mut build = self.shares.added_to(build.clone(), &self.spec().folder);
         build.time_limit = self.context.run_timeout;
         build.ulimits.extend(self.context.ulimits.clone());
+        build.args.extend(self.context.build_args.clone());
+        build.no_cache |= self.context.no_cache;
         Ok(BuildRequest {
             ssh: agents(&build.ssh)?,
             build,

@@ -32,6 +32,10 @@ pub struct Context {
     pub run_timeout: Option<Millis>,
     /// `kiln build --ulimit`.
     pub ulimits: BTreeMap<String, (i64, i64)>,
+    /// `kiln build --build-arg`.
+    pub build_args: BTreeMap<String, String>,
+    /// `kiln build --no-cache`.
+    pub no_cache: bool,
     pub json: bool,
     pub shown: Shown,
     pub client: Client,
@@ -40,15 +44,22 @@ pub struct Context {
 impl Context {
     pub fn new(cli: &Cli) -> Result<Self, Failure> {
         let root = std::path::absolute(&cli.root).map_err(machine)?;
+        let build = match &cli.command {
+            cli::Command::Build(args) => Some(args),
+            _ => None,
+        };
         Ok(Self {
             client: Client::new(&root),
             root,
             cache_size: cli.cache_size,
             run_timeout: cli.run_timeout,
-            ulimits: match &cli.command {
-                cli::Command::Build(args) => args.ulimit.iter().cloned().collect(),
-                _ => BTreeMap::new(),
-            },
+            ulimits: build.iter().flat_map(|b| b.ulimit.clone()).collect(),
+            build_args: build
+                .iter()
+                .flat_map(|b| b.build_arg.clone())
+                .filter_map(|(name, value)| Some((name, value?)))
+                .collect(),
+            no_cache: build.is_some_and(|b| b.no_cache),
             json: cli.json,
             shown: shown(cli),
         })

@@ -91,6 +91,18 @@ pub struct BuildArgs {
     /// Say of each instruction that was not taken from the cache why it was not
     #[arg(long)]
     pub explain: bool,
+    /// Carry out every instruction anew, whatever the cache has
+    ///
+    /// What RUNs fetch is still as kiln.lock has recorded it: see --network.
+    #[arg(long, conflicts_with_all = ["check", "prune"])]
+    pub no_cache: bool,
+    /// A value for an ARG of every Containerfile, as NAME=VALUE (repeatable)
+    ///
+    /// In place of what `build.args` of the project says of it; NAME alone has the value of the
+    /// environment's variable, if there is one. `kiln up` goes by the project alone: for it,
+    /// write them there.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = build_arg, conflicts_with_all = ["check", "prune"])]
+    pub build_arg: Vec<(String, Option<String>)>,
     /// Build for these platforms instead of those of `build.platforms`, such as
     /// linux/amd64,linux/arm64
     ///
@@ -119,6 +131,17 @@ pub struct BuildArgs {
     /// Write how each check of the images went to FILE, as JUnit's XML
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "verify", "prune"])]
     pub junit: Option<PathBuf>,
+}
+
+fn build_arg(text: &str) -> Result<(String, Option<String>), String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.to_owned())),
+        None => (text, std::env::var(text).ok()),
+    };
+    match name.is_empty() {
+        true => Err("a name must stand before `=`".into()),
+        false => Ok((name.to_owned(), value)),
+    }
 }
 
 /// Where what a RUN fetches comes from.

@@ -298,6 +298,35 @@ fn build_says_why_an_instruction_was_not_cached() {
 }
 
 #[test]
+fn build_takes_arguments_and_can_leave_the_cache_alone() {
+    let Some(kiln) = Kiln::new() else { return };
+    let project = kiln.page("arguments", &Page::default());
+    let file = fs::read_to_string(project.folder.join("Containerfile")).unwrap();
+    let asked = "ARG WORD=own\nRUN echo \"it says $WORD\"\n";
+    project.write("Containerfile", &format!("{file}{asked}"));
+    let build = |words: &[&str]| {
+        let plain = ["--progress", "plain"];
+        project
+            .run("build", &[&plain[..], words].concat())
+            .ok()
+            .stderr
+    };
+    assert!(build(&[]).contains("| it says own\n"));
+    let given = ["--build-arg", "WORD=given"];
+    assert!(build(&given).contains("| it says given\n"));
+    let again = build(&given);
+    assert!(!again.contains("it says given\n"), "{again}");
+    let anew = build(&["--build-arg=WORD=given", "--no-cache", "--explain"]);
+    assert!(anew.contains("| it says given\n"), "{anew}");
+    assert!(anew.contains("no_cache asks for it"), "{anew}");
+    let refused = project.run("build", &["--build-arg", "=x"]).code(&[2]);
+    assert!(
+        refused.stderr.contains("a name must stand before `=`"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn verify_names_the_file_that_differs() {
     let Some(kiln) = Kiln::new() else { return };
     let project = kiln.page("verify", &Page::default());
