@@ -454,7 +454,7 @@ impl Builder {
         let run = Run::new(self, prepared, images, context.as_ref(), import, conditions)?;
         let (stages, (document, tree)) = run.carry_out()?;
         let digest = std::thread::scope(|scope| {
-            // Of many files it takes much memory.
+            // It goes when it is saved: of many files it takes much memory.
             let saving = context.map(|context| scope.spawn(move || save(&context)));
             let digest = self.keep(document, tree).map_err(keep);
             if let Some(panic) = saving.and_then(|saving| saving.join().err()) {

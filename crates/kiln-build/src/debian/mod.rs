@@ -141,6 +141,7 @@ pub async fn lock(
     asked: &Asked<'_>,
     lock: &mut Lock,
 ) -> Result<(), DebianError> {
+    let _in_use = in_use(ctx)?;
     let start = Instant::now();
     let locked = packages(ctx, asked, lock).await;
     if let Err(error) = &locked {
@@ -202,10 +203,7 @@ async fn compose_inner(
         name: name(),
         source: Box::new(source),
     };
-    let _in_use = cache::in_use(&ctx.cache).map_err(|source| DebianError::Cache {
-        path: ctx.cache.clone(),
-        source,
-    })?;
+    let _in_use = in_use(ctx)?;
     let (fetcher, packages) = packages(ctx, asked, lock).await?;
     let key = key(ctx, asked.base, &packages);
     let record = record(ctx, &key);
@@ -236,6 +234,14 @@ async fn compose_inner(
         key,
         image,
         cached: false,
+    })
+}
+
+/// Nobody cuts the cache while lists and package files are taken from it.
+fn in_use(ctx: &DebianContext) -> Result<cache::InUse, DebianError> {
+    cache::in_use(&ctx.cache).map_err(|source| DebianError::Cache {
+        path: ctx.cache.clone(),
+        source,
     })
 }
 

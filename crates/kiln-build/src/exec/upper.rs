@@ -325,6 +325,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn taken(upper: &Path, store: &Store, times: Times) -> Tree {
+        let traces = Traces {
+            made: &[],
+            variables: &Variables::default(),
+        };
+        let mut tree = Tree::new();
+        take(&mut tree, upper, store, times, traces).unwrap();
+        tree
+    }
+
     #[test]
     fn times_in_stores_of_certificates_become_the_epoch_whatever_their_length() {
         const CERTIFICATE: u32 = 2;
@@ -342,12 +352,7 @@ mod tests {
             ended: 1010,
             epoch: 500,
         };
-        let traces = Traces {
-            made: &[],
-            variables: &Variables::default(),
-        };
-        let mut tree = Tree::new();
-        take(&mut tree, upper.path(), &store, times, traces).unwrap();
+        let tree = taken(upper.path(), &store, times);
         for (name, certificate) in [("short", &b"der"[..]), ("long", &long)] {
             let found = match tree.get(name).unwrap().kind {
                 Kind::File { digest, .. } => fs::read(store.object_path(&digest)).unwrap(),
@@ -379,12 +384,7 @@ mod tests {
             ended: 0,
             epoch: 0,
         };
-        let traces = Traces {
-            made: &[],
-            variables: &Variables::default(),
-        };
-        let mut tree = Tree::new();
-        take(&mut tree, upper.path(), &store, times, traces).unwrap();
+        let tree = taken(upper.path(), &store, times);
         let of = |name: &str| &tree.get(name).unwrap().meta.xattrs;
         let own = BTreeMap::from([(b"user.own".to_vec(), b"value".to_vec())]);
         assert_eq!((of("with"), of("without")), (&own, &BTreeMap::new()));
